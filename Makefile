@@ -1,0 +1,42 @@
+# make demo: the whole pipeline on built-in data.   make check test: what CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help venv demo check test test-slow format clean
+
+help:
+	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
+	@echo "make test       install into .venv and run the tests      make test-slow   the long ones"
+	@echo "make check      ruff, mypy, import contracts              make format      ruff format"
+
+venv: .venv/.installed
+
+# torch first and alone: no later resolution may pick another build of it.
+.venv/.installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: venv
+	$(BIN)/recray run jobs/configs/demo.toml
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs build *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,43 @@
+"""recray: recommender training from Parquet click logs to an evaluated index, on Ray.
+
+    import recray
+    config = recray.load_config("my.toml")
+    dataset = recray.prepare(config)
+    checkpoint = recray.train(config)
+    index = recray.index(config)
+    report = recray.evaluate(config)
+
+Importing recray imports neither Ray, torch nor faiss: a name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "recray.config",
+    "load_config": "recray.config",
+    "prepare": "recray.data.prepare",
+    "train": "recray.training.driver",
+    "index": "recray.retrieval.build",
+    "evaluate": "recray.evaluation",
+    "RecrayError": "recray.errors",
+}
+__all__ = ["Config", "RecrayError", "evaluate", "index", "load_config", "prepare", "train"]
+
+if TYPE_CHECKING:
+    from recray.config import Config, load_config
+    from recray.data.prepare import prepare
+    from recray.errors import RecrayError
+    from recray.evaluation import evaluate
+    from recray.retrieval.build import index
+    from recray.training.driver import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'recray' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

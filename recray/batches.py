@@ -1,0 +1,283 @@
+"""Prepared rows to batches: numpy and torch, no Ray.
+
+The plan of an epoch is arithmetic: from (seed, epoch, rank, world size) every worker
+knows which examples are its own, equal to within one over the workers, so nobody
+waits for anybody at the end and nothing is dropped.
+
+An example is a training event ("events": its history is the window before it, cut
+from the user's list by offsets) or a user ("sequences").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recray.data.prepared import PreparedDataset
+from recray.models import Examples
+from recray.models.batch import FIRST_ID, Batch, Feature, ItemTable, Jagged
+from recray.records import Shard
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """Examples start:stop of a shard in the order of its epoch's permutation."""
+
+    epoch: int
+    shard: int
+    start: int
+    stop: int
+
+
+def num_examples(shard: Shard, examples: Examples) -> int:
+    return shard.events if examples == "events" else shard.rows
+
+
+def plan(
+    shards: list[Shard], seed: int, epoch: int, rank: int, world_size: int, examples: Examples
+) -> list[ShardSlice]:
+    """This worker's part of an epoch: a contiguous share of the shuffled shards."""
+    order = np.random.default_rng([seed, epoch, 1]).permutation(len(shards))
+    total = sum(num_examples(shard, examples) for shard in shards)
+    begin, end = rank * total // world_size, (rank + 1) * total // world_size
+    slices, at = [], 0
+    for index in order.tolist():
+        size = num_examples(shards[index], examples)
+        start, stop = max(begin - at, 0), min(end - at, size)
+        if start < stop:
+            slices.append(ShardSlice(epoch, index, start, stop))
+        at += size
+    return slices
+
+
+def steps_per_epoch(shards: list[Shard], world_size: int, batch_size: int, examples: Examples) -> int:
+    """Batches of the worker with most examples; the others pad with a batch of weight 0."""
+    total = sum(num_examples(shard, examples) for shard in shards)
+    largest = -(-total // world_size)
+    return -(-largest // batch_size)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Numbers, one per row; or lists of numbers, with offsets."""
+
+    values: np.ndarray
+    offsets: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> _Column:
+        if self.offsets is None:
+            return _Column(self.values[rows])
+        starts = self.offsets[rows]
+        return _windows(self.values, starts, self.offsets[rows + 1] - starts)
+
+    def tensor(self) -> Feature:
+        values = self.values.astype(np.float32 if self.values.dtype.kind == "f" else np.int64)
+        if self.offsets is None:
+            return torch.from_numpy(values)
+        return Jagged(torch.from_numpy(values), torch.from_numpy(self.offsets))
+
+
+def _windows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> _Column:
+    """Lists values[start : start + length]."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return _Column(values[index], offsets)
+
+
+def _concat(columns: list[_Column]) -> _Column:
+    if len(columns) == 1:
+        return columns[0]
+    values = np.concatenate([c.values for c in columns])
+    if columns[0].offsets is None:
+        return _Column(values)
+    lengths = np.concatenate([np.diff(c.offsets) for c in columns if c.offsets is not None])
+    return _Column(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def _column(array: pa.ChunkedArray) -> _Column:
+    flat = array.combine_chunks()
+    if not pa.types.is_list(flat.type):
+        return _Column(flat.to_numpy(zero_copy_only=False))
+    offsets = flat.offsets.to_numpy().astype(np.int64)
+    values = flat.values.slice(offsets[0], offsets[-1] - offsets[0])
+    return _Column(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+
+
+class _Rows:
+    """A table of user rows as numpy arrays."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.user = table["user"].to_numpy()
+        items = _column(table["item"])
+        assert items.offsets is not None
+        self.item, self.offsets = items.values, items.offsets
+        self.num_targets = table["num_targets"].to_numpy().astype(np.int64)
+        self.user_features = {n[5:]: _column(table[n]) for n in table.column_names if n.startswith("user_")}
+        self.context = {}
+        for name in table.column_names:
+            if name.startswith("context_"):
+                flat = pa.chunked_array([table[name].combine_chunks().flatten()])
+                self.context[name[8:]] = _column(flat)
+
+    def first_target(self) -> np.ndarray:
+        return np.asarray(self.offsets[1:] - self.num_targets)
+
+
+_Piece = dict[str, _Column]
+
+
+def _events(rows: _Rows, index: np.ndarray, history_length: int) -> _Piece:
+    """Examples of events: `index` counts the targets of the table in order."""
+    before = np.concatenate([[0], np.cumsum(rows.num_targets)])
+    row = np.searchsorted(before, index, side="right") - 1
+    at = rows.first_target()[row] + index - before[row]
+    start = np.maximum(rows.offsets[row], at - history_length)
+    return {
+        "user": _Column(rows.user[row]),
+        "history": _windows(rows.item, start, at - start),
+        "target": _Column(rows.item[at]),
+        **{f"user_{n}": c.take(row) for n, c in rows.user_features.items()},
+        **{f"context_{n}": c.take(at) for n, c in rows.context.items()},
+    }
+
+
+def _sequences(rows: _Rows, index: np.ndarray, history_length: int) -> _Piece:
+    """Examples of users: the last history_length + 1 events; every event with a successor is asked for it."""
+    end = rows.offsets[index + 1]
+    start = np.maximum(rows.offsets[index], end - history_length - 1)
+    lengths = np.maximum(end - start - 1, 0)
+    # A history entry is a query when its successor is a target: all are, unless the row begins with context.
+    history = _windows(rows.item, start, lengths)
+    target = _windows(rows.item, start + 1, lengths)
+    place = _windows(np.arange(len(rows.item)), start + 1, lengths)
+    is_query = place.values >= np.repeat(rows.first_target()[index], lengths)
+    return {
+        "user": _Column(rows.user[index]),
+        "history": history,
+        "target": _Column(target.values),
+        "query": _Column(is_query),
+        **{f"user_{n}": c.take(index) for n, c in rows.user_features.items()},
+    }
+
+
+def _batch(piece: _Piece, examples: Examples, shard: np.ndarray, row: np.ndarray) -> Batch:
+    tensors = {name: column.tensor() for name, column in piece.items() if name != "query"}
+    history, target, user = tensors["history"], tensors["target"], tensors["user"]
+    assert isinstance(history, Jagged) and isinstance(target, torch.Tensor) and isinstance(user, torch.Tensor)
+    position = None
+    if examples == "sequences":
+        position = torch.from_numpy(np.flatnonzero(piece["query"].values))
+        target = target[position]
+    return Batch(
+        user_B=user,
+        history=history,
+        target_Q=target,
+        weight_Q=torch.ones(len(target)),
+        position_Q=position,
+        user_features={n[5:]: t for n, t in tensors.items() if n.startswith("user_")},
+        context={n[8:]: t for n, t in tensors.items() if n.startswith("context_")},
+        shard_B=torch.from_numpy(shard),
+        row_B=torch.from_numpy(row),
+    )
+
+
+def cut(
+    tables: Iterable[tuple[ShardSlice, pa.Table]],
+    batch_size: int,
+    examples: Examples,
+    history_length: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """Batches of `batch_size` examples from shards in the order given; one batch may span two shards, the last may be smaller."""
+    make = _events if examples == "events" else _sequences
+    pieces: list[_Piece] = []
+    shards: list[np.ndarray] = []
+    ids: list[np.ndarray] = []
+    held = 0
+    for part, table in tables:
+        rows = _Rows(table)
+        size = int(rows.num_targets.sum()) if examples == "events" else len(rows.user)
+        index = np.random.default_rng([seed, part.epoch, 2, part.shard]).permutation(size)[part.start : part.stop]
+        at = 0
+        while at < len(index):
+            take = index[at : at + batch_size - held]
+            pieces.append(make(rows, take, history_length))
+            shards.append(np.full(len(take), part.shard, np.int64))
+            ids.append(take)
+            held, at = held + len(take), at + len(take)
+            if held == batch_size:
+                yield _join(pieces, examples, shards, ids)
+                pieces, shards, ids, held = [], [], [], 0
+    if held:
+        yield _join(pieces, examples, shards, ids)
+
+
+def _join(pieces: list[_Piece], examples: Examples, shards: list[np.ndarray], ids: list[np.ndarray]) -> Batch:
+    joined = {name: _concat([piece[name] for piece in pieces]) for name in pieces[0]}
+    return _batch(joined, examples, np.concatenate(shards), np.concatenate(ids))
+
+
+def padding_like(batch: Batch) -> Batch:
+    """One row of weight 0, for a worker that ran out while others have a batch left."""
+    one = torch.zeros(1, dtype=torch.int64)
+
+    def empty(feature: Feature) -> Feature:
+        if isinstance(feature, Jagged):
+            return Jagged(feature.values[:0], torch.zeros(2, dtype=torch.int64))
+        return torch.zeros(1, dtype=feature.dtype)
+
+    return Batch(
+        user_B=one,
+        history=Jagged(one + FIRST_ID, torch.tensor([0, 1])),
+        target_Q=one + FIRST_ID,
+        weight_Q=torch.zeros(1),
+        position_Q=one if batch.position_Q is not None else None,
+        user_features={n: empty(f) for n, f in batch.user_features.items()},
+        context={n: empty(f) for n, f in batch.context.items()},
+        shard_B=one - 1,
+        row_B=one - 1,
+    )
+
+
+@dataclass(frozen=True)
+class Question:
+    """Users of an evaluation split: what the model sees, what they had before, what they went on to choose."""
+
+    batch: Batch
+    seen: Jagged  # every item before the split, unknown ones included
+    seen_time: Jagged
+    targets: Jagged
+
+
+def questions(table: pa.Table, batch_size: int, history_length: int) -> Iterator[Question]:
+    """One query per user row, `batch_size` users at a time. Context features are those of the first target."""
+    rows = _Rows(table)
+    times = _column(table["time"]).values
+    first = rows.first_target()
+    for at in range(0, len(rows.user), batch_size):
+        index = np.arange(at, min(at + batch_size, len(rows.user)))
+        begin, middle = rows.offsets[index], first[index]
+        start = np.maximum(begin, middle - history_length)
+        piece = {
+            "user": _Column(rows.user[index]),
+            "history": _windows(rows.item, start, middle - start),
+            "target": _Column(rows.item[middle]),
+            **{f"user_{n}": c.take(index) for n, c in rows.user_features.items()},
+            **{f"context_{n}": c.take(middle) for n, c in rows.context.items()},
+        }
+        seen = _windows(rows.item, begin, middle - begin).tensor()
+        seen_time = _windows(times, begin, middle - begin).tensor()
+        targets = _windows(rows.item, middle, rows.num_targets[index]).tensor()
+        assert isinstance(seen, Jagged) and isinstance(targets, Jagged) and isinstance(seen_time, Jagged)
+        yield Question(_batch(piece, "events", np.zeros(len(index), np.int64), index), seen, seen_time, targets)
+
+
+def item_table(dataset: PreparedDataset) -> ItemTable:
+    """items.parquet as tensors."""
+    table = dataset.items()
+    features = {f.name: _column(table[f.name]).tensor() for f in dataset.record.features if f.role == "item"}
+    return ItemTable(torch.from_numpy(table["count"].to_numpy().astype(np.float32)), features)

@@ -1,0 +1,106 @@
+"""The `recray` command: one verb per stage, the same functions as `import recray`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from recray.errors import RecrayError
+
+app = typer.Typer(
+    name="recray",
+    help="Recommender training from Parquet click logs to an evaluated index, on Ray.\n\n"
+    "Start with your own log:   recray init s3://bucket/clicks/ > my.toml\n\n"
+    "then run every stage:      recray run my.toml\n\n"
+    "or one by one:             recray prepare my.toml; recray train my.toml; recray index my.toml; "
+    "recray evaluate my.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="configuration file, local or any URI")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="section.key=value", help="override one key, e.g. --set training.epochs=5; repeatable"
+    ),
+]
+
+
+@app.command()
+def init(
+    uri: Annotated[
+        str, typer.Argument(metavar="URI", help="Parquet file, folder or glob of events; local, s3:// or gs://")
+    ],
+    items: Annotated[str | None, typer.Option(help="Parquet table of item features")] = None,
+    users: Annotated[str | None, typer.Option(help="Parquet table of user features")] = None,
+) -> None:
+    """Print a commented configuration inferred from Parquet files, to be edited."""
+    from recray.data.infer import infer
+
+    typer.echo(infer(uri, items=items, users=users), nl=False)
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """All stages: prepare, train, index, evaluate. Completed stages are reused."""
+    from recray.config import load_config
+    from recray.pipeline import run_all
+    from recray.report.text import render
+
+    typer.echo(render(run_all(load_config(config, overrides or []))))
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Raw events to a prepared dataset: filter, ids, split, histories, shards."""
+    import recray
+
+    settings = recray.load_config(config, overrides or [])
+    record = recray.prepare(settings)
+    typer.echo(f"{settings.run_uri}/dataset  {record.id}")
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the model on the prepared dataset; goes on from the last checkpoint of a run that was ended."""
+    import recray
+
+    settings = recray.load_config(config, overrides or [])
+    record = recray.train(settings)
+    typer.echo(f"{settings.run_uri}/checkpoint  {record.id}  {record.metric} = {record.value:.4f} (validation)")
+
+
+@app.command()
+def index(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Build a faiss index of the checkpoint's item vectors and tune it to retrieval.recall_target."""
+    import recray
+
+    settings = recray.load_config(config, overrides or [])
+    record = recray.index(settings)
+    typer.echo(f"{settings.run_uri}/index  {record.id}  {record.factory}  recall@{record.k} = {record.recall:.4f}")
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Evaluate model, index and baselines on the test split; writes report.json and prints it."""
+    import recray
+    from recray.report.text import render
+
+    typer.echo(render(recray.evaluate(recray.load_config(config, overrides or []))))
+
+
+def main() -> None:
+    """Entry point: an error that recray raises on purpose is one message, not a traceback."""
+    try:
+        app()
+    except RecrayError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

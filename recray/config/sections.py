@@ -1,0 +1,240 @@
+"""The typed configuration: one frozen pydantic model per TOML table.
+
+A field's docstring-like description is what `recray init` writes as a comment
+and what an error quotes. Nothing here touches a file, Ray or torch.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from recray import registry
+
+
+class Section(BaseModel):
+    """Base of every table: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: str = Field("run", description="name of the run; its artefacts live in <output>/<name>/")
+    output: str = Field("runs", description="folder or URI (local, s3://, gs://) under which runs are written")
+    seed: int = Field(1, ge=0, description="seed of every random choice")
+
+
+class ColumnsConfig(Section):
+    """Which column of the log plays which role."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str | None = Field(None, description="event time; without one, file order is the order")
+    label: str | None = Field(
+        None, description="0/1 label; rows with label 0 are kept for ranking, never as retrieval positives"
+    )
+    weight: str | None = None
+    split: str | None = Field(None, description="column that names the split, for split.kind = 'given'")
+    context: list[str] = Field([], description="columns known at request time, e.g. device, hour")
+
+
+class SplitConfig(Section):
+    """How events are divided. Durations: '7d', '12h', '30m', '45s'; fractions: 0.1 (of the events, by time)."""
+
+    kind: Literal["temporal", "leave_last", "given"] = "temporal"
+    valid: float | str = Field(
+        0.1,
+        description="temporal: fraction of events or duration before the test period; given: fraction of train events drawn when no valid files are named",
+    )
+    test: float | str = Field(0.1, description="temporal: fraction of events or duration at the end")
+    valid_start: datetime | None = Field(
+        None, description="temporal: ISO time instead of `valid`, e.g. 2017-10-07T15:00:00Z"
+    )
+    test_start: datetime | None = Field(None, description="temporal: ISO time instead of `test`")
+    end: datetime | None = Field(None, description="temporal: events at or after this time are dropped and counted")
+    train_path: str | list[str] | None = Field(None, description="given: files of each split")
+    valid_path: str | list[str] | None = None
+    test_path: str | list[str] | None = None
+
+
+class FeatureConfig(Section):
+    """One feature column beyond the ids."""
+
+    kind: Literal["categorical", "list", "numeric"]
+    min_count: int = Field(1, ge=1, description="categorical and list: rarer values share the unknown id 1")
+
+
+class MovielensConfig(Section):
+    name: Literal["ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m"] = "ml-100k"
+    min_rating: float = Field(0.0, description="ratings below this are not events")
+
+
+class SimulatedConfig(Section):
+    """The behaviour simulator (recray.data.sources.simulated)."""
+
+    events: int = Field(200_000, ge=1_000)
+    users: int = Field(4_000, ge=10)
+    items: int = Field(2_000, ge=10)
+    categories: int = Field(20, ge=2)
+    interests: int = Field(16, ge=2, description="width of the latent interest vectors")
+    drift: float = Field(0.05, ge=0, le=1, description="how far a user's interests move between sessions")
+    zipf: float = Field(0.9, ge=0, description="exponent of item popularity")
+
+
+class DataConfig(Section):
+    source: str = Field("parquet", description="parquet, movielens, simulated, or an import path 'package.module'")
+    path: str | list[str] | None = Field(None, description="file, folder, glob or list of them; local, s3:// or gs://")
+    items: str | None = Field(None, description="Parquet table of item features, keyed by columns.item")
+    users: str | None = Field(None, description="Parquet table of user features, keyed by columns.user")
+    columns: ColumnsConfig = ColumnsConfig()
+    item_features: dict[str, FeatureConfig] = {}
+    user_features: dict[str, FeatureConfig] = {}
+    context_features: dict[str, FeatureConfig] = {}
+    timestamp_unit: Literal["auto", "s", "ms", "us", "ns", "order"] = Field(
+        "auto", description="unit of integer timestamps; 'order' = a position, not a time"
+    )
+    drop_duplicates: bool = Field(True, description="drop rows that repeat (user, item, timestamp)")
+    min_user_events: int = Field(1, ge=1)
+    min_item_events: int = Field(1, ge=1)
+    split: SplitConfig = SplitConfig()
+    shard_events: int = Field(262_144, ge=1, description="events per prepared shard, about")
+    movielens: MovielensConfig = MovielensConfig()
+    simulated: SimulatedConfig = SimulatedConfig()
+
+
+class ModelOptions(Section):
+    """What every model has; a model's own `Options` extends it in its own file."""
+
+    name: str
+    dim: int = Field(64, ge=1, description="width of query and item vectors")
+    history_length: int = Field(50, ge=1, description="most recent events of a user that the model sees")
+
+
+class LossConfig(Section):
+    name: Literal["softmax", "sampled_softmax", "gbce", "cosine_contrastive", "bpr"] = "sampled_softmax"
+    negatives: int = Field(
+        512, ge=1, description="shared uniform negatives per batch and worker; softmax uses all items"
+    )
+    in_batch: bool = Field(
+        True, description="sampled_softmax: the other positives of the batch, from all workers, are negatives too"
+    )
+    logq: bool = Field(True, description="sampled_softmax: subtract log sampling probability (Yi et al. 2019)")
+    temperature: float = Field(
+        1.0, gt=0, description="scores are divided by it; use about 0.05 to 0.2 with normalised vectors"
+    )
+    calibration: float = Field(0.75, ge=0, le=1, description="gbce: t of gSASRec")
+    margin: float = Field(
+        0.9, ge=-1, le=1, description="cosine_contrastive: cosine below which a negative costs nothing"
+    )
+    negative_weight: float = Field(150.0, gt=0, description="cosine_contrastive: weight of the mean negative term")
+    chunk_size: int = Field(256, ge=1, description="softmax: rows of logits alive at a time")
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    clip_norm: float = Field(0.0, ge=0, description="largest global gradient norm; 0 = no clipping")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0 = off")
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(10, ge=1)
+    global_batch_size: int = Field(
+        1024, ge=1, description="training rows per optimizer step over all workers and accumulation steps"
+    )
+    accumulation_steps: int = Field(1, ge=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    metric: str = Field("ndcg@10", description="validation metric that selects the best checkpoint")
+    patience: int = Field(0, ge=0, description="validations without improvement before stopping; 0 = never stop early")
+    validate_every: int = Field(1, ge=1, description="epochs between validations")
+    resume: bool = Field(True, description="go on from the run's last checkpoint when there is one")
+
+
+class ScalingConfig(Section):
+    num_workers: int = Field(1, ge=0, description="training workers; 0 = this process, without Ray")
+    use_gpu: bool = False
+    cpus_per_worker: int = Field(1, ge=1)
+
+
+class RetrievalConfig(Section):
+    index: str = Field("auto", description="'auto' by catalogue size, or any faiss factory string")
+    k: int = Field(100, ge=1, description="how many items are served per query")
+    recall_target: float = Field(
+        0.95, gt=0, le=1, description="recall@k against exact search that the index must reach"
+    )
+    sweep_users: int = Field(2_000, ge=2, description="real user vectors for the sweep: half tune, half report")
+    use_gpu: Literal["auto", "never", "always"] = "auto"
+
+
+class EvaluationConfig(Section):
+    k: list[int] = [10, 20, 50]
+    filter_seen: bool = Field(True, description="items in a user's history are not recommended again")
+    batch_size: int = Field(512, ge=1, description="users scored at a time")
+    bootstrap: int = Field(500, ge=0, description="resamples for the intervals; 0 = none")
+    baselines: list[Literal["popularity", "recent_popularity", "item_filter", "oracle"]] = [
+        "popularity",
+        "item_filter",
+        "oracle",
+    ]
+    recent_window: str = Field("1h", description="recent_popularity: how long before the split events count")
+
+    @field_validator("k")
+    @classmethod
+    def _k_sorted(cls, value: list[int]) -> list[int]:
+        if not value or min(value) < 1:
+            raise ValueError("needs at least one k >= 1")
+        return sorted(set(value))
+
+
+class Config(Section):
+    """The whole configuration of a run; every stage takes one."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: SerializeAsAny[ModelOptions]
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig = TrainingConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _typed_model(cls, value: Any) -> Any:
+        if isinstance(value, ModelOptions):
+            return value
+        table = dict(value)
+        module = registry.load("model", str(table.setdefault("name", "two_tower")))
+        return module.Options.model_validate(table)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_model(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "model" not in value:
+            return {**value, "model": {"name": "two_tower"}}
+        return value
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> Config:
+        workers = max(1, self.scaling.num_workers)
+        parts = workers * self.training.accumulation_steps
+        if self.training.global_batch_size % parts:
+            size = self.training.global_batch_size
+            raise ValueError(
+                f"training.global_batch_size = {size} does not divide by scaling.num_workers ({workers}) x "
+                f"training.accumulation_steps ({self.training.accumulation_steps}) = {parts}: the remainder is "
+                f"{size % parts}; use {size // parts * parts or parts} or {(size // parts + 1) * parts}"
+            )
+        return self
+
+    @property
+    def run_uri(self) -> str:
+        """<output>/<name>: where the run's stages write."""
+        return f"{self.run.output.rstrip('/')}/{self.run.name}"

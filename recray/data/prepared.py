@@ -1,0 +1,44 @@
+"""A prepared dataset on disk (layout in recray.data.prepare)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from recray import storage
+from recray.records import DatasetRecord
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    uri: str
+    record: DatasetRecord
+
+    @staticmethod
+    def open(uri: str) -> PreparedDataset:
+        """Raises LineageError when prepare never completed there."""
+        return PreparedDataset(uri, DatasetRecord.read(uri))
+
+    def shard_uri(self, split: str, index: int) -> str:
+        return storage.join(self.uri, self.record.shards[split][index].file)
+
+    def iter_tables(self, split: str) -> Iterator[pa.Table]:
+        """One table of user rows per shard."""
+        for index in range(len(self.record.shards[split])):
+            yield storage.read_table(self.shard_uri(split, index))
+
+    def items(self) -> pa.Table:
+        """Row i is item id i: key `item`, `count`, encoded features."""
+        return storage.read_table(storage.join(self.uri, "items.parquet"))
+
+    def item_counts(self) -> np.ndarray:
+        """(N,) int64 train events of each item id; 0 for padding and unknown."""
+        return np.asarray(self.items()["count"].to_numpy())
+
+    def user_keys(self) -> pa.Table:
+        """Columns user_id and user (the original key)."""
+        files = storage.list_files(storage.join(self.uri, "users"))
+        return pa.concat_tables([storage.read_table(info.uri) for info in files])

@@ -1,0 +1,37 @@
+"""Models: one file each. A file `recray/models/<name>.py` is the model `<name>`.
+
+It holds a docstring (paper, formula, shape legend), `Options` (a ModelOptions),
+the torch module, and `build(options, dataset, items) -> module`.
+
+Two families by protocol: a `Retriever` here; a ranker comes with click ranking.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from recray.models.batch import Batch
+
+Examples = Literal["events", "sequences"]
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Scores a query against an item by an inner product, so faiss and training agree.
+
+    `examples` says how training rows are cut:
+    "events": one row per training event, its history the events before it;
+    "sequences": one row per user, every position a query (Batch.position_Q).
+    """
+
+    examples: Examples
+
+    def query_vectors(self, batch: Batch) -> Tensor:
+        """(Q, D): one vector per query of the batch."""
+        ...
+
+    def item_vectors(self, item_ids: Tensor) -> Tensor:
+        """(N, D): vectors of these item ids, any shape of ids flattened first."""
+        ...

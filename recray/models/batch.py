@@ -1,0 +1,97 @@
+"""What a model sees: tensors of one batch, and the item table.
+
+Shape legend: B rows, T history entries of all rows together, Q queries,
+N items, F entries of a list feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+PAD = 0  # padding: never a target, never recommended
+UNKNOWN = 1  # out of vocabulary: may stand in a history, never recommended
+FIRST_ID = 2  # the most frequent real item
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Rows of different lengths without padding: row b is values[offsets[b] : offsets[b + 1]]."""
+
+    values: Tensor  # (T,)
+    offsets: Tensor  # (B + 1,) int64, offsets[0] == 0
+
+    def lengths(self) -> Tensor:
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Jagged:
+        return Jagged(
+            self.values.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)
+        )
+
+    def padded(self, length: int) -> Tensor:
+        """(B, length) with row b's last entries at the right end and PAD before them."""
+        lengths = self.lengths()
+        out = self.values.new_zeros(len(lengths), length)
+        row_T = torch.repeat_interleave(torch.arange(len(lengths), device=self.values.device), lengths)
+        from_end_T = self.offsets[1:][row_T] - torch.arange(len(self.values), device=self.values.device)
+        keep_T = from_end_T <= length
+        out[row_T[keep_T], length - from_end_T[keep_T]] = self.values[keep_T]
+        return out
+
+
+Feature = Tensor | Jagged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows on their way through a model.
+
+    A *query* is a point in a row's history at which the next item is asked for.
+    With `position_Q` None there is one query per row, after its whole history.
+    A sequence model trains on every position at once: then position_Q[q] is the
+    index into history.values of the last entry that query q may see.
+    """
+
+    user_B: Tensor  # int64 user ids
+    history: Jagged  # int64 item ids, oldest first
+    target_Q: Tensor | None = None  # int64: the item each query should find
+    weight_Q: Tensor | None = None  # float32; 0 marks a query that only pads the batch
+    position_Q: Tensor | None = None
+    user_features: dict[str, Feature] = field(default_factory=dict)
+    context: dict[str, Feature] = field(default_factory=dict)  # of the target event, one entry per row
+    shard_B: Tensor | None = None  # int64: identity of the row: which shard,
+    row_B: Tensor | None = None  # int64: and which row (or event) of it
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.user_B)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        moved: dict[str, object] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, dict):
+                moved[entry.name] = {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
+            elif value is not None:
+                moved[entry.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """Everything known about items, indexed by item id; rows PAD and UNKNOWN included.
+
+    counts_N: float32, training events of each item (0 for PAD and UNKNOWN).
+    features: categorical (N,) int64 ids, numeric (N,) float32, list Jagged of int64 ids.
+    """
+
+    counts_N: Tensor
+    features: dict[str, Feature] = field(default_factory=dict)
+
+    @property
+    def num_items(self) -> int:
+        """Rows of the table: real items + FIRST_ID."""
+        return len(self.counts_N)

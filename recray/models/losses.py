@@ -1,0 +1,165 @@
+"""Retrieval losses: one value per query, from query vectors and item vectors.
+
+Shape legend: Q queries, N items, M shared negatives, D width.
+Scores are inner products divided by `temperature`.
+
+    softmax             -log softmax over all items, in chunks of rows (no Q x N matrix is ever made)
+    sampled_softmax     the same over in-batch positives and M uniform items, each score corrected by the
+                        log of how often the item is expected among the candidates
+                        (Yi et al., RecSys 2019; Yang et al., WWW 2020 for the mixture)
+    gbce                binary cross-entropy with the positive's probability to the power beta,
+                        beta = alpha (t (1 - 1/alpha) + 1/alpha), alpha = M / (N - 1)  (Petrov & Macdonald, RecSys 2023)
+    cosine_contrastive  (1 - cos+) + w mean_m max(0, cos-_m - margin)  (Mao et al., SimpleX, CIKM 2021)
+    bpr                 mean_m softplus(s-_m - s+)  (Rendle et al., UAI 2009, with M negatives)
+
+An item that is the positive of its row is never a negative of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recray.config import LossConfig
+from recray.models import Retriever
+from recray.models.batch import FIRST_ID, Batch, ItemTable
+
+
+class Gather(Protocol):
+    """How queries see the positives of other workers."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Rows of all workers, this worker's part differentiable; every worker has as many rows."""
+        ...
+
+
+def retrieval_loss(config: LossConfig, model: Retriever, batch: Batch, items: ItemTable, gather: Gather) -> Tensor:
+    """(Q,) float32 loss of every query of the batch."""
+    assert batch.target_Q is not None
+    q_QD = model.query_vectors(batch)
+    if config.name == "softmax":
+        v_ND = model.item_vectors(torch.arange(FIRST_ID, items.num_items, device=q_QD.device))
+        loss_Q: Tensor = _ChunkedSoftmax.apply(  # type: ignore[no-untyped-call]
+            q_QD.float(), v_ND.float(), batch.target_Q - FIRST_ID, config.temperature, config.chunk_size
+        )
+        return loss_Q
+    num_real = items.num_items - FIRST_ID
+    negative_M = torch.randint(FIRST_ID, items.num_items, (config.negatives,), device=q_QD.device)
+    if config.name == "sampled_softmax":
+        return _sampled_softmax(config, model, q_QD, batch, negative_M, items, gather)
+    positive_QD, negative_MD = _item_vectors(model, batch.target_Q, negative_M)
+    if config.name == "cosine_contrastive":
+        q_QD, positive_QD, negative_MD = (F.normalize(x, dim=-1) for x in (q_QD, positive_QD, negative_MD))
+    positive_Q = (q_QD * positive_QD).sum(-1).float()
+    negative_QM = (q_QD @ negative_MD.T).float()
+    allowed_QM = (negative_M[None] != batch.target_Q[:, None]).float()
+    share_QM = allowed_QM / allowed_QM.sum(1, keepdim=True).clamp(min=1)
+    if config.name == "cosine_contrastive":
+        return 1 - positive_Q + config.negative_weight * (share_QM * F.relu(negative_QM - config.margin)).sum(1)
+    positive_Q, negative_QM = positive_Q / config.temperature, negative_QM / config.temperature
+    if config.name == "bpr":
+        return (share_QM * F.softplus(negative_QM - positive_Q[:, None])).sum(1)
+    alpha = min(1.0, config.negatives / max(num_real - 1, 1))
+    beta = alpha * (config.calibration * (1 - 1 / alpha) + 1 / alpha)
+    return beta * F.softplus(-positive_Q) + (allowed_QM * F.softplus(negative_QM)).sum(1)
+
+
+def _item_vectors(model: Retriever, target_Q: Tensor, negative_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, D) and (M, D); an item that occurs twice is computed once."""
+    unique, inverse = torch.unique(torch.cat([target_Q, negative_M]), return_inverse=True)
+    v_UD = model.item_vectors(unique)
+    return v_UD[inverse[: len(target_Q)]], v_UD[inverse[len(target_Q) :]]
+
+
+def _sampled_softmax(
+    config: LossConfig,
+    model: Retriever,
+    q_QD: Tensor,
+    batch: Batch,
+    negative_M: Tensor,
+    items: ItemTable,
+    gather: Gather,
+) -> Tensor:
+    """Candidates C of a query: the other positives of the batch on all workers, and the uniform items."""
+    assert batch.target_Q is not None
+    positive_QD, v_CD = _item_vectors(model, batch.target_Q, negative_M)
+    positive_Q = (q_QD * positive_QD).sum(-1).float() / config.temperature
+    candidate_C, present_C = negative_M, torch.ones(len(negative_M), device=q_QD.device)
+    in_batch = 0.0
+    if config.in_batch:
+        present_Q = (
+            torch.ones(len(q_QD), device=q_QD.device) if batch.weight_Q is None else (batch.weight_Q > 0).float()
+        )
+        present_P = gather.all_gather(present_Q)
+        in_batch = float(present_P.sum())
+        candidate_C = torch.cat([gather.all_gather(batch.target_Q), negative_M])
+        v_CD = torch.cat([gather.all_gather(positive_QD), v_CD])
+        present_C = torch.cat([present_P, present_C])
+    logits_QC = (q_QD @ v_CD.T).float() / config.temperature
+    if config.logq:
+        # How often the item is expected among the candidates: both draws add up, whichever brought it.
+        share_C = items.counts_N[candidate_C] / items.counts_N.sum().clamp(min=1)
+        uniform = len(negative_M) / max(items.num_items - FIRST_ID, 1)
+        logits_QC = logits_QC - torch.log(in_batch * share_C + uniform)
+    excluded_QC = (candidate_C[None] == batch.target_Q[:, None]) | (present_C[None] == 0)
+    logits_QC = logits_QC.masked_fill(excluded_QC, -math.inf)
+    # The positive is given, not sampled, so it stands uncorrected (Khrylchenko et al., RecSys 2025).
+    return torch.logsumexp(torch.cat([positive_Q[:, None], logits_QC], dim=1), dim=1) - positive_Q
+
+
+class _ChunkedSoftmax(torch.autograd.Function):
+    """Cross-entropy over all items with `chunk` rows of logits alive at a time.
+
+    The gradient of a row is scaled by a number that only backward knows, so forward
+    keeps logsumexp, one number a row, and backward makes the logits again: memory
+    chunk x N, time 4/3 of the plain form's products.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q_QD: Tensor, v_ND: Tensor, target_Q: Tensor, temperature: float, chunk: int
+    ) -> Tensor:
+        lse_Q = torch.empty(len(q_QD), device=q_QD.device)
+        for start in range(0, len(q_QD), chunk):
+            rows = slice(start, start + chunk)
+            lse_Q[rows] = torch.logsumexp((q_QD[rows] / temperature) @ v_ND.T, dim=1)
+        positive_Q = (q_QD * v_ND[target_Q]).sum(-1) / temperature
+        ctx.save_for_backward(q_QD, v_ND, target_Q, lse_Q)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return lse_Q - positive_Q
+
+    @staticmethod
+    def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        q_QD, v_ND, target_Q, lse_Q = ctx.saved_tensors
+        grad_q, grad_v = torch.empty_like(q_QD), torch.zeros_like(v_ND)
+        scale_Q = (grad_Q / ctx.temperature)[:, None]
+        for start in range(0, len(q_QD), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            p = torch.addmm(-lse_Q[rows, None], q_QD[rows] / ctx.temperature, v_ND.T).exp_()
+            p[torch.arange(len(p), device=p.device), target_Q[rows]] -= 1
+            p *= scale_Q[rows]
+            torch.mm(p, v_ND, out=grad_q[rows])
+            grad_v.addmm_(p.T, q_QD[rows])
+        return grad_q, grad_v, None, None, None
+
+
+class RetrievalObjective(nn.Module):
+    """Model and loss as one module, so that DDP sees one forward: batch -> (weighted sum of losses, sum of weights)."""
+
+    def __init__(self, model: nn.Module, config: LossConfig, items: ItemTable, gather: Gather) -> None:
+        super().__init__()
+        self.model = model
+        self._config, self._items, self._gather = config, items, gather
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.model, Retriever)
+        loss_Q = retrieval_loss(self._config, self.model, batch, self._items, self._gather)
+        if batch.weight_Q is None:
+            return loss_Q.sum(), torch.tensor(float(len(loss_Q)), device=loss_Q.device)
+        # A padding query may hold anything, NaN too: leave it out instead of multiplying by 0.
+        kept_Q = torch.where(batch.weight_Q > 0, loss_Q, torch.zeros_like(loss_Q))
+        return (kept_Q * batch.weight_Q).sum(), batch.weight_Q.sum()

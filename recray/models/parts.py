@@ -1,0 +1,69 @@
+"""Parts that several models are made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recray.models.batch import PAD, Feature, Jagged
+from recray.records import Feature as FeatureRecord
+
+
+def table(rows: int, dim: int, std: float | None = None) -> nn.Embedding:
+    """Ids to vectors; N(0, 1/sqrt(dim)) so that inner products of fresh vectors have unit variance. Row PAD stays 0."""
+    embedding = nn.Embedding(rows, dim, padding_idx=PAD)
+    nn.init.normal_(embedding.weight, std=std if std is not None else dim**-0.5)
+    with torch.no_grad():
+        embedding.weight[PAD] = 0
+    return embedding
+
+
+def mean_pool(weight: Tensor, history: Jagged) -> Tensor:
+    """(B, D): mean of each row's vectors; zero for an empty row."""
+    if not len(history.values):
+        return weight.new_zeros(len(history.offsets) - 1, weight.shape[1])
+    return F.embedding_bag(history.values, weight, history.offsets[:-1], mode="mean")
+
+
+class FeatureEncoder(nn.Module):
+    """Features to one vector: embeddings of categories (mean over a list), numbers as they are. Output (B, self.width)."""
+
+    def __init__(self, records: list[FeatureRecord], dim: int) -> None:
+        super().__init__()
+        self._records = records
+        self.tables = nn.ModuleDict(
+            {f.name: table(f.cardinality, dim) for f in records if f.kind in ("categorical", "list")}
+        )
+        self.width = sum(dim if f.kind != "numeric" else 1 for f in records)
+
+    def forward(self, features: dict[str, Feature]) -> Tensor:
+        parts = []
+        for record in self._records:
+            value = features[record.name]
+            if isinstance(value, Jagged):
+                parts.append(mean_pool(self.tables[record.name].weight, value))  # type: ignore[arg-type]
+            elif record.kind == "numeric":
+                parts.append(value.float()[:, None])
+            else:
+                parts.append(self.tables[record.name](value))
+        return torch.cat(parts, dim=1)
+
+
+def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequential:
+    """Linear, GELU, dropout for each hidden width, then a linear layer to `out`."""
+    layers: list[nn.Module] = []
+    for inner in hidden:
+        layers += [nn.Linear(width, inner), nn.GELU(), nn.Dropout(dropout)]
+        width = inner
+    return nn.Sequential(*layers, nn.Linear(width, out))
+
+
+def select(feature: Feature, rows: Tensor) -> Feature:
+    """The feature's values of these rows."""
+    if not isinstance(feature, Jagged):
+        return feature[rows]
+    starts, lengths = feature.offsets[rows], feature.lengths()[rows]
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    within = torch.arange(int(offsets[-1]), device=rows.device) - torch.repeat_interleave(offsets[:-1], lengths)
+    return Jagged(feature.values[torch.repeat_interleave(starts, lengths) + within], offsets)

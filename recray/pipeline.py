@@ -1,0 +1,18 @@
+"""All stages one after the other."""
+
+from __future__ import annotations
+
+from recray.config import Config
+from recray.data.prepare import prepare
+from recray.evaluation import evaluate
+from recray.records import ReportRecord
+from recray.retrieval.build import index
+from recray.training.driver import train
+
+
+def run_all(config: Config) -> ReportRecord:
+    """prepare, train, index, evaluate. A stage that is complete for this configuration is not run again."""
+    prepare(config)
+    train(config)
+    index(config)
+    return evaluate(config)

@@ -1,0 +1,157 @@
+"""What each stage leaves behind: a small typed JSON file, written last.
+
+A record's existence means that its stage is complete. It names its parents by
+id, so that a later stage can refuse what does not belong together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from recray import storage
+from recray.errors import LineageError
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = ""
+    created: str = ""
+    recray_version: str = ""
+    parents: list[str] = []
+    seconds: float = 0.0  # wall time of the stage
+    config: dict[str, Any] = {}  # the whole resolved configuration
+
+    @classmethod
+    def file_name(cls) -> str:
+        return f"{cls.__name__.removesuffix('Record').lower()}.json"
+
+    @classmethod
+    def read(cls, folder: str) -> Self:
+        """The record of this kind in `folder`. Raises LineageError when the stage never completed there."""
+        uri = storage.join(folder, cls.file_name())
+        if not storage.exists(uri):
+            stage = cls.file_name().removesuffix(".json")
+            raise LineageError(
+                f"no {cls.file_name()} in {folder}: the stage that writes the {stage} has not completed there"
+            )
+        return cls.model_validate(storage.read_json(uri))
+
+    def write(self, folder: str) -> Self:
+        """Stamp id, time and version, write the record, and return it as written."""
+        body = self.model_dump(mode="json", exclude={"id", "created", "seconds"})
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
+        stamped = self.model_copy(
+            update={
+                "id": f"{self.file_name().removesuffix('.json')}-{digest}",
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "recray_version": metadata.version("recray"),
+            }
+        )
+        storage.write_json(storage.join(folder, self.file_name()), stamped.model_dump(mode="json"))
+        return stamped
+
+
+class Part(BaseModel):
+    """A plain typed piece of a record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Feature(Part):
+    """One encoded feature column of a prepared dataset."""
+
+    name: str
+    role: Literal["user", "item", "context"]
+    kind: Literal["categorical", "list", "numeric"]
+    cardinality: int = 0  # categorical, list: embedding rows incl. 0 (missing) and 1 (unknown)
+    mean: float = 0.0  # numeric: fitted on train, applied; missing becomes 0 = the mean
+    std: float = 1.0
+    vocabulary: list[str] | list[int] | None = None  # value of id 2, 3, ...
+
+
+class Shard(Part):
+    """One Parquet file of a split; `file` is relative to the dataset's folder."""
+
+    file: str
+    rows: int  # users
+    events: int  # targets over all rows (training examples of an event model)
+    sequence_events: int  # targets that have at least one event before them
+
+
+class DatasetRecord(Record):
+    """A prepared dataset (layout: recray.data.prepare)."""
+
+    fingerprint: str  # of the input files
+    num_items: int  # rows of the item table: real items + 2
+    num_users: int  # largest user id + 1: real users + 2
+    counts: dict[str, int]  # events and users read, dropped (by reason), and in each split
+    features: list[Feature] = []
+    shards: dict[str, list[Shard]]  # "train", "valid", "test"
+    seed: int
+    split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
+    oracle: dict[str, float] | None = None  # simulated data: metric name -> value of the true model
+    has_time: bool = True
+
+
+class CheckpointRecord(Record):
+    """Trained weights and all that is needed to rebuild and resume them."""
+
+    epoch: int  # epochs completed
+    step: int
+    rows: int  # training rows consumed over all workers since the start
+    metric: str
+    value: float  # validation value of `metric`, reduced over all workers
+    history: list[dict[str, float]] = []  # one entry per epoch: loss, seconds, metrics
+    dataset_uri: str
+
+
+class SweepPoint(Part):
+    """One setting of the index, measured on real user vectors."""
+
+    setting: dict[str, int]  # e.g. {"nprobe": 32}
+    recall: float  # recall@k on the tuning half
+    recall_at_10: float
+    milliseconds: float  # per query
+    missing_share: float  # results the index could not fill (-1)
+
+
+class IndexRecord(Record):
+    """A faiss index over a checkpoint's item vectors."""
+
+    factory: str
+    dim: int
+    num_items: int
+    k: int
+    setting: dict[str, int]
+    recall: float  # recall@k of the chosen setting on the reporting half
+    recall_target: float
+    device: str
+    build_seconds: float
+    bytes: int
+    curve: list[SweepPoint]
+    dataset_uri: str
+    checkpoint_uri: str
+
+
+class Interval(Part):
+    """A mean over users and its bootstrap 95 % interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class ReportRecord(Record):
+    """Metrics of the model, its index and the baselines on one split."""
+
+    split: str
+    metrics: dict[str, dict[str, Interval]]  # system ("model", "index", "popularity", ...) -> metric -> value
+    counts: dict[str, int]  # users scored, dropped by reason, unknown targets, short lists
+    index: dict[str, float] = {}  # what the index loses against exact search

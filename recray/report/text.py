@@ -1,0 +1,70 @@
+"""The report as plain text, at most 100 columns wide."""
+
+from __future__ import annotations
+
+from recray.records import Interval, ReportRecord
+
+_TITLES = {
+    "model": "model (exact search)",
+    "index": "model (through index)",
+    "popularity": "popularity",
+    "recent_popularity": "recent popularity",
+    "item_filter": "item-item filter",
+    "oracle": "oracle (the best possible)",
+}
+
+
+def render(report: ReportRecord) -> str:
+    """Systems as rows, metrics as columns, then counts and what the index loses."""
+    ks = sorted({int(name.split("@")[1]) for name in report.metrics["model"]})
+    lines = [
+        f"{report.split} split, full ranking over {report.counts['catalogue']:,} items, {report.counts['users']:,} users"
+    ]
+    for k in ks:
+        names = [f"{name}@{k}" for name in ("recall", "hr", "ndcg", "mrr", "map")]
+        lines += ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
+        for system, values in report.metrics.items():
+            lines.append(f"{_TITLES.get(system, system):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
+        half = report.metrics["model"]
+        if half[names[0]].low is not None:
+            lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(half[n]):13.4f}" for n in names))
+    k = ks[-1]
+    names = [f"{name}@{k}" for name in ("coverage", "gini", "arp", "novelty", "ild")]
+    lines += ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
+    for system, values in report.metrics.items():
+        lines.append(f"{_TITLES.get(system, system):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
+    lines += ["", *_learned(report, f"ndcg@{ks[0]}"), *_counts(report)]
+    return "\n".join(lines)
+
+
+def _half(interval: Interval) -> float:
+    return ((interval.high or 0.0) - (interval.low or 0.0)) / 2
+
+
+def _learned(report: ReportRecord, name: str) -> list[str]:
+    """How much of what can be known was learned."""
+    if "oracle" not in report.metrics or "popularity" not in report.metrics:
+        return []
+    low, model, high = (report.metrics[s][name].value for s in ("popularity", "model", "oracle"))
+    share = (model - low) / (high - low) if high > low else float("nan")
+    return [
+        f"{name}: popularity {low:.4f} <= model {model:.4f} <= oracle {high:.4f}: {share:.0%} of what can be learned"
+    ]
+
+
+def _counts(report: ReportRecord) -> list[str]:
+    counts = report.counts
+    unknown = counts["unknown_targets"] / max(counts["targets"], 1)
+    lines = [
+        f"dropped: {counts['users_without_history']:,} users without a history; {unknown:.1%} of {counts['targets']:,} targets are "
+        f"unknown items (misses); {counts['short_lists']:,} short lists"
+    ]
+    if report.index:
+        lines.append(
+            "index: "
+            + "; ".join(
+                f"{name} {value:+.4f}" if "lost" in name else f"{name} {value:.4f}"
+                for name, value in report.index.items()
+            )
+        )
+    return lines

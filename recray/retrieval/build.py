@@ -1,0 +1,82 @@
+"""The index stage: vectors of a checkpoint to a searchable bundle with a measured recall.
+
+index.faiss       the index, row i = item id i
+ids.parquet       original item keys by item id
+vectors.parquet   the vectors, for exact search
+index.json        IndexRecord, written last
+"""
+
+from __future__ import annotations
+
+import time
+
+from recray import checkpoint, runtime, storage
+from recray.config import Config
+from recray.data.prepared import PreparedDataset
+from recray.errors import LineageError
+from recray.records import IndexRecord
+from recray.retrieval import embed, faiss_index
+from recray.retrieval.sweep import sweep
+
+
+def index(config: Config) -> IndexRecord:
+    """Index the vectors of <run>/checkpoint into <run>/index."""
+    started = time.perf_counter()
+    source, target = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
+    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    model, record = checkpoint.load_model(source)
+    if record.parents != [dataset.record.id]:
+        raise LineageError(
+            f"{source} was trained on {record.parents}, but {dataset.uri} is {dataset.record.id}: train again, or prepare the old dataset"
+        )
+    if storage.exists(storage.join(target, "index.json")):
+        old = IndexRecord.read(target)
+        wanted = config.model_dump(mode="json")["retrieval"]
+        if old.parents == [record.id, dataset.record.id] and old.config["retrieval"] == wanted:
+            print(f"index: {target} is there for this checkpoint and configuration ({old.id}); reused", flush=True)
+            return old
+    storage.delete_folder(target)
+    parallel = config.scaling.num_workers > 0
+    if parallel and dataset.record.num_items >= embed._PARALLEL_ABOVE:
+        runtime.start(config.scaling)
+    vectors = embed.item_vectors(source, dataset.record.num_items, parallel)
+    options = config.retrieval
+    factory = faiss_index.choose(len(vectors)) if options.index == "auto" else options.index
+    building = time.perf_counter()
+    built, device = faiss_index.build(vectors, factory, options.use_gpu)
+    building = time.perf_counter() - building
+    queries = embed.sample_queries(model, dataset, config.model.history_length, options.sweep_users, config.run.seed)
+    chosen, recall, curve = sweep(built, vectors, queries, options.k, options.recall_target)
+    data = faiss_index.serialize(built)
+    storage.write_bytes(storage.join(target, "index.faiss"), data)
+    storage.write_table(storage.join(target, "ids.parquet"), dataset.items().select(["item"]))
+    embed.save_vectors(target, vectors)
+    made = IndexRecord(
+        parents=[record.id, dataset.record.id],
+        config=config.model_dump(mode="json"),
+        factory=factory,
+        dim=vectors.shape[1],
+        num_items=len(vectors),
+        k=options.k,
+        setting=chosen.setting,
+        recall=recall,
+        recall_target=options.recall_target,
+        device=device,
+        build_seconds=building,
+        bytes=len(data),
+        curve=curve,
+        dataset_uri=dataset.uri,
+        checkpoint_uri=source,
+        seconds=time.perf_counter() - started,
+    ).write(target)
+    note = (
+        ""
+        if recall >= options.recall_target
+        else f"  BELOW the target {options.recall_target}: try retrieval.index = 'HNSW32' or 'Flat'"
+    )
+    print(
+        f"index: {factory} over {len(vectors) - 2:,} items on {device}, {chosen.setting or 'exact'}: recall@{options.k} {recall:.4f}, "
+        f"{chosen.milliseconds:.3f} ms/query, {len(data) / 2**20:.1f} MB{note}",
+        flush=True,
+    )
+    return made

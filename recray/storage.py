@@ -1,0 +1,219 @@
+"""The only code that touches paths: local files, s3:// and gs:// through pyarrow.fs.
+
+A location is a string: a local path or a URI. S3 endpoints other than AWS are
+named by AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, as for every AWS client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from recray.errors import DataError, StorageError
+
+_GLOB = "*?["
+_TAIL_BYTES = 65_536  # a Parquet footer with its statistics lies in a file's tail
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    uri: str
+    size: int  # bytes
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a location and the path inside it."""
+    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    with _errors(uri, "opened"):
+        if scheme in ("", "file"):
+            return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
+        if scheme == "s3":
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            if endpoint and "?" not in uri:
+                parts = urlsplit(endpoint)
+                region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+                system = pafs.S3FileSystem(endpoint_override=parts.netloc, scheme=parts.scheme, region=region)
+                return system, uri.removeprefix("s3://").rstrip("/")
+        if scheme in ("s3", "gs"):
+            return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+    raise StorageError(f"cannot open {uri!r}: the scheme '{scheme}://' is not known; use a local path, s3:// or gs://")
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` and `parts` with single slashes between them."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(uri: str) -> bool:
+    system, path = resolve(uri)
+    with _errors(uri, "looked at"):
+        return bool(system.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def list_files(location: str | Sequence[str], suffix: str = ".parquet") -> list[FileInfo]:
+    """Files of a file, folder (recursive), glob or list of these, in a fixed order.
+
+    Names that begin with '_' or '.' are skipped, as Spark's markers are.
+    Raises StorageError when nothing is found.
+    """
+    if not isinstance(location, str):
+        return [info for one in location for info in list_files(one, suffix)]
+    base = location
+    if any(mark in location for mark in _GLOB):
+        head = location[: min(location.index(mark) for mark in _GLOB if mark in location)]
+        base = head.rpartition("/")[0] or ("." if not head.startswith("/") else "/")
+    system, path = resolve(base)
+    with _errors(location, "listed"):
+        info = system.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            return [FileInfo(location, info.size)]
+        if info.type == pafs.FileType.NotFound:
+            raise StorageError(f"{location} does not exist: give a Parquet file, a folder, a glob or a list of them")
+        found = system.get_file_info(pafs.FileSelector(path, recursive=True))
+    prefix = path.rstrip("/") + "/"
+    _, pattern = resolve(location) if base != location else (system, None)
+    files = []
+    for entry in sorted(found, key=lambda entry: entry.path):
+        inside = entry.path.removeprefix(prefix)
+        hidden = any(part.startswith(("_", ".")) for part in inside.split("/"))
+        if entry.type != pafs.FileType.File or hidden or not entry.path.endswith(suffix):
+            continue
+        if (
+            pattern is None
+            or fnmatch.fnmatchcase(entry.path, pattern)
+            or fnmatch.fnmatchcase(entry.path, f"{pattern}/*")
+        ):
+            files.append(FileInfo(join(base, inside), entry.size))
+    if not files:
+        raise StorageError(f"no '*{suffix}' files in {location} ({len(found)} other entries): check the path")
+    return files
+
+
+def read_bytes(uri: str) -> bytes:
+    system, path = resolve(uri)
+    with _errors(uri, "read"), system.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write whole or not at all."""
+    with _atomic(uri) as (system, path), system.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def read_json(uri: str) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+
+
+def make_folder(uri: str) -> None:
+    system, path = resolve(uri)
+    with _errors(uri, "made"):
+        system.create_dir(path, recursive=True)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder and what is in it; nothing happens when it is not there."""
+    system, path = resolve(uri)
+    with _errors(uri, "deleted"):
+        if system.get_file_info(path).type == pafs.FileType.Directory:
+            system.delete_dir(path)
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file. Raises DataError naming the file when it is not whole."""
+    system, path = resolve(uri)
+    with _errors(uri, "read"), system.open_input_file(path) as file:
+        return pq.ParquetFile(file).read(columns=columns, use_threads=False)
+
+
+def read_schema(uri: str) -> tuple[pa.Schema, int]:
+    """Schema and number of rows from a Parquet file's footer."""
+    system, path = resolve(uri)
+    with _errors(uri, "read"), system.open_input_file(path) as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.schema_arrow, parquet.metadata.num_rows
+
+
+def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None:
+    with _atomic(uri) as (system, path):
+        pq.write_table(table, path, filesystem=system, compression="zstd", row_group_size=max(1, row_group_rows))
+
+
+def upload_folder(local: str, uri: str) -> None:
+    """Copy the files of a local folder (not recursive) to `uri`, file by file, each whole or not at all."""
+    for name in sorted(os.listdir(local)):
+        with open(os.path.join(local, name), "rb") as file:
+            write_bytes(join(uri, name), file.read())
+
+
+def download_folder(uri: str, local: str) -> None:
+    """Copy the files of a folder (not recursive) into a local folder, each whole or not at all."""
+    os.makedirs(local, exist_ok=True)
+    system, path = resolve(uri)
+    with _errors(uri, "read"):
+        entries = system.get_file_info(pafs.FileSelector(path))
+    for entry in entries:
+        if entry.type == pafs.FileType.File:
+            write_bytes(os.path.join(local, entry.base_name), read_bytes(join(uri, entry.base_name)))
+
+
+def fingerprint(files: Sequence[FileInfo]) -> str:
+    """SHA-256 over names, sizes and tails (Parquet footers) of files: changes when any file does."""
+    digest = hashlib.sha256()
+    root = posixpath.commonpath([info.uri for info in files]) if len(files) > 1 else posixpath.dirname(files[0].uri)
+    for info in files:
+        digest.update(f"{posixpath.relpath(info.uri, root)}\0{info.size}\0".encode())
+        system, path = resolve(info.uri)
+        with _errors(info.uri, "read"), system.open_input_file(path) as file:
+            tail = min(_TAIL_BYTES, info.size)
+            digest.update(file.read_at(tail, info.size - tail))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _errors(uri: str, done: str) -> Iterator[None]:
+    """Every failure below names the location."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{uri} is not a whole Parquet file: {error}; write it again or leave it out") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise StorageError(f"disk full: {uri} cannot be {done}; free space or set run.output elsewhere") from error
+        raise StorageError(f"{uri} cannot be {done}: {error}") from error
+
+
+@contextlib.contextmanager
+def _atomic(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
+    """A path to write to, moved to `uri` when the block ends well and deleted when it does not."""
+    system, path = resolve(uri)
+    with _errors(uri, "written"):
+        if not isinstance(system, pafs.LocalFileSystem):
+            yield system, path  # an object store shows an object only once it is whole
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+        try:
+            yield system, part
+            os.replace(part, path)
+        finally:
+            if os.path.exists(part):
+                os.unlink(part)

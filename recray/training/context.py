@@ -1,0 +1,164 @@
+"""Where the loop runs: rank, device, data and collectives, with Ray and without.
+
+The loop sees only a Context. LocalContext is one process and needs no Ray;
+RayContext is one worker of a Ray TorchTrainer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from recray import storage
+from recray.batches import ShardSlice
+from recray.config import ScalingConfig
+from recray.data.prepared import PreparedDataset
+from recray.errors import ResourceError
+
+
+class Context(Protocol):
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def tables(
+        self, dataset: PreparedDataset, split: str, slices: list[ShardSlice]
+    ) -> Iterator[tuple[ShardSlice, pa.Table]]:
+        """The shard of every slice, in order."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all workers."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Rows of all workers in order of rank; gradients flow back to their worker."""
+        ...
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over workers."""
+        ...
+
+
+class LocalContext:
+    """This process alone."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, use_gpu: bool = False) -> None:
+        self.device = _device(use_gpu)
+
+    def tables(
+        self, dataset: PreparedDataset, split: str, slices: list[ShardSlice]
+    ) -> Iterator[tuple[ShardSlice, pa.Table]]:
+        for part in slices:
+            yield part, storage.read_table(dataset.shard_uri(split, part.shard))
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device)
+
+
+class RayContext:
+    """One worker of a TorchTrainer. Its shards come through a Ray Data pipeline of its own.
+
+    The pipeline runs over all remaining epochs at once, in the order of the plan, so
+    that the first shard of an epoch is read while the one before is trained on; and
+    no coordinator hands out shards, so no worker can wait for another's.
+    """
+
+    def __init__(self, scaling: ScalingConfig) -> None:
+        import ray.train
+        import ray.train.torch
+
+        train = ray.train.get_context()
+        self.rank, self.world_size = train.get_world_rank(), train.get_world_size()
+        self.device = ray.train.torch.get_device() if scaling.use_gpu else torch.device("cpu")
+        self._scaling = scaling
+
+    def tables(
+        self, dataset: PreparedDataset, split: str, slices: list[ShardSlice]
+    ) -> Iterator[tuple[ShardSlice, pa.Table]]:
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        options = context.execution_options
+        options.preserve_order = True
+        free = ray.cluster_resources().get("CPU", 1) - self.world_size * self._scaling.cpus_per_worker
+        options.resource_limits = options.resource_limits.copy(cpu=max(1, free // self.world_size))
+        uris = [dataset.shard_uri(split, part.shard) for part in slices]
+        rows = [dataset.record.shards[split][part.shard].rows for part in slices]
+        work = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=len(uris))
+        read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow")
+        held: list[pa.Table] = []
+        at = 0
+        # A large shard may come in several blocks; blocks keep the order.
+        for block in read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            held.append(block)
+            if sum(map(len, held)) == rows[at]:
+                yield slices[at], pa.concat_tables(held)
+                held, at = [], at + 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return x
+        from torch.distributed.nn.functional import all_gather  # the differentiable one
+
+        sizes = self._sizes(len(x))
+        longest = max(sizes)
+        padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+        if x.is_floating_point():
+            parts = all_gather(padded)  # type: ignore[no-untyped-call]
+        else:
+            parts = [torch.empty_like(padded) for _ in sizes]
+            torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def _sizes(self, size: int) -> list[int]:
+        mine = torch.tensor([size], device=self.device)
+        sizes = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(sizes, mine)
+        return [int(one) for one in sizes]
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.device)
+        if self.world_size == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def _read_shard(batch: pa.Table) -> pa.Table:
+    return pa.concat_tables([storage.read_table(uri) for uri in batch["uri"].to_pylist()])
+
+
+def _device(use_gpu: bool) -> torch.device:
+    if use_gpu and not torch.cuda.is_available():
+        raise ResourceError(
+            "scaling.use_gpu = true, but torch finds no GPU here: set scaling.use_gpu = false, or check `nvidia-smi` and the CUDA build of torch"
+        )
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def set_threads(workers_here: int) -> None:
+    """Share this machine's cores between its workers."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers_here)))
+
+
+def rng_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state()}

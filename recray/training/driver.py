@@ -1,0 +1,109 @@
+"""Start training: in this process, or as workers of a Ray TorchTrainer."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from recray import checkpoint, runtime, storage
+from recray.config import Config
+from recray.data.prepared import PreparedDataset
+from recray.errors import RecrayError
+from recray.records import CheckpointRecord, DatasetRecord
+from recray.training import loop
+from recray.training.context import LocalContext, RayContext, set_threads
+
+
+def train(config: Config) -> CheckpointRecord:
+    """Train the model on <run>/dataset; the best epoch becomes <run>/checkpoint.
+
+    A run that was ended goes on from its last complete epoch; one that is complete
+    for this configuration is returned as it is.
+    """
+    started = time.perf_counter()
+    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    target = storage.join(config.run_uri, "checkpoint")
+    if config.training.resume and storage.exists(storage.join(target, "checkpoint.json")):
+        record = CheckpointRecord.read(target)
+        same = record.config.get("training") == config.model_dump(mode="json")["training"]
+        if same and loop.same_training(config, record, dataset):
+            print(f"train: {target} is there for this dataset and configuration ({record.id}); reused", flush=True)
+            return record
+    last = loop.last_epoch(config, dataset) if config.training.resume else 0
+    if last:
+        print(f"train: going on after epoch {last}", flush=True)
+    else:
+        storage.delete_folder(storage.join(config.run_uri, "train"))
+    if config.scaling.num_workers == 0:
+        best = loop.run(config, LocalContext(config.scaling.use_gpu))
+    else:
+        best = _run_workers(config)
+    return _publish(best, target, dataset.record, time.perf_counter() - started)
+
+
+def _publish(best: str, target: str, dataset: DatasetRecord, seconds: float) -> CheckpointRecord:
+    """Copy the best epoch to <run>/checkpoint, its record last."""
+    storage.delete_folder(target)
+    for name in ("model.safetensors", "items.safetensors", "dataset.json"):
+        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(best, name)))
+    record = CheckpointRecord.read(best).model_copy(update={"seconds": seconds}).write(target)
+    print(
+        f"train: best {record.metric} {record.value:.4f} (validation) at epoch {record.epoch}; {seconds:.1f} s in all",
+        flush=True,
+    )
+    return record
+
+
+def _run_workers(config: Config) -> str:
+    runtime.start(config.scaling)
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scaling = config.scaling
+    local = "://" not in config.run_uri
+    resources: dict[str, float] = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=os.path.abspath(storage.join(config.run_uri, "train"))
+            if local
+            else storage.join(config.run_uri, "train"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _root(error) from error
+    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    last = loop.last_epoch(config, dataset)
+    state = checkpoint.load_state(storage.join(config.run_uri, "train", f"epoch-{last:04d}"))
+    return storage.join(config.run_uri, "train", f"epoch-{state['best_epoch']:04d}")
+
+
+def train_loop_per_worker(settings: dict[str, Any]) -> None:
+    config = Config.model_validate(settings["config"])
+    set_threads(config.scaling.num_workers)
+    runtime.quieten_data()
+    loop.run(config, RayContext(config.scaling))
+
+
+def _root(error: Exception) -> Exception:
+    """The error that recray raised in a worker, out of Ray's wrappers; Ray's own where there is none."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, RecrayError):
+            return type(cause)(str(cause))
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RecrayError):
+            return type(seen)(str(seen))
+        seen = seen.__cause__
+    return error

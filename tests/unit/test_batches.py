@@ -1,0 +1,103 @@
+"""Batches: every example once, histories without the future, shares that are equal."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recray.batches import ShardSlice, cut, padding_like, plan, questions, steps_per_epoch
+from recray.models.batch import Jagged
+from recray.records import Shard
+
+
+def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table:
+    """User u's items are 100 u + 2, 100 u + 3, ..."""
+    items = [[100 * u + 2 + i for i in range(n)] for u, n in enumerate(lengths)]
+    return pa.table(
+        {
+            "user": pa.array(np.arange(2, 2 + len(lengths)), pa.int32()),
+            "item": pa.array(items, pa.list_(pa.int32())),
+            "time": pa.array([list(range(n)) for n in lengths], pa.list_(pa.int64())),
+            "num_targets": pa.array(num_targets or lengths, pa.int32()),
+            "context_hour": pa.array([[i % 7 for i in range(n)] for n in lengths], pa.list_(pa.int32())),
+        }
+    )
+
+
+def _shard(table: pa.Table) -> Shard:
+    events = int(np.sum(table["num_targets"].to_numpy()))
+    return Shard(file="x", rows=len(table), events=events, sequence_events=events)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("examples", ["events", "sequences"])
+def test_plan_gives_every_example_to_one_worker_and_equal_shares(world_size: int, examples: str) -> None:
+    shards = [_shard(_table([5, 1, 9])), _shard(_table([2])), _shard(_table([30, 1, 1, 1]))]
+    plans = [plan(shards, 3, 1, rank, world_size, examples) for rank in range(world_size)]  # type: ignore[arg-type]
+    shares = [sum(s.stop - s.start for s in p) for p in plans]
+    assert max(shares) - min(shares) <= 1
+    taken = [(s.shard, i) for p in plans for s in p for i in range(s.start, s.stop)]
+    sizes = [s.events if examples == "events" else s.rows for s in shards]
+    assert sorted(taken) == [(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
+    assert steps_per_epoch(shards, world_size, 4, examples) == -(-max(shares) // 4)  # type: ignore[arg-type]
+
+
+def test_events_see_only_what_came_before() -> None:
+    table = _table([6, 1, 4])
+    batches = list(cut([(ShardSlice(0, 0, 0, 11), table)], 4, "events", 3, seed=5))
+    assert [b.num_rows for b in batches] == [4, 4, 3]
+    rows = torch.cat([b.row_B for b in batches if b.row_B is not None])
+    assert sorted(rows.tolist()) == list(range(11))
+    for batch in batches:
+        assert batch.target_Q is not None
+        for b in range(batch.num_rows):
+            history = batch.history.values[batch.history.offsets[b] : batch.history.offsets[b + 1]].tolist()
+            target = int(batch.target_Q[b])
+            position = (target - 2) % 100
+            assert history == list(range(target - min(position, 3), target))
+            hour = batch.context["hour"]
+            assert isinstance(hour, torch.Tensor) and int(hour[b]) == position % 7
+
+
+def test_batches_span_shards_and_any_split_of_the_work_gives_the_same_rows() -> None:
+    tables = [_table([4, 3]), _table([5])]
+    shards = [_shard(t) for t in tables]
+
+    def rows(world_size: int) -> list[tuple[int, int]]:
+        found = []
+        for rank in range(world_size):
+            parts = plan(shards, 1, 0, rank, world_size, "events")
+            for batch in cut(((p, tables[p.shard]) for p in parts), 5, "events", 3, seed=1):
+                assert batch.shard_B is not None and batch.row_B is not None
+                found += list(zip(batch.shard_B.tolist(), batch.row_B.tolist(), strict=True))
+        return sorted(found)
+
+    assert rows(1) == rows(2) == rows(3) == [(0, i) for i in range(7)] + [(1, i) for i in range(5)]
+
+
+def test_sequences_ask_at_every_entry_that_has_a_successor() -> None:
+    table = _table([6, 1, 3])
+    (batch,) = cut([(ShardSlice(0, 0, 0, 3), table)], 8, "sequences", 4, seed=0)
+    assert batch.position_Q is not None and batch.target_Q is not None
+    assert len(batch.target_Q) == 4 + 0 + 2
+    assert torch.equal(batch.history.values[batch.position_Q] + 1, batch.target_Q)
+
+
+def test_questions_split_history_and_targets() -> None:
+    table = _table([6, 2], num_targets=[2, 2])
+    (question,) = questions(table, 8, history_length=3)
+    assert question.batch.history.values.tolist() == [3, 4, 5]
+    assert question.seen.lengths().tolist() == [4, 0]
+    assert question.targets.values.tolist() == [6, 7, 102, 103]
+
+
+def test_padding_weighs_nothing() -> None:
+    (batch,) = cut([(ShardSlice(0, 0, 0, 1), _table([3]))], 8, "sequences", 4, seed=0)
+    padding = padding_like(batch)
+    assert padding.weight_Q is not None and padding.weight_Q.sum() == 0
+    assert padding.position_Q is not None
+
+
+def test_padded_puts_the_last_entries_at_the_right() -> None:
+    jagged = Jagged(torch.tensor([1, 2, 3, 4]), torch.tensor([0, 3, 3, 4]))
+    assert jagged.padded(2).tolist() == [[2, 3], [0, 0], [0, 4]]

@@ -1,0 +1,118 @@
+"""Losses against closed forms in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recray.config import LossConfig
+from recray.models.batch import Batch, ItemTable, Jagged
+from recray.models.losses import retrieval_loss
+
+Q, N, D = 7, 30, 5
+
+
+class _Alone:
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class _Vectors:
+    """Fixed vectors as a model."""
+
+    examples = "events"
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.q = torch.randn(Q, D, requires_grad=True)
+        self.v = torch.randn(N, D, requires_grad=True)
+
+    def query_vectors(self, batch: Batch) -> torch.Tensor:
+        return self.q
+
+    def item_vectors(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.v[ids]
+
+
+def _batch() -> Batch:
+    empty = Jagged(torch.zeros(0, dtype=torch.int64), torch.zeros(Q + 1, dtype=torch.int64))
+    return Batch(torch.arange(Q), empty, torch.tensor([2, 3, 3, 9, 29, 15, 2]), torch.ones(Q))
+
+
+TABLE = ItemTable(torch.cat([torch.zeros(2), torch.arange(N - 2, 0, -1).float()]))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_chunked_softmax_equals_cross_entropy_with_gradients(chunk: int) -> None:
+    model, batch = _Vectors(), _batch()
+    weights = torch.rand(Q)
+    config = LossConfig(name="softmax", temperature=0.7, chunk_size=chunk)
+    ours = retrieval_loss(config, model, batch, TABLE, _Alone())
+    (ours * weights).sum().backward()
+    q, v = model.q.detach().double().requires_grad_(), model.v.detach().double().requires_grad_()
+    assert batch.target_Q is not None
+    theirs = F.cross_entropy(q @ v[2:].T / 0.7, batch.target_Q - 2, reduction="none")
+    (theirs * weights).sum().backward()
+    assert torch.allclose(ours.double(), theirs, atol=1e-5)
+    assert q.grad is not None and v.grad is not None and model.q.grad is not None and model.v.grad is not None
+    assert torch.allclose(model.q.grad.double(), q.grad, atol=1e-5)
+    assert torch.allclose(model.v.grad.double(), v.grad, atol=1e-5)
+
+
+def test_sampled_softmax_with_many_negatives_comes_near_the_full_one() -> None:
+    model, batch = _Vectors(), _batch()
+    config = LossConfig(name="sampled_softmax", negatives=200_000, in_batch=False)
+    torch.manual_seed(1)
+    sampled = retrieval_loss(config, model, batch, TABLE, _Alone())
+    full = retrieval_loss(LossConfig(name="softmax"), model, batch, TABLE, _Alone())
+    assert torch.allclose(sampled, full, atol=0.02)
+
+
+def test_the_positive_is_never_a_negative() -> None:
+    """With the positive as the only possible item, nothing is left to lose against."""
+    model, batch = _Vectors(), _batch()
+    two = ItemTable(torch.tensor([0.0, 0.0, 5.0]))
+    same = Batch(batch.user_B, batch.history, torch.full((Q,), 2), torch.ones(Q))
+    for name in ("sampled_softmax", "bpr"):
+        loss = retrieval_loss(LossConfig(name=name, negatives=8), model, same, two, _Alone())
+        assert torch.allclose(loss, torch.zeros(Q), atol=1e-6)
+
+
+def test_gbce_beta_by_hand() -> None:
+    model, batch = _Vectors(), _batch()
+    config = LossConfig(name="gbce", negatives=9, calibration=0.5)
+    torch.manual_seed(3)
+    loss = retrieval_loss(config, model, batch, TABLE, _Alone())
+    torch.manual_seed(3)
+    negative = torch.randint(2, N, (9,))
+    alpha = 9 / (N - 3)
+    beta = alpha * (0.5 * (1 - 1 / alpha) + 1 / alpha)
+    assert batch.target_Q is not None
+    for i in range(Q):
+        positive = float(model.q[i] @ model.v[batch.target_Q[i]])
+        expected = beta * math.log1p(math.exp(-positive))
+        expected += sum(
+            math.log1p(math.exp(float(model.q[i] @ model.v[n]))) for n in negative if n != batch.target_Q[i]
+        )
+        assert float(loss[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_item_that_is_sampled_in_two_ways_is_corrected_by_both() -> None:
+    """log expected count of a candidate = log(P f + M / N), whichever draw it came from."""
+    model, batch = _Vectors(), _batch()
+    config = LossConfig(name="sampled_softmax", negatives=6)
+    torch.manual_seed(4)
+    loss = retrieval_loss(config, model, batch, TABLE, _Alone())
+    torch.manual_seed(4)
+    negative = torch.randint(2, N, (6,))
+    target = batch.target_Q
+    assert target is not None
+    share = TABLE.counts_N / TABLE.counts_N.sum()
+    for i in range(Q):
+        logits = [float(model.q[i] @ model.v[target[i]])]
+        for c in [*target.tolist(), *negative.tolist()]:
+            if c != target[i]:
+                logits.append(float(model.q[i] @ model.v[c]) - math.log(Q * float(share[c]) + 6 / (N - 2)))
+        expected = torch.logsumexp(torch.tensor(logits), 0) - logits[0]
+        assert float(loss[i]) == pytest.approx(float(expected), rel=1e-4)

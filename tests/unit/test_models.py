@@ -1,0 +1,116 @@
+"""Contracts that every retriever keeps, found by name; and what is true of one model."""
+
+import pytest
+import torch
+
+from recray import registry
+from recray.config import LossConfig
+from recray.models import Retriever
+from recray.models.batch import Batch, ItemTable, Jagged
+from recray.models.losses import RetrievalObjective
+from recray.records import DatasetRecord
+
+ITEMS, USERS = 40, 20
+MODELS = registry.names("model")
+RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=USERS, counts={}, shards={}, seed=0)
+COUNTS = torch.cat([torch.zeros(2), torch.arange(ITEMS - 2, 0, -1).float()])
+TABLE = ItemTable(COUNTS)
+
+
+class _Alone:
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def _model(name: str, **options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    module = registry.load("model", name)
+    return module.build(module.Options(dim=16, history_length=8, **options), RECORD, TABLE)
+
+
+def _batch(examples: str, lengths: tuple[int, ...] = (3, 0, 8, 1)) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    history = Jagged(torch.randint(1, ITEMS, (int(offsets[-1]),), generator=generator), offsets)
+    user = torch.arange(2, 2 + len(lengths))
+    position = torch.arange(int(offsets[-1])) if examples == "sequences" else None
+    queries = len(user) if position is None else len(position)
+    target = torch.randint(2, ITEMS, (queries,), generator=generator)
+    return Batch(user, history, target, torch.ones(queries), position)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_and_protocol(name: str) -> None:
+    model = _model(name).eval()
+    assert isinstance(model, Retriever)
+    batch = _batch(model.examples)
+    assert model.query_vectors(batch).shape == (len(batch.target_Q), 16)  # type: ignore[arg-type]
+    assert model.query_vectors(_batch("events")).shape == (4, 16)
+    assert model.item_vectors(torch.arange(ITEMS)).shape == (ITEMS, 16)
+    assert torch.isfinite(model.query_vectors(_batch("events"))).all()
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce", "cosine_contrastive", "bpr"])
+@pytest.mark.parametrize("name", MODELS)
+def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
+    model = _model(name, **({"dropout": 0.0}))
+    objective = RetrievalObjective(model, LossConfig(name=loss, negatives=30), TABLE, _Alone())
+    batch = _batch(model.examples)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    losses = []
+    for _ in range(120):
+        total, weight = objective(batch)
+        (total / weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(total / weight))
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weight_zero_changes_nothing(name: str) -> None:
+    model = _model(name).eval()
+    objective = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())
+    batch = _batch(model.examples)
+    assert batch.weight_Q is not None
+    weights = batch.weight_Q.clone()
+    weights[0] = 0
+    full, _ = objective(batch)
+    less, count = objective(Batch(batch.user_B, batch.history, batch.target_Q, weights, batch.position_Q))
+    assert count == len(weights) - 1
+    assert less < full
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_keeps_vectors(name: str) -> None:
+    model, other = _model(name).eval(), _model(name).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model.item_vectors(torch.arange(ITEMS)), other.item_vectors(torch.arange(ITEMS)))  # type: ignore[operator]
+    batch = _batch("events")
+    assert torch.equal(model.query_vectors(batch), other.query_vectors(batch))  # type: ignore[operator]
+
+
+def test_sasrec_does_not_see_the_future() -> None:
+    model = _model("sasrec", layers=2, heads=2).eval()
+    batch = _batch("sequences", (8, 5))
+    changed = batch.history.values.clone()
+    changed[7] = changed[7] % 37 + 2  # the last entry of the first row
+    later = Batch(batch.user_B, Jagged(changed, batch.history.offsets), position_Q=batch.position_Q)
+    before, after = model.query_vectors(batch), model.query_vectors(later)  # type: ignore[operator]
+    assert torch.allclose(before[:7], after[:7], atol=1e-6)
+    assert not torch.allclose(before[7], after[7], atol=1e-4)
+    assert torch.allclose(before[8:], after[8:], atol=1e-6)
+
+
+def test_sasrec_jagged_equals_one_row_at_a_time() -> None:
+    model = _model("sasrec", layers=2, heads=2, feed_forward="gated").eval().double()
+    batch = _batch("events", (3, 8, 1, 5, 8, 2))
+    together = model.query_vectors(batch)  # type: ignore[operator]
+    for row in range(6):
+        values = batch.history.values[batch.history.offsets[row] : batch.history.offsets[row + 1]]
+        alone = Batch(batch.user_B[row : row + 1], Jagged(values, torch.tensor([0, len(values)])))
+        assert torch.allclose(model.query_vectors(alone)[0], together[row], atol=1e-12)  # type: ignore[operator]

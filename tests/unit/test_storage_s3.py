@@ -1,0 +1,69 @@
+"""storage against an S3 server on loopback."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+
+from recray import storage
+from recray.errors import StorageError
+
+pytest.importorskip("moto.server", reason="needs moto[server]")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    patch = pytest.MonkeyPatch()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    patch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    import boto3
+
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="clicks")
+    yield "s3://clicks"
+    server.stop()
+    patch.undo()
+
+
+def test_bytes_json_and_existence(bucket: str) -> None:
+    uri = f"{bucket}/run/record.json"
+    assert not storage.exists(uri)
+    storage.write_json(uri, {"id": "a"})
+    assert storage.exists(uri)
+    assert storage.read_json(uri) == {"id": "a"}
+
+
+def test_tables_listing_and_globs(bucket: str) -> None:
+    table = pa.table({"user": [1, 2]})
+    for name in ("day=02/a.parquet", "day=01/a.parquet", "_tmp/a.parquet"):
+        storage.write_table(f"{bucket}/events/{name}", table)
+    files = storage.list_files(f"{bucket}/events/")
+    assert [info.uri for info in files] == [f"{bucket}/events/day=01/a.parquet", f"{bucket}/events/day=02/a.parquet"]
+    assert storage.read_table(files[0].uri).equals(table)
+    assert [info.uri for info in storage.list_files(f"{bucket}/events/day=*1/*.parquet")] == [files[0].uri]
+    assert len(storage.fingerprint(files)) == 64
+
+
+def test_folders(bucket: str, tmp_path: object) -> None:
+    storage.write_bytes(f"{tmp_path}/local/a.bin", b"a")
+    storage.upload_folder(f"{tmp_path}/local", f"{bucket}/checkpoint")
+    storage.download_folder(f"{bucket}/checkpoint", f"{tmp_path}/back")
+    assert storage.read_bytes(f"{tmp_path}/back/a.bin") == b"a"
+    storage.delete_folder(f"{bucket}/checkpoint")
+    assert not storage.exists(f"{bucket}/checkpoint/a.bin")
+
+
+def test_what_is_not_there_is_named(bucket: str) -> None:
+    with pytest.raises(StorageError, match="s3://clicks/absent does not exist"):
+        storage.list_files(f"{bucket}/absent")
+    with pytest.raises(StorageError, match=r"s3://clicks/absent\.json cannot be read"):
+        storage.read_json(f"{bucket}/absent.json")
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/a cannot be written"):
+        storage.write_bytes("s3://no-such-bucket/a", b"x")
