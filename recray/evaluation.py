@@ -8,6 +8,7 @@ denominator as misses. No metric on sampled negatives exists here.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -161,7 +162,7 @@ def _oracle(config: Config, dataset: PreparedDataset, split: str, k: int) -> Ran
         offsets = question.seen.offsets.tolist()
         seen = question.seen.values.numpy()
         exclude = []
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for begin, end in itertools.pairwise(offsets):
             mine = seen[begin:end]
             exclude.append(keys[mine[mine >= 2]].astype(np.int64))
         if not config.evaluation.filter_seen:

@@ -102,8 +102,8 @@ def read(config: DataConfig, seed: int) -> Source:
     missing = [n for n in (form.ratings, form.items) if not storage.exists(storage.join(folder, n))]
     if missing:
         raise DataError(
-            f"{folder} has no file '{missing[0]}', which {options.name} has: set data.path to the folder of the unpacked "
-            f"archive and data.movielens.name to its name, or leave data.path out to download it"
+            f"{folder} has no file '{missing[0]}', which {options.name} has: set data.path to the folder of the "
+            f"unpacked archive and data.movielens.name to its name, or leave data.path out to download it"
         )
     unknown = [name for name in config.columns.context if name != "rating"]
     if unknown:
@@ -133,7 +133,8 @@ def fetch(name: str) -> str:
             data = response.read()
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         raise StorageError(
-            f"{url} cannot be downloaded ({error}): without a network, unpack the archive yourself and set data.path to its folder"
+            f"{url} cannot be downloaded ({error}): without a network, unpack the "
+            f"archive yourself and set data.path to its folder"
         ) from error
     digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if digest != _MD5.get(name, digest):

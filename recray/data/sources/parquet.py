@@ -185,7 +185,7 @@ def _check_columns(columns: ColumnsConfig, footers: list[_Footer]) -> dict[str, 
                 kind = pa.timestamp("us")
             if not _fits(role, kind):
                 raise DataError(
-                    f"{footer.uri}: column '{name}' is {raw}, but a {role} must be {_ALLOWED[role]}; convert it"
+                    f"{footer.uri}: column '{name}' is {raw}, but role {role} takes {_ALLOWED[role]}; convert it"
                 )
             before = types.get(full_role, pa.null())
             joined = _joined(before, kind)

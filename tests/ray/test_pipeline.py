@@ -1,0 +1,115 @@
+"""The whole path on built-in data: with Ray and without, one worker and two, ended and gone on with."""
+
+from pathlib import Path
+
+import pytest
+
+import recray
+from recray import checkpoint, storage
+from recray.config import Config, parse_config
+from recray.errors import LineageError
+from recray.retrieval.faiss_index import ItemIndex
+
+pytest.importorskip("faiss")
+
+
+def _config(folder: Path, *overrides: str) -> Config:
+    table = {
+        "run": {"name": "small", "output": str(folder)},
+        "data": {
+            "source": "simulated",
+            "shard_events": 4000,
+            "simulated": {"events": 10_000, "users": 300, "items": 200},
+        },
+        "model": {"name": "two_tower", "dim": 16},
+        "training": {"epochs": 3, "global_batch_size": 256},
+        "evaluation": {"k": [10], "bootstrap": 50},
+        "retrieval": {"k": 20},
+    }
+    return parse_config(table, overrides)
+
+
+@pytest.fixture(scope="module")
+def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A complete run without training workers."""
+    config = _config(tmp_path_factory.mktemp("run"), "scaling.num_workers=0")
+    recray.prepare(config)
+    recray.train(config)
+    recray.index(config)
+    return config
+
+
+def _losses(config: Config) -> list[float]:
+    return [entry["loss"] for entry in checkpoint.load_state(last_epoch(config))["history"]]
+
+
+def last_epoch(config: Config) -> str:
+    return storage.join(config.run_uri, "train", f"epoch-{config.training.epochs:04d}")
+
+
+def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
+    """Another run on a copy of the same prepared dataset."""
+    import shutil
+
+    config = _config(folder, *overrides)
+    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset")
+    return config
+
+
+def test_report_orders_popularity_model_oracle(run: Config) -> None:
+    report = recray.evaluate(run)
+    ndcg = {system: values["ndcg@10"].value for system, values in report.metrics.items()}
+    assert ndcg["popularity"] < ndcg["oracle"]
+    assert ndcg["model"] <= ndcg["oracle"]
+    assert ndcg["index"] == pytest.approx(ndcg["model"], abs=1e-6)
+    assert report.counts["users"] > 0
+
+
+def test_stages_that_are_complete_are_reused(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    recray.prepare(run)
+    recray.train(run)
+    recray.index(run)
+    assert capsys.readouterr().out.count("reused") == 3
+
+
+def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(run: Config, tmp_path: Path) -> None:
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=1")
+    record = recray.train(config)
+    assert _losses(config) == pytest.approx(_losses(run), rel=1e-5)
+    assert record.rows == checkpoint.load_state(last_epoch(run))["rows"]
+
+
+def test_going_on_equals_never_having_stopped(run: Config, tmp_path: Path) -> None:
+    short = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=2")
+    recray.train(short)
+    long = _config(tmp_path, "scaling.num_workers=0")
+    recray.train(long)
+    assert _losses(long)[:2] == pytest.approx(_losses(run)[:2], rel=1e-6)
+    assert checkpoint.load_state(last_epoch(long))["step"] == checkpoint.load_state(last_epoch(run))["step"]
+    assert _losses(long)[2] == pytest.approx(_losses(run)[2], rel=0.02)
+
+
+def test_an_index_of_another_checkpoint_is_refused(run: Config, tmp_path: Path) -> None:
+    import shutil
+
+    other = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=1", "run.seed=1")
+    recray.train(other)
+    shutil.copytree(f"{run.run_uri}/index", f"{other.run_uri}/index")
+    with pytest.raises(LineageError, match=r"was built from checkpoint-.* run `recray index`"):
+        recray.evaluate(other)
+
+
+def test_search_never_returns_padding_or_what_is_excluded(run: Config) -> None:
+    import numpy as np
+
+    index = ItemIndex.open(f"{run.run_uri}/index")
+    queries = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    first, _ = index.search(queries, 10)
+    assert first.min() >= 2
+    offsets = np.array([0, 10, 10, 20, 20, 20])
+    exclude = np.concatenate([first[0], first[2]])
+    second, _ = index.search(queries, 10, (exclude, offsets))
+    assert not set(first[0]) & set(second[0]) and not set(first[2]) & set(second[2])
+    assert (second[1] == first[1]).all()
+    everything, scores = index.search(queries, 500)
+    assert (everything == 0).any() and np.isneginf(scores[everything == 0]).all()
