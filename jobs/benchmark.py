@@ -53,10 +53,17 @@ def sequence(
         config = parse_config(table)
         recray.prepare(config)
         ours = min(entry["seconds"] for entry in recray.train(config).history)
-    figures = {"recray_seconds": ours, "torch": torch.__version__, "cpu": platform.processor(), "threads": torch.get_num_threads()}
+    figures = {
+        "recray_seconds": ours,
+        "torch": torch.__version__,
+        "cpu": platform.processor(),
+        "threads": torch.get_num_threads(),
+    }
     if peer_python:
         script = Path(__file__).parent / "peers" / "rectools_sasrec.py"
-        done = subprocess.run([peer_python, str(script), events, str(epochs)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [peer_python, str(script), events, str(epochs)], capture_output=True, text=True, check=True
+        )
         theirs = json.loads(done.stdout.strip().splitlines()[-1])
         figures |= {"rectools_seconds": min(theirs["seconds"]), "speedup": min(theirs["seconds"]) / ours}
     for name, value in figures.items():
