@@ -12,7 +12,7 @@ from recray.errors import ResourceError
 def start(scaling: ScalingConfig) -> None:
     """Make sure that Ray runs and has what `scaling` asks for. Safe to call again.
 
-    Raises ResourceError when a GPU is asked for and none is there.
+    Raises ResourceError when the training workers ask for more GPUs than this Ray has.
     """
     # These only quieten Ray: one line a message, no progress bars, no warnings about what nobody asked for.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -35,12 +35,31 @@ def start(scaling: ScalingConfig) -> None:
                 logging_level=logging.ERROR,
                 logging_config=ray.LoggingConfig(log_level="ERROR"),
             )
-    if scaling.use_gpu and scaling.num_workers and ray.cluster_resources().get("GPU", 0) < 1:
+    _check(scaling, ray.cluster_resources())
+    quieten_data()
+
+
+def _check(scaling: ScalingConfig, there: dict[str, float]) -> None:
+    """Ray would wait for ever, in silence, for what is not there."""
+    if not scaling.num_workers:
+        return
+    gpus = int(there.get("GPU", 0))
+    if scaling.use_gpu and not gpus:
         raise ResourceError(
             "scaling.use_gpu = true, but this Ray cluster has no GPU: set scaling.use_gpu = false, "
             "or run where `nvidia-smi` and torch.cuda.is_available() find one"
         )
-    quieten_data()
+    if scaling.use_gpu and scaling.num_workers > gpus:
+        raise ResourceError(
+            f"scaling.num_workers = {scaling.num_workers} with one GPU each, but this Ray cluster has {gpus}: "
+            f"set scaling.num_workers to {gpus} or fewer, or add nodes"
+        )
+    cpus, wanted = int(there.get("CPU", 0)), scaling.num_workers * scaling.cpus_per_worker
+    if wanted > cpus:
+        raise ResourceError(
+            f"scaling.num_workers ({scaling.num_workers}) x scaling.cpus_per_worker ({scaling.cpus_per_worker}) "
+            f"= {wanted} CPUs, but this Ray cluster has {cpus}: lower one of them, or add nodes"
+        )
 
 
 def quieten_data() -> None:

@@ -6,6 +6,8 @@ numeric             float32, (x - mean) / std with both from the fitted data; nu
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,55 +16,86 @@ from recray.config import FeatureConfig
 from recray.errors import DataError
 from recray.records import Feature
 
-_MAX_INFERRED = 10_000  # distinct values up to which an integer or string column is taken for a category
+_MAX_INFERRED = 10_000  # distinct values up to which a column of strings or integers is taken for a category
 
 
-def infer_kinds(table: pa.Table, key: str, declared: dict[str, FeatureConfig], where: str) -> dict[str, FeatureConfig]:
-    """Declared features, or every usable column of a side table when none is declared."""
+def infer_kinds(
+    table: pa.Table, key: str, declared: dict[str, FeatureConfig], where: str
+) -> tuple[dict[str, FeatureConfig], list[str]]:
+    """Declared features; or, when none is declared, every usable column of a side table, and why others are left out."""
     if declared:
         missing = [name for name in declared if name not in table.column_names]
         if missing:
             raise DataError(f"{where} has no column '{missing[0]}'; columns there: {', '.join(table.column_names)}")
-        return declared
+        return declared, []
     kinds: dict[str, FeatureConfig] = {}
+    skipped = []
     for name in table.column_names:
-        kind = table[name].type
         if name == key:
             continue
-        if _is_list(kind):
-            kinds[name] = FeatureConfig(kind="list")
-        elif pa.types.is_floating(kind):
-            kinds[name] = FeatureConfig(kind="numeric")
-        elif (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)) and (
-            len(pc.unique(table[name])) <= min(_MAX_INFERRED, max(2, len(table) // 2))
-        ):
-            kinds[name] = FeatureConfig(kind="categorical")
-    return kinds
+        kind = kind_of_type(table[name].type)
+        if kind == "categorical":
+            distinct = len(pc.unique(table[name].drop_null()))
+            if distinct > min(_MAX_INFERRED, max(2, len(table) // 2)):
+                skipped.append(f"'{name}' ({distinct:,} distinct values in {len(table):,} rows)")
+                continue
+        kinds[name] = FeatureConfig(kind=kind)
+    return kinds, skipped
+
+
+def kind_of_type(kind: pa.DataType) -> Literal["categorical", "list", "numeric"]:
+    """What a column of this type is taken for when the configuration does not say."""
+    if _is_list(kind):
+        return "list"
+    return "numeric" if pa.types.is_floating(kind) or pa.types.is_decimal(kind) else "categorical"
 
 
 def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
-    """What fitting needs of one block: (value, n) for categories; one row (n, sum, squares) for numbers."""
+    """What fitting needs of some rows: (value, n) for categories; (n, mean, squares) for numbers.
+
+    squares: sum of squared distances from the mean, which does not cancel as a sum of squares would.
+    """
     if config.kind == "numeric":
         x = _numbers(column)
         good = x[np.isfinite(x)]
-        return pa.table({"n": [len(good)], "sum": [float(good.sum())], "squares": [float((good * good).sum())]})
-    counts = pc.value_counts(_entries(column).drop_null())
+        mean = float(good.mean()) if len(good) else 0.0
+        return _moments(len(good), mean, float(((good - mean) ** 2).sum()))
+    return value_counts(_entries(column))
+
+
+def value_counts(column: pa.ChunkedArray) -> pa.Table:
+    """Columns value and n; nulls are not counted."""
+    counts = pc.value_counts(column.drop_null())
     return pa.table({"value": counts.field("values"), "n": counts.field("counts")})
 
 
-def fit(name: str, role: str, config: FeatureConfig, parts: list[pa.Table]) -> Feature:
-    """A feature from the counts of all blocks."""
-    table = pa.concat_tables(parts, promote_options="permissive")
+def merge(*parts: pa.Table) -> pa.Table:
+    """Two or more results of `count_values` as one. The order of parts decides the last bits of a float."""
+    table = pa.concat_tables(parts)
+    if "value" in table.column_names:
+        summed = table.group_by("value", use_threads=False).aggregate([("n", "sum")])
+        return pa.table({"value": summed["value"], "n": summed["n_sum"]})
+    n, mean, squares = 0.0, 0.0, 0.0
+    for row in table.to_pylist():  # one row per part; Chan et al. 1979
+        total = n + row["n"]
+        step = row["mean"] - mean
+        if total:
+            squares += row["squares"] + step * step * n * row["n"] / total
+            mean += step * row["n"] / total
+        n = total
+    return _moments(int(n), mean, squares)
+
+
+def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConfig, counts: pa.Table) -> Feature:
+    """A feature from what `count_values` found in all rows."""
     if config.kind == "numeric":
-        n, total, squares = (float(pc.sum(table[c]).as_py() or 0) for c in ("n", "sum", "squares"))
-        mean = total / max(n, 1)
-        std = float(np.sqrt(max(squares / max(n, 1) - mean * mean, 0.0)))
-        return Feature(name=name, role=role, kind="numeric", mean=mean, std=std if std > 1e-12 else 1.0)  # type: ignore[arg-type]
-    summed = table.group_by("value").aggregate([("n", "sum")])
-    kept = summed.filter(pc.greater_equal(summed["n_sum"], config.min_count))
-    kept = kept.sort_by([("n_sum", "descending"), ("value", "ascending")])
+        row = counts.to_pylist()[0]
+        std = float(np.sqrt(row["squares"] / max(row["n"], 1)))
+        return Feature(name=name, role=role, kind="numeric", mean=row["mean"], std=std if std > 1e-12 else 1.0)
+    kept = counts.filter(pc.greater_equal(counts["n"], config.min_count))
+    kept = kept.sort_by([("n", "descending"), ("value", "ascending")])
     vocabulary = kept["value"].to_pylist()
-    return Feature(name=name, role=role, kind=config.kind, cardinality=len(vocabulary) + 2, vocabulary=vocabulary)  # type: ignore[arg-type]
+    return Feature(name=name, role=role, kind=config.kind, cardinality=len(vocabulary) + 2, vocabulary=vocabulary)
 
 
 def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
@@ -74,13 +107,14 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
         return pa.array(np.where(np.isfinite(x), scaled, 0.0).astype(np.float32))
     if feature.kind == "categorical":
         return _lookup(column, feature)
-    lists = column.cast(pa.list_(_element(column.type)))
+    lists = column.cast(pa.list_(column.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), _lookup(pc.list_flatten(lists), feature))
 
 
 def _lookup(values: pa.Array, feature: Feature) -> pa.Array:
+    values = _no_nan(values)
     vocabulary = pa.array(feature.vocabulary or [], type=_vocabulary_type(values.type))
     found = pc.index_in(values.cast(vocabulary.type), value_set=vocabulary)
     ids = pc.add(pc.fill_null(found, -1), 2).to_numpy(zero_copy_only=False)
@@ -96,13 +130,19 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _element(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type
+def _moments(n: int, mean: float, squares: float) -> pa.Table:
+    return pa.table({"n": [float(n)], "mean": [mean], "squares": [squares]})
 
 
 def _entries(column: pa.ChunkedArray) -> pa.ChunkedArray:
     flat = pc.list_flatten(column) if _is_list(column.type) else column
-    return flat.cast(_vocabulary_type(flat.type))
+    return _no_nan(flat).cast(_vocabulary_type(flat.type))
+
+
+def _no_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_floating(values.type):
+        return values
+    return pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

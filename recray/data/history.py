@@ -10,73 +10,66 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recray.config import DataConfig
-from recray.data.split import Boundaries
-
-SPLITS = ("train", "valid", "test")
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+from recray.data.split import SPLITS, Boundaries, Draw, mix
 
 
 def hash_keys(keys: pa.ChunkedArray) -> np.ndarray:
     """uint64 hash of integer or string keys: the same on every machine and run (splitmix64; pandas' keyed hash)."""
     if pa.types.is_integer(keys.type):
-        x = keys.to_numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * _MIX[0]
-        x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-        return np.asarray(x ^ (x >> np.uint64(31)))
+        return mix(keys.to_numpy().astype(np.int64).view(np.uint64))
     return np.asarray(pd.util.hash_array(keys.to_numpy(zero_copy_only=False).astype(object)))
 
 
-def sort_users(table: pa.Table, config: DataConfig, seed: int, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
-    """Events by (user, split, time, order) without duplicates and users below the minimum.
+def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
+    """Events by (user, split, time, order) without duplicates and without users below the minimum count.
 
-    Adds column `code`, int8: the split of the event where the source names it, else -1.
+    Adds column `code`, int8: the split of the event where the source names it, else -1. Of duplicates the first stays
+    (of the earliest split). Without times an event is a (user, item) pair.
     """
-    user_codes = (
-        pa.array(table["user"]).combine_chunks()
-        if isinstance(table["user"], pa.Array)
-        else table["user"].combine_chunks()
-    )
-    ranked = user_codes.dictionary_encode()
-    by_key = np.argsort(np.argsort(ranked.dictionary.to_numpy(zero_copy_only=False), kind="stable"), kind="stable")
-    user_E = by_key[ranked.indices.to_numpy()]
-    code_E = _given_codes(table, config, seed)
+    user_E = _ranks(table["user"])
+    code_E = _given_codes(table, config)
     time_E, order_E = table["time"].to_numpy(), table["order"].to_numpy()
     sort = np.lexsort((order_E, time_E, code_E, user_E))
-    dropped = {"duplicates_dropped": 0, "users_dropped_min_count": 0, "events_dropped_min_count": 0}
     keep_E = np.ones(len(sort), bool)
+    duplicates = 0
     if config.drop_duplicates:
         item_E = table["item"].combine_chunks().dictionary_encode().indices.to_numpy()
         moment_E = time_E if has_time or config.columns.timestamp else np.zeros(len(sort), np.int64)
-        around = np.lexsort((order_E, moment_E, item_E, code_E, user_E))
+        around = np.lexsort((order_E, code_E, moment_E, item_E, user_E))
         same = np.ones(max(len(sort) - 1, 0), bool)
         for column in (user_E, item_E, moment_E):
             same &= column[around[1:]] == column[around[:-1]]
         keep_E[around[1:][same]] = False
-        dropped["duplicates_dropped"] = int(same.sum())
-    events_U = np.bincount(user_E[keep_E], minlength=len(by_key))
+        duplicates = int(same.sum())
+    events_U = np.bincount(user_E[keep_E])
     few_U = (events_U < config.min_user_events) & (events_U > 0)
     keep_E &= ~few_U[user_E]
-    dropped["users_dropped_min_count"] = int(few_U.sum())
-    dropped["events_dropped_min_count"] = int(events_U[few_U].sum())
-    chosen = sort[keep_E[sort]]
-    ordered = table.append_column("code", pa.array(code_E)).take(pa.array(chosen))
+    dropped = {
+        "duplicates_dropped": duplicates,
+        "users_dropped_min_count": int(few_U.sum()),
+        "events_dropped_min_count": int(events_U[few_U].sum()),
+    }
+    ordered = table.append_column("code", pa.array(code_E)).take(pa.array(sort[keep_E[sort]]))
     return ordered.drop_columns([c for c in ("split", "bucket") if c in ordered.column_names]), dropped
 
 
-def _given_codes(table: pa.Table, config: DataConfig, seed: int) -> np.ndarray:
-    if config.split.kind != "given" or "split" not in table.column_names:
+def _ranks(keys: pa.ChunkedArray) -> np.ndarray:
+    """(E,) rank of each key among the distinct keys, by value."""
+    encoded = keys.combine_chunks().dictionary_encode()
+    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
+    rank_of = np.empty(len(order), np.int64)
+    rank_of[order] = np.arange(len(order))
+    return np.asarray(rank_of[encoded.indices.to_numpy()])
+
+
+def _given_codes(table: pa.Table, config: DataConfig) -> np.ndarray:
+    if config.split.kind != "given":
         return np.full(len(table), -1, np.int8)
-    names = table["split"].to_numpy(zero_copy_only=False)
-    code_E = np.select([names == name for name in SPLITS], [0, 1, 2], default=3).astype(np.int8)
-    share = config.split.valid
-    if not config.split.valid_path and not (code_E == 1).any() and isinstance(share, float):
-        # A draw that depends on the event alone, not on how events are spread over tasks.
-        order = table["order"].to_numpy().astype(np.uint64) ^ (np.uint64(seed) << np.uint64(1))
-        drawn = hash_keys(pa.chunked_array([pa.array(order.astype(np.int64))])).astype(np.float64) / 2.0**64
-        code_E[(code_E == 0) & (drawn < share)] = 1
-    return code_E
+    names = pa.array(SPLITS, pa.string())
+    return np.asarray(pc.index_in(table["split"], value_set=names).to_numpy().astype(np.int8))
 
 
 @dataclass(frozen=True)
@@ -86,22 +79,23 @@ class Bucket:
     table: pa.Table
     user_E: np.ndarray  # 0..U-1, non-decreasing
     code_E: np.ndarray  # 0 train, 1 valid, 2 test, 3 none; non-decreasing inside a user
+    keys: pa.Array  # (U,) keys of the users
 
     @staticmethod
-    def of(table: pa.Table, config: DataConfig, boundaries: Boundaries | None) -> Bucket:
+    def of(table: pa.Table, boundaries: Boundaries | None, draw: Draw | None) -> Bucket:
+        """table: from `sort_users`. Temporal with boundaries; given where events have a code; else leave_last."""
         encoded = table["user"].combine_chunks().dictionary_encode()
         user_E = encoded.indices.to_numpy().astype(np.int64)
-        if config.split.kind == "given":
-            code_E = table["code"].to_numpy()
-        elif boundaries is not None:
+        code_E = table["code"].to_numpy()
+        if boundaries is not None:
             code_E = boundaries.codes(table["time"].to_numpy())
-        else:
+        elif not len(code_E) or code_E[0] < 0:
             code_E = _leave_last(user_E)
-        return Bucket(table, user_E, np.asarray(code_E))
-
-    def keys(self) -> pa.Array:
-        """The users' keys in order of their number."""
-        return self.table["user"].combine_chunks().dictionary_encode().dictionary
+        elif draw is not None:
+            code_E = np.where((code_E == 0) & draw.chosen(table["order"].to_numpy()), 1, code_E)
+            sort = np.lexsort((np.arange(len(code_E)), code_E, user_E))
+            table, code_E = table.take(pa.array(sort)), code_E[sort]
+        return Bucket(table, user_E, np.asarray(code_E), encoded.dictionary)
 
 
 def _leave_last(user_E: np.ndarray) -> np.ndarray:
@@ -120,6 +114,14 @@ class Rows:
     index: np.ndarray  # kept events of all rows, one after the other
     offsets: np.ndarray  # (R + 1,)
     num_targets_R: np.ndarray
+
+    def table(self, ids: pa.Array, lists: dict[str, pa.Array], users: dict[str, pa.Array]) -> pa.Table:
+        """The rows as they are stored. ids and users: one entry per user; lists: one entry per kept event."""
+        user, offsets, index = pa.array(self.user_R), pa.array(self.offsets.astype(np.int32)), pa.array(self.index)
+        columns: dict[str, pa.Array] = {"user": ids.take(user)}
+        columns |= {name: pa.ListArray.from_arrays(offsets, values.take(index)) for name, values in lists.items()}
+        columns["num_targets"] = pa.array(self.num_targets_R.astype(np.int32))
+        return pa.table(columns | {name: values.take(user) for name, values in users.items()})
 
 
 def rows(user_E: np.ndarray, code_E: np.ndarray, split: str) -> Rows:

@@ -14,15 +14,19 @@ Layout of <run>/dataset:
         user_<f>     encoded user feature
         context_<f>  list of encoded context features, parallel to item
 
-Steps: (1) events go to hash buckets of users and are sorted there, (2) time
-boundaries, (3) counts of train events give the item vocabulary, (4) shards. The
-number of buckets follows from the number of events, never from the machine, so
-the same input and seed give the same bytes on any number of CPUs.
+Steps: (1) events go to buckets of users by a hash of the user and are sorted there
+(duplicates and users with too few events leave), (2) time boundaries from a
+histogram, (3) counts of train events give the catalogue (items with too few train
+events leave; where valid or test ask for one, it is the unknown item), (4) shards.
+Each step is one pass over the buckets. The number of buckets follows from the number
+of events, never from the machine, so the same input and seed give the same bytes on
+any number of CPUs. Only sums, the merged counts and names of files reach the driver.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,18 +34,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from recray import registry, runtime, storage
+from recray import errors, registry, runtime, storage
 from recray.config import Config, DataConfig, FeatureConfig
-from recray.data import features, history, split
-from recray.data.history import SPLITS
+from recray.data import buckets, features, split, vocab
+from recray.data.sources import base
 from recray.data.sources.base import Source
-from recray.errors import DataError
+from recray.data.split import SPLITS
+from recray.errors import DataError, RecrayError
 from recray.records import DatasetRecord, Feature, Shard
 
-_TIME_BINS = 1_000_000
 _MERGE = 32  # tables of counts merged by one task
+# A log this small is not shuffled: every bucket's task picks its events from all blocks itself (shared memory, no copy).
+# A shuffle starts its own processes, at seconds each, before the first row moves.
+_SCANNED_EVENTS = 4_194_304
+_SCANNED_BUCKETS = 16
+_PARTITION_BUCKETS = 16  # buckets in one partition of the shuffle, at most
 
 
 def prepare(config: Config) -> DatasetRecord:
@@ -49,34 +57,53 @@ def prepare(config: Config) -> DatasetRecord:
     started = time.perf_counter()
     runtime.start(config.scaling)
     uri = storage.join(config.run_uri, "dataset")
-    source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
-    wanted = {"data": config.data.model_dump(mode="json"), "seed": config.run.seed}
-    if storage.exists(storage.join(uri, "dataset.json")):
-        record = DatasetRecord.read(uri)
-        if record.config == wanted and record.fingerprint == source.fingerprint:
-            print(f"prepare: {uri} is there for this input and configuration ({record.id}); reused", flush=True)
-            return record
-    storage.delete_folder(uri)
-    work = _Work(config.data, config.run.seed, source, uri, storage.join(uri, "_sorted"))
-    record = work.run(wanted, started)
+    with base.plain_errors():
+        source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
+        wanted = {"data": config.data.model_dump(mode="json"), "seed": config.run.seed}
+        if storage.exists(storage.join(uri, "dataset.json")):
+            record = DatasetRecord.read(uri)
+            if record.config == wanted and record.fingerprint == source.fingerprint:
+                _say(f"{uri} is there for this input and configuration ({record.id}); reused")
+                return record
+        storage.delete_folder(uri)
+        work = _Work(config.data, config.run.seed, source, uri, storage.join(uri, "_sorted"))
+        try:
+            record = work.run(wanted, started)
+        except BaseException as error:
+            storage.delete_folder(uri)  # nothing half-written stays
+            plain = _plain(error)
+            if plain is None:
+                raise
+            raise plain from None
     storage.delete_folder(work.sorted_uri)
     counts = record.counts
-    print(
-        f"prepare: {counts['events_train']:,} train, {counts['events_valid']:,} valid, {counts['events_test']:,} test events, "
-        f"{record.num_items - 2:,} items, {record.num_users - 2:,} users in {record.seconds:.1f} s",
-        flush=True,
-    )
+    events = ", ".join(f"{counts[f'events_{name}']:,} {name}" for name in SPLITS)
+    _say(f"{events} events, {record.num_items - 2:,} items, {record.num_users - 2:,} users in {record.seconds:.1f} s")
     return record
 
 
-@dataclass(frozen=True)
-class _Encoders:
-    """What every task needs to write rows."""
+def _add(total: dict[str, int], parts: Iterable[dict[str, int]]) -> None:
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total.get(key, 0) + value
 
-    item_keys: pa.Array  # key of item id 2, 3, ...
-    context: dict[str, Feature]
-    user: dict[str, Feature]
-    user_table: pa.Table | None
+
+def _plain(error: BaseException) -> RecrayError | None:
+    """What recray raised inside a task, out of Ray's wrapping; None for what it did not raise there."""
+    from ray.exceptions import RayTaskError
+
+    if not isinstance(error, RayTaskError):
+        return None
+    if isinstance(error.cause, RecrayError):
+        return error.cause
+    # Ray Data wraps once more, and what that wraps is lost in pickling: it is left in the traceback's text.
+    found = re.search(r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\Z)", str(error), re.MULTILINE | re.DOTALL)
+    kind = getattr(errors, found[1], None) if found else None
+    return kind(found[2]) if found and kind else None
+
+
+def _say(text: str) -> None:
+    print(f"prepare: {text}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -88,277 +115,191 @@ class _Work:
     sorted_uri: str
 
     def run(self, wanted: dict[str, Any], started: float) -> DatasetRecord:
-        import ray
-
-        buckets = max(1, math.ceil(self.source.num_events / self.config.shard_events))
-        stats = self._sort(buckets)
+        """All four steps. Writes everything but the sorted buckets for good."""
+        stats = self._sort(max(1, math.ceil(self.source.num_events / self.config.shard_events)))
         counts = {key: sum(s[key] for s in stats) for key in stats[0] if key not in ("bucket", "first", "last")}
         if not counts["events_kept"]:
             raise DataError(
-                f"no events are left of {counts['events_read']}: lower data.min_user_events ({self.config.min_user_events})"
+                f"no events are left of {counts['events_read']:,}: "
+                f"lower data.min_user_events ({self.config.min_user_events})"
             )
-        first, last = (
-            min(s["first"] for s in stats if s["events_kept"]),
-            max(s["last"] for s in stats if s["events_kept"]),
+        _say(
+            f"{counts['events_read']:,} events read, {counts['events_kept']:,} sorted into {len(stats)} buckets of users"
         )
+        full = [s for s in stats if s["events_kept"]]
+        first, last = min(s["first"] for s in full), max(s["last"] for s in full)
+        context_kinds, user_kinds, item_kinds = self._kinds(full[0])
         boundaries = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else None
-        parts = self._each(_count_bucket, stats, self.config, boundaries)
-        item_counts = _merge_counts([p["items"] for p in parts])
-        kept = item_counts.filter(pc.greater_equal(item_counts["n"], self.config.min_item_events))
-        if not len(kept):
-            raise DataError(
-                f"no item has {self.config.min_item_events} train events: lower data.min_item_events or check data.split"
-            )
-        context = {
-            name: features.fit(name, "context", kind, [p["context"][name] for p in parts])
-            for name, kind in self.config.context_features.items()
-        }
-        user_features = self._user_features()
-        item_features = self._write_items(kept)
-        encoders = ray.put(_Encoders(kept["item"].combine_chunks(), context, user_features, self.source.users))
-        offsets = 2 + np.cumsum([0, *(s["users_kept"] for s in stats)])
-        written = self._each(
-            _write_bucket, stats, self.config, boundaries, encoders, self.uri, offsets=offsets.tolist()
-        )
-        shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
-        for part in written:
-            for name, shard in part["shards"].items():
-                shards[name].append(Shard(**shard))
-            for key, value in part["counts"].items():
-                counts[key] = counts.get(key, 0) + value
-        counts["items_dropped_min_count"] = len(item_counts) - len(kept)
+        draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
+
+        outputs = self._each(buckets.count, stats, boundaries, draw, context_kinds, num_returns=2 + len(context_kinds))
+        _add(counts, self._get([out[0] for out in outputs]))
         split.check(counts, first, last, boundaries, self.source.has_time)
+        item_counts = self._merge([out[1] for out in outputs])
+        items = vocab.catalogue(item_counts, self.config.min_item_events)
+        counts["items_dropped_min_count"] = len(item_counts) - len(items)
+        context = {
+            name: features.fit(name, "context", kind, self._merge([out[2 + i] for out in outputs]))
+            for i, (name, kind) in enumerate(context_kinds.items())
+        }
+        users = self.source.users
+        user: dict[str, Feature] = {}
+        if users is not None:
+            for name, kind in user_kinds.items():
+                user[name] = features.fit(name, "user", kind, features.count_values(users[name], kind))
+        table, item_features = vocab.item_table(items, self.source.items, item_kinds)
+        storage.write_table(storage.join(self.uri, "items.parquet"), table)
+        _say(f"{len(items):,} items counted")
+
+        encoders = buckets.Encoders(items["item"].combine_chunks(), context, user, users)
+        shards = self._write(stats, counts, boundaries, draw, encoders)
         return DatasetRecord(
             config=wanted,
             fingerprint=self.source.fingerprint,
-            num_items=len(kept) + 2,
-            num_users=int(offsets[-1]),
+            num_items=len(items) + vocab.NUM_RESERVED,
+            num_users=vocab.NUM_RESERVED + counts["users_kept"],
             counts=counts,
-            features=[*user_features.values(), *context.values(), *item_features],
+            features=[*user.values(), *context.values(), *item_features],
             shards=shards,
             seed=self.seed,
-            split={
-                "kind": self.config.split.kind,
-                "first": first,
-                "last": last,
-                **(vars(boundaries) if boundaries else {}),
-            },
+            split={"kind": self.config.split.kind, "first": first, "last": last}
+            | (vars(boundaries) if boundaries else {}),
             has_time=self.source.has_time,
             seconds=time.perf_counter() - started,
         ).write(self.uri)
 
-    def _sort(self, buckets: int) -> list[dict[str, Any]]:
-        """Step 1: one sorted Parquet file per bucket; returns one entry of statistics each."""
+    def _write(
+        self,
+        stats: list[dict[str, int]],
+        counts: dict[str, int],
+        boundaries: split.Boundaries | None,
+        draw: split.Draw | None,
+        encoders: buckets.Encoders,
+    ) -> dict[str, list[Shard]]:
+        """Step 4: shards of all buckets; what was written is put into `counts`."""
         import ray
 
-        sort = {"config": self.config, "seed": self.seed, "has_time": self.source.has_time, "folder": self.sorted_uri}
-        if buckets == 1:  # a small log pays no shuffle
-            refs = self.source.events.to_arrow_refs()
-            return [ray.get(ray.remote(_sort_whole).remote(sort, *refs))]
-        keyed = self.source.events.map_batches(
-            _add_bucket, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, fn_kwargs={"buckets": buckets}
+        offsets = vocab.NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
+        calls = self._each(
+            buckets.write, stats, boundaries, draw, ray.put(encoders), self.uri, offsets=offsets[:-1].tolist()
         )
-        sorted_stats = keyed.groupby("bucket", num_partitions=min(buckets, 200)).map_groups(
-            _sort_group, batch_format="pyarrow", fn_kwargs={"sort": sort}
-        )
-        rows = sorted_stats.take_all()
-        return sorted(({k: int(v) for k, v in row.items()} for row in rows), key=lambda s: s["bucket"])
+        parts = self._get(calls)
+        for name in SPLITS:
+            counts.pop(f"events_{name}")  # counted before rare items left
+        _add(counts, [part["counts"] for part in parts])
+        return {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
+
+    def _sort(self, num_buckets: int) -> list[dict[str, int]]:
+        """Step 1: one sorted Parquet file per bucket; returns one entry of statistics each, in order of buckets."""
+        import ray
+
+        sort = {"config": self.config, "has_time": self.source.has_time, "folder": self.sorted_uri}
+        events = self.source.events
+        if num_buckets > 1:
+            events = events.map_batches(
+                buckets.add_bucket,
+                batch_format="pyarrow",
+                batch_size=None,
+                zero_copy_batch=True,
+                fn_kwargs={"num_buckets": num_buckets},
+            )
+        scanned = num_buckets <= _SCANNED_BUCKETS and self.source.num_events <= _SCANNED_EVENTS
+        if num_buckets == 1 or scanned:
+            refs = events.to_arrow_refs()
+            task = ray.remote(buckets.sort_blocks)
+            stats = self._get(
+                [task.remote(sort, bucket if num_buckets > 1 else None, *refs) for bucket in range(num_buckets)]
+            )
+        else:
+            partitions = max(min(num_buckets, 200), num_buckets // _PARTITION_BUCKETS)
+            grouped = events.groupby("bucket", num_partitions=partitions)
+            result = grouped.map_groups(buckets.sort_group, batch_format="pyarrow", fn_kwargs={"sort": sort})
+            stats = [{k: int(v) for k, v in row.items()} for row in result.take_all()]
+        stats = sorted((s for s in stats if s["events_read"]), key=lambda s: s["bucket"])
+        if not stats:
+            raise DataError("the log holds no events: check data.path and data.source")
+        return stats
 
     def _each(
         self,
-        function: Callable[..., dict[str, Any]],
-        stats: list[dict[str, Any]],
+        function: Callable[..., Any],
+        stats: list[dict[str, int]],
         *args: Any,
         offsets: list[int] | None = None,
-    ) -> list[dict[str, Any]]:
-        """`function` on every bucket, as Ray tasks; results in order of buckets."""
+        num_returns: int = 1,
+    ) -> list[Any]:
+        """`function` on every bucket, as Ray tasks; their references in order of buckets."""
         import ray
 
-        task = ray.remote(function)
-        calls = []
-        for index, entry in enumerate(stats):
-            extra = () if offsets is None else (offsets[index],)
-            calls.append(task.remote(_sorted_file(self.sorted_uri, entry["bucket"]), entry["bucket"], *args, *extra))
+        task = ray.remote(function).options(num_returns=num_returns)
+        extra = [()] * len(stats) if offsets is None else [(offset,) for offset in offsets]
+        return [
+            task.remote(buckets.sorted_file(self.sorted_uri, entry["bucket"]), entry["bucket"], *args, *more)
+            for entry, more in zip(stats, extra, strict=False)
+        ]
+
+    def _get(self, refs: list[Any]) -> list[dict[str, Any]]:
+        """Results of tasks; when one fails the others are stopped, so that nothing is written after the error."""
+        import ray
+
         try:
-            return list(ray.get(calls))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+            return list(ray.get(refs))
+        except BaseException:
+            for ref in refs:
+                ray.cancel(ref)
+            ray.wait(refs, num_returns=len(refs), timeout=30)
+            raise
 
-    def _boundaries(self, stats: list[dict[str, Any]], first: int, last: int) -> split.Boundaries:
+    def _merge(self, refs: list[Any]) -> pa.Table:
+        """Counts of all buckets as one table, by a tree of tasks."""
+        import ray
+
+        task = ray.remote(features.merge)
+        while len(refs) > _MERGE:
+            refs = [task.remote(*refs[i : i + _MERGE]) for i in range(0, len(refs), _MERGE)]
+        return ray.get(task.remote(*refs))
+
+    def _boundaries(self, stats: list[dict[str, int]], first: int, last: int) -> split.Boundaries:
         """Step 2: from a histogram of all times in _TIME_BINS bins."""
-        edges = np.unique(np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64))
-        parts = self._each(_histogram_bucket, stats, first, last)
-        bins = np.sum([p["counts"] for p in parts], axis=0)
-        return split.temporal(self.config.split, edges, bins)
+        bins = self._merge(self._each(buckets.histogram, stats, first, last))
+        edges = buckets.edges(first, last)
+        counts = np.zeros(len(edges) - 1, np.int64)
+        counts[bins["value"].to_numpy()] = bins["n"].to_numpy()
+        return split.temporal(self.config.split, edges, counts, self.source.has_time)
 
-    def _user_features(self) -> dict[str, Feature]:
-        table = self.source.users
-        if table is None:
-            return {}
-        kinds = features.infer_kinds(table, "user", self.config.user_features, "the user table")
-        return {n: features.fit(n, "user", kind, [features.count_values(table[n], kind)]) for n, kind in kinds.items()}
-
-    def _write_items(self, kept: pa.Table) -> list[Feature]:
-        """items.parquet; returns the fitted item features."""
-        no_key = pa.nulls(2, kept["item"].type)
-        out = {
-            "item": pa.concat_arrays([no_key, kept["item"].combine_chunks()]),
-            "count": pa.array(np.concatenate([[0, 0], kept["n"].to_numpy()]).astype(np.int64)),
+    def _kinds(self, entry: dict[str, int]) -> tuple[dict[str, FeatureConfig], ...]:
+        """Kinds of the context, user and item features. Raises DataError where tables and log do not fit together."""
+        config, source = self.config, self.source
+        schema, _ = storage.read_schema(buckets.sorted_file(self.sorted_uri, entry["bucket"]))
+        missing = [name for name in config.context_features if name not in config.columns.context]
+        missing += [name for name in config.columns.context if name not in schema.names]
+        if missing:
+            raise DataError(
+                f"context feature '{missing[0]}' is not read from the log: name it in data.columns.context "
+                f"({config.columns.context})"
+            )
+        context = {
+            name: config.context_features.get(name)
+            or FeatureConfig(kind=features.kind_of_type(schema.field(name).type))
+            for name in config.columns.context
         }
-        fitted: list[Feature] = []
-        table = self.source.items
-        if table is not None:
-            if table["item"].type != kept["item"].type:
+        found: list[dict[str, FeatureConfig]] = []
+        for role, table, declared in (
+            ("user", source.users, config.user_features),
+            ("item", source.items, config.item_features),
+        ):
+            vocab.check_key(role, schema.field(role).type, table)
+            if table is None and declared:
                 raise DataError(
-                    f"item ids are {kept['item'].type} in the log but {table['item'].type} in the item table: make them alike"
+                    f"data.{role}_features names '{next(iter(declared))}', but there is no data.{role}s table"
                 )
-            kinds = features.infer_kinds(table, "item", self.config.item_features, "the item table")
-            aligned = table.take(pc.index_in(out["item"], value_set=table["item"].combine_chunks()))
-            for name, kind in kinds.items():
-                feature = features.fit(name, "item", kind, [features.count_values(aligned[name], kind)])
-                fitted.append(feature)
-                out[name] = features.encode(aligned[name], feature)
-        storage.write_table(storage.join(self.uri, "items.parquet"), pa.table(out))
-        return fitted
-
-
-def _sorted_file(folder: str, bucket: int) -> str:
-    return storage.join(folder, f"bucket-{bucket:05d}.parquet")
-
-
-def _add_bucket(table: pa.Table, buckets: int) -> pa.Table:
-    bucket = history.hash_keys(table["user"]) % np.uint64(buckets)
-    return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
-
-
-def _sort_whole(sort: dict[str, Any], *tables: pa.Table) -> dict[str, Any]:
-    return _sort(pa.concat_tables(tables, promote_options="permissive"), 0, **sort)
-
-
-def _sort_group(table: pa.Table, sort: dict[str, Any]) -> pa.Table:
-    return pa.Table.from_pylist([_sort(table, int(table["bucket"][0].as_py()), **sort)])
-
-
-def _sort(table: pa.Table, bucket: int, config: DataConfig, seed: int, has_time: bool, folder: str) -> dict[str, Any]:
-    ordered, dropped = history.sort_users(table, config, seed, has_time)
-    storage.write_table(_sorted_file(folder, bucket), ordered)
-    times = ordered["time"]
-    return {
-        "bucket": bucket,
-        "events_read": len(table),
-        "events_kept": len(ordered),
-        "users_kept": len(pc.unique(ordered["user"])),
-        "first": pc.min(times).as_py() or 0,
-        "last": pc.max(times).as_py() or 0,
-        **dropped,
-    }
-
-
-def _histogram_bucket(file: str, bucket: int, first: int, last: int) -> dict[str, Any]:
-    times = storage.read_table(file, ["time"])["time"].to_numpy()
-    edges = np.unique(np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64))
-    return {"counts": np.bincount(np.searchsorted(edges, times, side="right") - 1, minlength=len(edges) - 1)}
-
-
-def _count_bucket(file: str, bucket: int, config: DataConfig, boundaries: split.Boundaries | None) -> dict[str, Any]:
-    """Step 3: train counts of items and of context features."""
-    part = history.Bucket.of(storage.read_table(file), config, boundaries)
-    train = part.table.filter(pa.array(part.code_E == 0))
-    counts = pc.value_counts(train["item"])
-    missing = [name for name in config.context_features if name not in train.column_names]
-    if missing:
-        raise DataError(
-            f"context feature '{missing[0]}' is not read: name it in data.columns.context ({config.columns.context})"
-        )
-    return {
-        "items": pa.table({"item": counts.field("values"), "n": counts.field("counts")}),
-        "context": {n: features.count_values(train[n], kind) for n, kind in config.context_features.items()},
-    }
-
-
-def _merge_counts(parts: Iterable[pa.Table]) -> pa.Table:
-    """(item, n), most frequent first, ties by key."""
-    import ray
-
-    def merge(*tables: pa.Table) -> pa.Table:
-        summed = pa.concat_tables(tables).group_by("item").aggregate([("n", "sum")])
-        return summed.rename_columns({"n_sum": "n"}).select(["item", "n"])
-
-    level = list(parts)
-    while len(level) > _MERGE:
-        task = ray.remote(merge)
-        level = ray.get([task.remote(*level[i : i + _MERGE]) for i in range(0, len(level), _MERGE)])
-    return merge(*level).sort_by([("n", "descending"), ("item", "ascending")])
-
-
-def _write_bucket(
-    file: str,
-    bucket: int,
-    config: DataConfig,
-    boundaries: split.Boundaries | None,
-    encoders: _Encoders,
-    uri: str,
-    first_user: int,
-) -> dict[str, Any]:
-    """Step 4: this bucket's shard of every split."""
-    part = history.Bucket.of(storage.read_table(file), config, boundaries)
-    found = pc.fill_null(pc.index_in(part.table["item"].combine_chunks(), value_set=encoders.item_keys), -1)
-    item_E = found.to_numpy(zero_copy_only=False).astype(np.int32) + 2
-    keep_E = (part.code_E < 3) & ~((item_E == 1) & (part.code_E == 0))
-    counts = {
-        "events_after_end": int((part.code_E >= 3).sum()),
-        "train_events_dropped_rare_item": int(((item_E == 1) & (part.code_E == 0)).sum()),
-    }
-    table = part.table.filter(pa.array(keep_E))
-    user_E, code_E, item_E = part.user_E[keep_E], part.code_E[keep_E], item_E[keep_E]
-    keys = part.keys()
-    name = f"part-{bucket:05d}.parquet"
-    ids = pa.array(np.arange(first_user, first_user + len(keys), dtype=np.int32))
-    storage.write_table(storage.join(uri, "users", name), pa.table({"user_id": ids, "user": keys}))
-    lists = {"item": item_E, "time": table["time"].to_numpy()}
-    lists |= {c: table[c].to_numpy() for c in ("label", "weight") if c in table.column_names}
-    encoded = {f"context_{n}": features.encode(table[n], f) for n, f in encoders.context.items()}
-    shards = {}
-    for split_name in SPLITS:
-        rows = history.rows(user_E, code_E, split_name)
-        offsets = pa.array(rows.offsets.astype(np.int32))
-        columns: dict[str, Any] = {"user": pa.array((rows.user_R + first_user).astype(np.int32))}
-        for column, values in lists.items():
-            columns[column] = pa.ListArray.from_arrays(offsets, pa.array(values[rows.index]))
-        for column, array in encoded.items():
-            columns[column] = pa.ListArray.from_arrays(offsets, array.take(pa.array(rows.index)))
-        columns["num_targets"] = pa.array(rows.num_targets_R.astype(np.int32))
-        columns |= _user_columns(keys, rows.user_R, encoders)
-        out = pa.table(columns)
-        events = int(rows.num_targets_R.sum())
-        counts[f"events_{split_name}"] = events
-        counts[f"users_{split_name}"] = len(out)
-        if split_name != "train":
-            counts[f"unknown_targets_{split_name}"] = int(((code_E == SPLITS.index(split_name)) & (item_E == 1)).sum())
-        if not len(out):
-            continue
-        lone = int((rows.num_targets_R == np.diff(rows.offsets)).sum())  # rows whose first target has nothing before it
-        per_group = max(1, 65_536 * len(out) // max(len(rows.index), 1))
-        storage.write_table(storage.join(uri, split_name, name), out, row_group_rows=per_group)
-        shards[split_name] = {
-            "file": f"{split_name}/{name}",
-            "rows": len(out),
-            "events": events,
-            "sequence_events": events - lone,
-        }
-    return {"shards": shards, "counts": counts}
-
-
-def _user_columns(keys: pa.Array, user_R: np.ndarray, encoders: _Encoders) -> dict[str, pa.Array]:
-    if encoders.user_table is None:
-        return {}
-    table = encoders.user_table
-    if table["user"].type != keys.type:
-        raise DataError(
-            f"user ids are {keys.type} in the log but {table['user'].type} in the user table: make them alike"
-        )
-    aligned = table.take(pc.index_in(keys.take(pa.array(user_R)), value_set=table["user"].combine_chunks()))
-    return {f"user_{name}": features.encode(aligned[name], f) for name, f in encoders.user.items()}
-
-
-__all__ = ["FeatureConfig", "prepare"]
+            if table is None:
+                found.append({})
+                continue
+            kinds, skipped = features.infer_kinds(table, role, declared, f"the {role} table")
+            if skipped:
+                _say(
+                    f"left out of the {role} features: {', '.join(skipped)}; declare them in data.{role}_features to use them"
+                )
+            found.append(kinds)
+        return context, found[0], found[1]

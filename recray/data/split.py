@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
 from recray.config import SplitConfig
 from recray.errors import ConfigError, DataError
 
+SPLITS = ("train", "valid", "test")
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _UNITS = {"d": 86_400_000_000, "h": 3_600_000_000, "m": 60_000_000, "s": 1_000_000}
 
 
@@ -28,6 +30,39 @@ class Boundaries:
         return np.searchsorted(edges, time, side="right").astype(np.int8)
 
 
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014) of uint64 numbers."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
+    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A share of train events drawn for validation. It depends on the event alone, not on how events are spread."""
+
+    share: float
+    seed: int
+
+    def chosen(self, order: np.ndarray) -> np.ndarray:
+        """(E,) bool of events by their unique `order`."""
+        salt = mix(np.array([self.seed], np.uint64))
+        return np.asarray(mix(order.astype(np.int64).view(np.uint64) ^ salt).astype(np.float64) / 2.0**64 < self.share)
+
+
+def draw(config: SplitConfig, num_valid: int, seed: int) -> Draw | None:
+    """What is drawn for 'given': nothing where validation events were given."""
+    if config.kind != "given" or num_valid:
+        return None
+    if isinstance(config.valid, str) or not 0 < config.valid < 1:
+        raise ConfigError(
+            f"data.split.valid = {config.valid!r}: with split 'given' and no validation events it is the fraction of train "
+            f"events to draw, between 0 and 1; or name data.split.valid_path"
+        )
+    return Draw(config.valid, seed)
+
+
 def duration(text: str) -> int:
     """Microseconds of '7d', '12h', '30m' or '45s'."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([dhms])", text.strip())
@@ -36,17 +71,34 @@ def duration(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def temporal(config: SplitConfig, edges: np.ndarray, counts: np.ndarray) -> Boundaries:
-    """Boundaries from a histogram of event times: counts[i] events lie in [edges[i], edges[i + 1])."""
+def temporal(config: SplitConfig, edges: np.ndarray, counts: np.ndarray, has_time: bool = True) -> Boundaries:
+    """Boundaries from a histogram of event times: counts[i] events lie in [edges[i], edges[i + 1]).
+
+    A fraction is met to within one bin, from below for test. Raises ConfigError on what the events cannot have.
+    """
+    timed = [n for n in ("valid_start", "test_start", "end") if getattr(config, n) is not None]
+    timed += [n for n in ("valid", "test") if isinstance(getattr(config, n), str)]
+    if timed and not has_time:
+        raise ConfigError(
+            f"data.split.{timed[0]} needs times, and the events have positions only: use fractions, "
+            f"or set data.columns.timestamp and data.timestamp_unit"
+        )
     last = int(edges[-1])
     end = _microseconds(config.end) if config.end else last
     inside = edges[:-1] < end
     cumulative = np.cumsum(counts * inside)
     test_start = _start(config.test_start, config.test, end, edges, cumulative, "test")
+    if config.end is None:
+        end = max(end, test_start)  # a test period after the last event is empty, which `check` explains
     before = edges[:-1] < test_start
     valid_start = _start(
         config.valid_start, config.valid, test_start, edges, np.cumsum(counts * before), "valid", cumulative[-1]
     )
+    if not valid_start <= test_start <= end:
+        raise ConfigError(
+            f"data.split: validation would start at {_shown(valid_start, has_time)}, test at {_shown(test_start, has_time)} "
+            f"and the end is {_shown(end, has_time)}: they must come in this order"
+        )
     return Boundaries(valid_start, test_start, end)
 
 
@@ -74,26 +126,30 @@ def _start(
 
 def _microseconds(moment: datetime) -> int:
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return int(aware.timestamp() * 1e6)
+    return (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 def check(counts: dict[str, int], first: int, last: int, boundaries: Boundaries | None, has_time: bool) -> None:
     """Refuse a split that leaves a part empty. Raises DataError that shows the range and the boundaries."""
-    empty = [name for name in ("train", "valid", "test") if not counts[f"events_{name}"]]
+    empty = [name for name in SPLITS if not counts[f"events_{name}"]]
     if not empty:
         return
-    said = f"no events fall in {', '.join(empty)}: train {counts['events_train']}, valid {counts['events_valid']}, test {counts['events_test']}."
+    there = ", ".join(f"{name} {counts[f'events_{name}']:,}" for name in SPLITS)
+    said = f"no events fall in {', '.join(empty)} ({there})."
     if boundaries is None:
         raise DataError(
-            f"{said} Check data.split (users need 3 events for leave_last; 'given' needs files or a split column)"
+            f"{said} Check data.split: leave_last needs users with 3 events, 'given' needs files or a column of splits"
         )
-    show = _iso if has_time else str
     raise DataError(
-        f"{said} Events run from {show(first)} to {show(last)}; validation starts at {show(boundaries.valid_start)}, test at "
-        f"{show(boundaries.test_start)}, and the end is {show(boundaries.end)}. Set data.split.valid and data.split.test "
-        f"(fractions or durations), and check data.timestamp_unit"
+        f"{said} Events run from {_shown(first, has_time)} to {_shown(last, has_time)}; validation starts at "
+        f"{_shown(boundaries.valid_start, has_time)}, test at {_shown(boundaries.test_start, has_time)}, and the end is "
+        f"{_shown(boundaries.end, has_time)}. Set data.split.valid and data.split.test (fractions or durations), "
+        f"and check data.timestamp_unit"
     )
 
 
-def _iso(microseconds: int) -> str:
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")
+def _shown(moment: int, has_time: bool) -> str:
+    """A time in ISO form, or a position."""
+    if not has_time:
+        return str(moment)
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=moment)).isoformat(timespec="seconds")

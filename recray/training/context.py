@@ -97,10 +97,12 @@ class RayContext:
         options.preserve_order = True
         free = ray.cluster_resources().get("CPU", 1) - self.world_size * self._scaling.cpus_per_worker
         options.resource_limits = options.resource_limits.copy(cpu=max(1, free // self.world_size))
+        # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
+        cpus = 1 if free >= self.world_size else 0
         uris = [dataset.shard_uri(split, part.shard) for part in slices]
         rows = [dataset.record.shards[split][part.shard].rows for part in slices]
         work = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=len(uris))
-        read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow")
+        read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
         held: list[pa.Table] = []
         at = 0
         # A large shard may come in several blocks; blocks keep the order.

@@ -113,3 +113,13 @@ def test_search_never_returns_padding_or_what_is_excluded(run: Config) -> None:
     assert (second[1] == first[1]).all()
     everything, scores = index.search(queries, 500)
     assert (everything == 0).any() and np.isneginf(scores[everything == 0]).all()
+
+
+def test_two_workers_consume_the_same_rows_and_learn_as_much(run: Config, tmp_path: Path) -> None:
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=2")
+    record = recray.train(config)
+    one = recray.train(run)
+    assert record.rows == one.rows
+    assert record.step == one.step
+    # Other negatives are drawn, so losses agree in size, not in digits.
+    assert _losses(config) == pytest.approx(_losses(run), rel=0.05)

@@ -17,7 +17,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(calls))
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(calls[0].get("num_cpus", 2))})
     monkeypatch.setattr(runtime, "quieten_data", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return calls
@@ -47,3 +47,15 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         runtime.start(ScalingConfig(use_gpu=True))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     runtime.start(ScalingConfig(use_gpu=True))
+    with pytest.raises(ResourceError, match=r"num_workers = 2 with one GPU each, but this Ray cluster has 1"):
+        runtime.start(ScalingConfig(use_gpu=True, num_workers=2))
+
+
+@pytest.mark.usefixtures("started")
+def test_more_workers_than_a_cluster_has_cpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(
+        ResourceError, match=r"\(3\) x scaling.cpus_per_worker \(2\) = 6 CPUs, but this Ray cluster has 2"
+    ):
+        runtime.start(ScalingConfig(num_workers=3, cpus_per_worker=2))
+    runtime.start(ScalingConfig(num_workers=0, cpus_per_worker=2))

@@ -1,0 +1,69 @@
+"""The item catalogue: which item has which id. From counts of train events only, so nothing of the future is in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recray.config import FeatureConfig
+from recray.data import features
+from recray.errors import DataError
+from recray.records import Feature
+
+NUM_RESERVED = 2  # ids 0 (padding) and 1 (unknown)
+_MAX_ITEMS = 2**31 - 1 - NUM_RESERVED  # ids are int32
+
+
+def catalogue(counts: pa.Table, min_count: int) -> pa.Table:
+    """Items with their train counts, in order of their ids from 2: by falling count, ties by key.
+
+    counts: columns value (item key) and n, one row per item. Returns columns item and count.
+    Raises DataError when no item is frequent enough.
+    """
+    kept = counts.filter(pc.greater_equal(counts["n"], min_count))
+    if not len(kept):
+        most = pc.max(counts["n"]).as_py() or 0
+        raise DataError(
+            f"no item has {min_count} train events (the most frequent of {len(counts):,} has {most:,}): "
+            f"lower data.min_item_events, or check data.split"
+        )
+    if len(kept) > _MAX_ITEMS:
+        raise DataError(f"{len(kept):,} items are more than {_MAX_ITEMS:,}: raise data.min_item_events")
+    kept = kept.sort_by([("n", "descending"), ("value", "ascending")])
+    return pa.table({"item": kept["value"].combine_chunks(), "count": kept["n"].cast(pa.int64()).combine_chunks()})
+
+
+def item_ids(keys: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
+    """(E,) int32 ids of item keys: 2 + position in `known`, 1 where it is not there."""
+    found = pc.fill_null(pc.index_in(keys.combine_chunks(), value_set=known), 1 - NUM_RESERVED)
+    return np.asarray(found.to_numpy(zero_copy_only=False).astype(np.int32) + NUM_RESERVED)
+
+
+def check_key(role: str, log: pa.DataType, table: pa.Table | None) -> None:
+    """Raises DataError when the keys of a side table cannot be those of the log."""
+    if table is not None and table[role].type != log:
+        raise DataError(
+            f"{role} ids are {log} in the log but {table[role].type} in data.{role}s: "
+            f"make data.columns.{role} the same type in both files"
+        )
+
+
+def item_table(
+    items: pa.Table, side: pa.Table | None, kinds: dict[str, FeatureConfig]
+) -> tuple[pa.Table, list[Feature]]:
+    """The table items.parquet, row i being item id i, and its features, fitted on the catalogue's items.
+
+    items: from `catalogue`. side: columns item and features; an item that it lacks gets missing values.
+    """
+    keys = pa.concat_arrays([pa.nulls(NUM_RESERVED, items["item"].type), items["item"].combine_chunks()])
+    counts = np.concatenate([np.zeros(NUM_RESERVED, np.int64), items["count"].to_numpy()])
+    out = {"item": keys, "count": pa.array(counts)}
+    fitted = []
+    if side is not None:
+        aligned = side.take(pc.index_in(keys, value_set=side["item"].combine_chunks()))
+        for name, kind in kinds.items():
+            feature = features.fit(name, "item", kind, features.count_values(aligned[name], kind))
+            fitted.append(feature)
+            out[name] = features.encode(aligned[name], feature)
+    return pa.table(out), fitted

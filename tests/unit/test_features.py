@@ -1,0 +1,107 @@
+"""Feature columns to numbers."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recray.config.sections import FeatureConfig
+from recray.data import features, vocab
+from recray.errors import DataError
+
+CATEGORY = FeatureConfig(kind="categorical")
+
+
+def column(*chunks: list, type: pa.DataType | None = None) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(chunk, type) for chunk in chunks])
+
+
+def fitted(values: pa.ChunkedArray, config: FeatureConfig) -> features.Feature:
+    """Fitted through a merge, one part per chunk."""
+    parts = [features.count_values(pa.chunked_array([chunk]), config) for chunk in values.chunks]
+    return features.fit("f", "item", config, features.merge(*parts))
+
+
+def test_categories_by_falling_count_then_value() -> None:
+    values = column(["b", "a", "c", None], ["c", "b", "a", "c", "d"])
+    feature = fitted(values, CATEGORY)
+    assert feature.vocabulary == ["c", "a", "b", "d"] and feature.cardinality == 6
+    assert features.encode(column(["c", "a", "b", "d", "new", None]), feature).to_pylist() == [2, 3, 4, 5, 1, 0]
+
+
+def test_rare_categories_share_the_unknown_id() -> None:
+    feature = fitted(column([7, 7, 9, 3, 3, 3]), FeatureConfig(kind="categorical", min_count=2))
+    assert feature.vocabulary == [3, 7]
+    assert features.encode(column([9, 7, 3]), feature).to_pylist() == [1, 3, 2]
+
+
+def test_nan_category_is_missing() -> None:
+    feature = fitted(column([1.0, np.nan, 1.0]), CATEGORY)
+    assert feature.vocabulary == ["1"]
+    assert features.encode(column([np.nan, 1.0, 2.0]), feature).to_pylist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.string())])
+def test_lists(kind: pa.DataType) -> None:
+    values = column([["x", "y"], [], None], [["y"], ["z", None]], type=kind)
+    feature = fitted(values, FeatureConfig(kind="list"))
+    assert feature.vocabulary == ["y", "x", "z"]
+    assert features.encode(values, feature).to_pylist() == [[3, 2], [], [], [2], [4, 0]]
+    assert features.encode(values, feature).type == pa.list_(pa.int32())
+
+
+def test_numbers_are_standardised_and_missing_is_the_mean() -> None:
+    values = column([1.0, 3.0, None, np.nan], [np.inf, 5.0, 7.0])  # mean 4, variance (9 + 1 + 1 + 9) / 4 = 5
+    feature = fitted(values, FeatureConfig(kind="numeric"))
+    assert feature.mean == pytest.approx(4) and feature.std == pytest.approx(np.sqrt(5))
+    expected = np.array([-3, -1, 0, 0, 0, 1, 3]) / np.sqrt(5)
+    np.testing.assert_allclose(features.encode(values, feature).to_numpy(), expected, rtol=1e-6)
+
+
+def test_large_numbers_keep_their_spread_and_constants_are_zero() -> None:
+    big = fitted(column([1e15 + 1, 1e15 + 3], [1e15 + 5]), FeatureConfig(kind="numeric"))
+    assert big.std == pytest.approx(np.sqrt(8 / 3))
+    constant = fitted(column([2, 2], [2]), FeatureConfig(kind="numeric"))
+    assert features.encode(column([2, 3]), constant).to_pylist() == [0.0, 1.0]
+
+
+def test_kinds_are_inferred_and_titles_left_out() -> None:
+    rows = 10
+    table = pa.table(
+        {
+            "item": list(range(rows)),
+            "title": [f"title {i}" for i in range(rows)],
+            "brand": ["a", "b"] * 5,
+            "new": [True, False] * 5,
+            "year": [1999, 2000] * 5,
+            "price": [float(i) for i in range(rows)],
+            "genres": [["x"]] * rows,
+        }
+    )
+    kinds, skipped = features.infer_kinds(table, "item", {}, "the item table")
+    assert {name: config.kind for name, config in kinds.items()} == {
+        **dict.fromkeys(["brand", "new", "year"], "categorical"),
+        "price": "numeric",
+        "genres": "list",
+    }
+    assert skipped == ["'title' (10 distinct values in 10 rows)"]
+    assert features.infer_kinds(table, "item", {"title": CATEGORY}, "t") == ({"title": CATEGORY}, [])
+    with pytest.raises(DataError, match="the item table has no column 'colour'; columns there: item, title"):
+        features.infer_kinds(table, "item", {"colour": CATEGORY}, "the item table")
+
+
+def test_catalogue_and_item_table() -> None:
+    counts = features.merge(features.value_counts(column([5, 9, 9, 4])), features.value_counts(column([4, 7, 9])))
+    items = vocab.catalogue(counts, 1)
+    assert items["item"].to_pylist() == [9, 4, 5, 7] and items["count"].to_pylist() == [3, 2, 1, 1]
+    assert vocab.catalogue(counts, 2)["item"].to_pylist() == [9, 4]
+    assert vocab.item_ids(column([7], [9, 8]), items["item"].combine_chunks()).tolist() == [5, 2, 1]
+    side = pa.table({"item": [4, 5, 9, 100], "brand": ["a", "b", "b", "c"]})
+    table, (feature,) = vocab.item_table(items, side, {"brand": CATEGORY})
+    assert table["item"].to_pylist() == [None, None, 9, 4, 5, 7]
+    assert table["count"].to_pylist() == [0, 0, 3, 2, 1, 1]
+    assert feature.vocabulary == ["b", "a"]  # "c" belongs to an item that nobody trained on
+    assert table["brand"].to_pylist() == [0, 0, 2, 3, 2, 0]
+    with pytest.raises(DataError, match=r"no item has 4 train events \(the most frequent of 4 has 3\)"):
+        vocab.catalogue(counts, 4)
+    with pytest.raises(DataError, match=r"item ids are string in the log but int64 in data.items"):
+        vocab.check_key("item", pa.string(), side)
