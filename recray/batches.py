@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,17 @@ class ShardSlice:
     shard: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Decay:
+    """An event's weight halves with every `half_life` that it lies before `until`. Microseconds or positions."""
+
+    until: int
+    half_life: int
+
+    def __call__(self, time: np.ndarray) -> np.ndarray:
+        return np.asarray(np.exp2(np.minimum(time - self.until, 0) / self.half_life))
 
 
 def num_examples(shard: Shard, examples: Examples) -> int:
@@ -108,13 +120,13 @@ def _column(array: pa.ChunkedArray) -> _Column:
 
 
 class _Rows:
-    """A table of user rows as numpy arrays."""
+    """A table of user rows as numpy arrays. Of a labelled log only the positive events are here."""
 
     def __init__(self, table: pa.Table) -> None:
         self.user = table["user"].to_numpy()
-        items = _column(table["item"])
+        items, times = _column(table["item"]), _column(table["time"])
         assert items.offsets is not None
-        self.item, self.offsets = items.values, items.offsets
+        self.item, self.time, self.offsets = items.values, times.values, items.offsets
         self.num_targets = table["num_targets"].to_numpy().astype(np.int64)
         self.user_features = {n[5:]: _column(table[n]) for n in table.column_names if n.startswith("user_")}
         self.context = {}
@@ -122,6 +134,19 @@ class _Rows:
             if name.startswith("context_"):
                 flat = pa.chunked_array([table[name].combine_chunks().flatten()])
                 self.context[name[8:]] = _column(flat)
+        self.weight = _column(table["weight"]).values if "weight" in table.column_names else np.ones(len(self.item))
+        if "label" in table.column_names:
+            self._keep(_column(table["label"]).values > 0)
+
+    def _keep(self, kept: np.ndarray) -> None:
+        """Leave out events; what is left keeps its order."""
+        before = np.concatenate([[0], np.cumsum(kept)])
+        first = self.first_target()
+        self.num_targets = before[self.offsets[1:]] - before[first]
+        self.offsets = before[self.offsets]
+        self.item, self.time, self.weight = self.item[kept], self.time[kept], self.weight[kept]
+        rows = np.flatnonzero(kept)
+        self.context = {name: column.take(rows) for name, column in self.context.items()}
 
     def first_target(self) -> np.ndarray:
         return np.asarray(self.offsets[1:] - self.num_targets)
@@ -130,7 +155,7 @@ class _Rows:
 _Piece = dict[str, _Column]
 
 
-def _events(rows: _Rows, index: np.ndarray, history_length: int) -> _Piece:
+def _events(rows: _Rows, index: np.ndarray, history_length: int, decay: Decay | None) -> _Piece:
     """Examples of events: `index` counts the targets of the table in order."""
     before = np.concatenate([[0], np.cumsum(rows.num_targets)])
     row = np.searchsorted(before, index, side="right") - 1
@@ -140,12 +165,19 @@ def _events(rows: _Rows, index: np.ndarray, history_length: int) -> _Piece:
         "user": _Column(rows.user[row]),
         "history": _windows(rows.item, start, at - start),
         "target": _Column(rows.item[at]),
+        "weight": _Column(_weights(rows, at, decay)),
         **{f"user_{n}": c.take(row) for n, c in rows.user_features.items()},
         **{f"context_{n}": c.take(at) for n, c in rows.context.items()},
     }
 
 
-def _sequences(rows: _Rows, index: np.ndarray, history_length: int) -> _Piece:
+def _weights(rows: _Rows, at: np.ndarray, decay: Decay | None) -> np.ndarray:
+    """Weights of targets. An unknown item (in validation events, when they are trained on) has no vector to learn."""
+    weight = np.where(rows.item[at] < FIRST_ID, 0.0, rows.weight[at])
+    return weight if decay is None else weight * decay(rows.time[at])
+
+
+def _sequences(rows: _Rows, index: np.ndarray, history_length: int, decay: Decay | None) -> _Piece:
     """Examples of users: the last history_length + 1 events; every event with a successor is asked for it."""
     end = rows.offsets[index + 1]
     start = np.maximum(rows.offsets[index], end - history_length - 1)
@@ -159,6 +191,7 @@ def _sequences(rows: _Rows, index: np.ndarray, history_length: int) -> _Piece:
         "user": _Column(rows.user[index]),
         "history": history,
         "target": _Column(target.values),
+        "weight": _Column(_weights(rows, place.values, decay)),
         "query": _Column(is_query),
         **{f"user_{n}": c.take(index) for n, c in rows.user_features.items()},
     }
@@ -166,17 +199,18 @@ def _sequences(rows: _Rows, index: np.ndarray, history_length: int) -> _Piece:
 
 def _batch(piece: _Piece, examples: Examples, shard: np.ndarray, row: np.ndarray) -> Batch:
     tensors = {name: column.tensor() for name, column in piece.items() if name != "query"}
-    history, target, user = tensors["history"], tensors["target"], tensors["user"]
-    assert isinstance(history, Jagged) and isinstance(target, torch.Tensor) and isinstance(user, torch.Tensor)
+    history, target, user, weight = tensors["history"], tensors["target"], tensors["user"], tensors["weight"]
+    assert isinstance(history, Jagged) and isinstance(user, torch.Tensor)
+    assert isinstance(target, torch.Tensor) and isinstance(weight, torch.Tensor)
     position = None
     if examples == "sequences":
         position = torch.from_numpy(np.flatnonzero(piece["query"].values))
-        target = target[position]
+        target, weight = target[position], weight[position]
     return Batch(
         user_B=user,
         history=history,
         target_Q=target,
-        weight_Q=torch.ones(len(target)),
+        weight_Q=weight,
         position_Q=position,
         user_features={n[5:]: t for n, t in tensors.items() if n.startswith("user_")},
         context={n[8:]: t for n, t in tensors.items() if n.startswith("context_")},
@@ -191,6 +225,7 @@ def cut(
     examples: Examples,
     history_length: int,
     seed: int,
+    decay: Decay | None = None,
 ) -> Iterator[Batch]:
     """Batches of `batch_size` examples from shards in the order given; one batch may span two shards, the last may be smaller."""
     make = _events if examples == "events" else _sequences
@@ -205,7 +240,7 @@ def cut(
         at = 0
         while at < len(index):
             take = index[at : at + batch_size - held]
-            pieces.append(make(rows, take, history_length))
+            pieces.append(make(rows, take, history_length, decay))
             shards.append(np.full(len(take), part.shard, np.int64))
             ids.append(take)
             held, at = held + len(take), at + len(take)
@@ -245,35 +280,43 @@ def padding_like(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Question:
-    """Users of an evaluation split: what the model sees, what they had before, what they went on to choose."""
+    """Queries of an evaluation split: what the model sees, what the user had before, what they went on to choose."""
 
     batch: Batch
-    seen: Jagged  # every item before the split, unknown ones included
-    seen_time: Jagged
+    seen: Jagged  # every item before the query, unknown ones included
     targets: Jagged
 
 
-def questions(table: pa.Table, batch_size: int, history_length: int) -> Iterator[Question]:
-    """One query per user row, `batch_size` users at a time. Context features are those of the first target."""
+def questions(
+    table: pa.Table, batch_size: int, history_length: int, queries: Literal["user", "event"]
+) -> Iterator[Question]:
+    """One query per user row, for all its targets; or one per target. `batch_size` queries at a time.
+
+    Context features are those of the first target that is asked for.
+    """
     rows = _Rows(table)
-    times = _column(table["time"]).values
-    first = rows.first_target()
-    for at in range(0, len(rows.user), batch_size):
-        index = np.arange(at, min(at + batch_size, len(rows.user)))
-        begin, middle = rows.offsets[index], first[index]
+    row_Q, number_Q = np.flatnonzero(rows.num_targets), rows.num_targets[rows.num_targets > 0]
+    at_Q = rows.first_target()[row_Q]
+    if queries == "event":
+        place = _windows(np.arange(len(rows.item)), at_Q, number_Q)
+        row_Q, at_Q, number_Q = np.repeat(row_Q, number_Q), place.values, np.ones(len(place.values), np.int64)
+    for at in range(0, len(row_Q), batch_size):
+        part = slice(at, at + batch_size)
+        index, middle, number = row_Q[part], at_Q[part], number_Q[part]
+        begin = rows.offsets[index]
         start = np.maximum(begin, middle - history_length)
         piece = {
             "user": _Column(rows.user[index]),
             "history": _windows(rows.item, start, middle - start),
             "target": _Column(rows.item[middle]),
+            "weight": _Column(np.ones(len(index))),
             **{f"user_{n}": c.take(index) for n, c in rows.user_features.items()},
             **{f"context_{n}": c.take(middle) for n, c in rows.context.items()},
         }
         seen = _windows(rows.item, begin, middle - begin).tensor()
-        seen_time = _windows(times, begin, middle - begin).tensor()
-        targets = _windows(rows.item, middle, rows.num_targets[index]).tensor()
-        assert isinstance(seen, Jagged) and isinstance(targets, Jagged) and isinstance(seen_time, Jagged)
-        yield Question(_batch(piece, "events", np.zeros(len(index), np.int64), index), seen, seen_time, targets)
+        targets = _windows(rows.item, middle, number).tensor()
+        assert isinstance(seen, Jagged) and isinstance(targets, Jagged)
+        yield Question(_batch(piece, "events", np.zeros(len(index), np.int64), index), seen, targets)
 
 
 def item_table(dataset: PreparedDataset) -> ItemTable:

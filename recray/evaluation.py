@@ -1,47 +1,54 @@
 """The evaluate stage: full ranking over the whole catalogue, the index's loss, and honest baselines.
 
-Every user of the split with a history is one query, asked at the split; their items
-of the split are the targets. Exact search ranks first; then the index answers the
-same queries. Unknown targets (items that training never saw) stay in the
-denominator as misses. No metric on sampled negatives exists here.
+A query is a user with a history, asked at the split for all later items
+(`evaluation.queries = "user"`), or any later event, asked for with everything before
+it ("event"). Exact search ranks first; then the index answers the same queries.
+Unknown targets (items that training never saw) stay in the denominator as misses.
+No metric on sampled negatives exists here.
+
+Shards of the split are shared out to `scaling.num_workers` tasks; results are merged in
+order of shards, so they do not depend on how many there are.
 """
 
 from __future__ import annotations
 
-import itertools
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 
-from recray import checkpoint, storage
+from recray import checkpoint, runtime, storage
 from recray.batches import Question, questions
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import duration
-from recray.errors import LineageError
+from recray.errors import DataError, LineageError
 from recray.metrics import ranked
 from recray.metrics.lists import ListCounts
-from recray.models.scoring import top_k
 from recray.records import CheckpointRecord, IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
 from recray.retrieval.faiss_index import ItemIndex
+from recray.retrieval.rankers import IndexRanker, ModelRanker, OracleRanker, Ranker
 
-Ranking = Callable[[Question], np.ndarray]  # a question -> (B, K) item ids, best first, 0 where nothing is left
+_COUNTED = ("queries", "queries_without_history", "targets", "unknown_targets")
 
 
 @dataclass
-class _System:
-    """One thing that ranks, and what its users' metrics were."""
+class _Scores:
+    """What one system's lists were worth, on one shard."""
 
-    rank: Ranking
     lists: ListCounts
-    values: list[dict[str, np.ndarray]] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)  # (B, M), columns in order of _names
     short_lists: int = 0
-    seconds: float = 0.0
+
+
+_Part = tuple[dict[str, _Scores], dict[str, int]]  # of one shard: scores by system, and counts
 
 
 def evaluate(config: Config, split: str = "test") -> ReportRecord:
@@ -51,167 +58,154 @@ def evaluate(config: Config, split: str = "test") -> ReportRecord:
     """
     started = time.perf_counter()
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
-    model_uri, index_uri = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
-    model, record = checkpoint.load_model(model_uri)
-    index = _index(index_uri, record) if storage.exists(storage.join(index_uri, "index.json")) else None
+    record = CheckpointRecord.read(storage.join(config.run_uri, "checkpoint"))
+    index = _index_record(config, record)
     if index is None:
-        print(f"evaluate: there is no index in {index_uri}; exact search only", flush=True)
-    systems, vectors_ND = _systems(config, dataset, model, index, split)
-    ks, k = config.evaluation.k, max(config.evaluation.k)
-    dropped = {"users_without_history": 0, "users": 0, "targets": 0, "unknown_targets": 0}
-    for table in dataset.iter_tables(split):
-        for question in questions(table, config.evaluation.batch_size, config.model.history_length):
-            _score(question, systems, ks, k, vectors_ND, dropped)
-    if not dropped["users"]:
-        raise LineageError(f"no user of the {split} split has a history: check data.split, or train on more of the log")
-    metrics = {name: _summary(system, config, dataset) for name, system in systems.items()}
-    parents = [record.id, dataset.record.id] + ([index.record.id] if index else [])
+        print(f"evaluate: there is no index in {config.run_uri}/index; exact search only", flush=True)
+    if "item_filter" in config.evaluation.baselines and not _filter_fits(dataset):
+        events = dataset.record.counts["events_train"]
+        print(
+            f"evaluate: item_filter is left out: {events:,} train events are more than {baselines.MAX_FILTER_EVENTS:,}"
+        )
+    scores, counts = _merged(_parts(config, split, len(dataset.record.shards[split])))
+    if not counts["queries"]:
+        raise DataError(f"no query of the {split} split has a history: check data.split, or train on more of the log")
+    metrics = {name: _summary(one, config, dataset) for name, one in scores.items()}
     report = ReportRecord(
-        parents=parents,
+        parents=[record.id, dataset.record.id] + ([index.id] if index else []),
         config=config.model_dump(mode="json"),
         split=split,
         metrics=metrics,
-        counts={**dropped, "short_lists": systems["model"].short_lists, "catalogue": dataset.record.num_items - 2},
-        index=_index_loss(index, metrics, k) if index else {},
+        counts={**counts, "short_lists": scores["model"].short_lists, "catalogue": dataset.record.num_items - 2},
+        index=_index_loss(index, metrics, max(config.evaluation.k)) if index else {},
         seconds=time.perf_counter() - started,
     )
     return report.write(storage.join(config.run_uri, "report"))
 
 
-def _index(uri: str, record: CheckpointRecord) -> ItemIndex:
+def _index_record(config: Config, record: CheckpointRecord) -> IndexRecord | None:
+    uri = storage.join(config.run_uri, "index")
+    if not storage.exists(storage.join(uri, "index.json")):
+        return None
     index = IndexRecord.read(uri)
     if record.id not in index.parents:
         raise LineageError(
             f"the index in {uri} was built from {index.parents[0]}, not from {record.id}: run `recray index` on this checkpoint first"
         )
-    return ItemIndex.open(uri)
+    return index
 
 
-def _systems(
-    config: Config, dataset: PreparedDataset, model: torch.nn.Module, index: ItemIndex | None, split: str
-) -> tuple[dict[str, _System], np.ndarray]:
-    """The model by exact search, its index, and the baselines that apply."""
-    n, k, seen = dataset.record.num_items, max(config.evaluation.k), config.evaluation.filter_seen
-    vectors_ND = embed.item_vectors(storage.join(config.run_uri, "checkpoint"), n, parallel=False)
-    vectors = torch.from_numpy(vectors_ND)
+def _parts(config: Config, split: str, num_shards: int) -> list[_Part]:
+    """One entry per shard, in order."""
+    workers = min(config.scaling.num_workers, num_shards)
+    if workers <= 1:
+        shown = sys.stderr.isatty()
+        numbers = track(range(num_shards), "evaluate", console=Console(stderr=True), transient=True, disable=not shown)
+        return list(_score_shards(config, split, numbers))
+    import ray
 
-    def queries(question: Question) -> torch.Tensor:
-        with torch.inference_mode():
-            return model.query_vectors(question.batch).float()  # type: ignore[operator, no-any-return]
+    runtime.start(config.scaling)
+    task = ray.remote(_score_share).options(num_cpus=config.scaling.cpus_per_worker)
+    shares = ray.get([task.remote(config, split, list(range(w, num_shards, workers))) for w in range(workers)])
+    return [shares[number % workers][number // workers] for number in range(num_shards)]
 
-    def by_model(question: Question) -> np.ndarray:
-        return top_k(queries(question), vectors, k, question.seen if seen else None)[0].numpy()
 
-    ranks: dict[str, Ranking] = {"model": by_model}
-    if index is not None:
+def _score_share(config: Config, split: str, numbers: list[int]) -> list[_Part]:
+    torch.set_num_threads(config.scaling.cpus_per_worker)
+    return list(_score_shards(config, split, numbers))
 
-        def by_index(question: Question) -> np.ndarray:
-            exclude = (question.seen.values.numpy(), question.seen.offsets.numpy()) if seen else None
-            return index.search(queries(question).numpy(), k, exclude)[0]
 
-        ranks["index"] = by_index
+def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
+    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    systems, vectors_ND = _systems(config, dataset, split)
+    for number in numbers:
+        table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))
+        scores = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in systems}
+        counts = dict.fromkeys(_COUNTED, 0)
+        options = config.evaluation
+        for question in questions(table, options.batch_size, config.model.history_length, options.queries):
+            _score(question, config, systems, vectors_ND, scores, counts)
+        yield scores, counts
 
-    def by_scores(scorer: baselines.Popularity | baselines.RecentPopularity | baselines.ItemFilter) -> Ranking:
-        def rank(question: Question) -> np.ndarray:
-            # A score matrix is a product of the users' rows and the identity's: the same masked top-k serves.
-            return _top_of_scores(scorer.scores(question), k, question, seen)
 
-        return rank
-
+def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict[str, Ranker], np.ndarray]:
+    """The model by exact search, its index, the baselines that apply; and the item vectors."""
+    model_uri, index_uri = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
+    model, _ = checkpoint.load_model(model_uri)
+    vectors_ND = embed.item_vectors(model_uri, dataset.record.num_items, parallel=False)
+    systems: dict[str, Ranker] = {"model": ModelRanker(model, torch.from_numpy(vectors_ND))}
+    if storage.exists(storage.join(index_uri, "index.json")):
+        systems["index"] = IndexRanker(model, ItemIndex.open(index_uri))
     for name in config.evaluation.baselines:
         if name == "popularity":
-            ranks[name] = by_scores(baselines.Popularity(n))
+            systems[name] = baselines.Popularity(dataset.item_counts())
         elif name == "recent_popularity" and dataset.record.has_time:
-            until = dataset.record.split.get(f"{split}_start", dataset.record.split["last"])
             window = duration(config.evaluation.recent_window)
-            ranks[name] = by_scores(baselines.RecentPopularity(dataset, split, window, until))
-        elif name == "item_filter":
-            if n <= baselines.MAX_ITEMS:
-                ranks[name] = by_scores(baselines.ItemFilter(dataset))
-            else:
-                print(
-                    f"evaluate: item_filter is left out: {n:,} items are more than {baselines.MAX_ITEMS:,}", flush=True
-                )
+            systems[name] = baselines.recent_popularity(dataset, split, window)
+        elif name == "item_filter" and _filter_fits(dataset):
+            systems[name] = baselines.ItemFilter(dataset)
         elif name == "oracle" and config.data.source == "simulated":
-            ranks[name] = _oracle(config, dataset, split, k)
-    return {name: _System(rank, ListCounts(np.zeros(n, np.int64))) for name, rank in ranks.items()}, vectors_ND
+            oracle = SimulatedOracle(config.data.simulated, config.run.seed)
+            systems[name] = OracleRanker(oracle, dataset, split)
+    return systems, vectors_ND
 
 
-def _top_of_scores(scores_BN: torch.Tensor, k: int, question: Question, filter_seen: bool) -> np.ndarray:
-    scores_BN[:, :2] = -torch.inf
-    if filter_seen:
-        row = torch.repeat_interleave(torch.arange(len(scores_BN)), question.seen.lengths())
-        scores_BN[row, question.seen.values] = -torch.inf
-    best, found = scores_BN.topk(min(k, scores_BN.shape[1]), dim=1)
-    found = torch.where(best == -torch.inf, 0, found)
-    return torch.nn.functional.pad(found, (0, k - found.shape[1])).numpy()
-
-
-def _oracle(config: Config, dataset: PreparedDataset, split: str, k: int) -> Ranking:
-    """The simulator's own answer; items that training never saw are in it, the oracle knows them."""
-    oracle = SimulatedOracle(config.data.simulated, config.run.seed)
-    keys = dataset.items()["item"].to_numpy(zero_copy_only=False)
-    id_of_key = np.ones(config.data.simulated.items, np.int64)
-    id_of_key[keys[2:].astype(np.int64)] = np.arange(2, len(keys))
-    users = dataset.user_keys()
-    key_of_user = np.zeros(dataset.record.num_users, np.int64)
-    key_of_user[users["user_id"].to_numpy()] = users["user"].to_numpy()
-    until = int(dataset.record.split.get(f"{split}_start", dataset.record.split["last"]))
-
-    def rank(question: Question) -> np.ndarray:
-        offsets = question.seen.offsets.tolist()
-        seen = question.seen.values.numpy()
-        exclude = []
-        for begin, end in itertools.pairwise(offsets):
-            mine = seen[begin:end]
-            exclude.append(keys[mine[mine >= 2]].astype(np.int64))
-        if not config.evaluation.filter_seen:
-            exclude = [one[:0] for one in exclude]
-        answers = oracle(key_of_user[question.batch.user_B.numpy()].tolist(), until, k, exclude)
-        return np.stack([id_of_key[answer] for answer in answers])
-
-    return rank
+def _filter_fits(dataset: PreparedDataset) -> bool:
+    return dataset.record.counts["events_train"] <= baselines.MAX_FILTER_EVENTS
 
 
 def _score(
     question: Question,
-    systems: dict[str, _System],
-    ks: list[int],
-    k: int,
+    config: Config,
+    systems: dict[str, Ranker],
     vectors_ND: np.ndarray,
+    scores: dict[str, _Scores],
     counts: dict[str, int],
 ) -> None:
-    """Rank one batch of users by every system and keep their metrics."""
+    """Rank one batch of queries by every system and keep their metrics."""
+    ks = config.evaluation.k
     rows = (question.seen.lengths() > 0).numpy()
     values, offsets = question.targets.values.numpy(), question.targets.offsets.numpy()
     wanted = ranked.num_distinct(values, offsets)[rows]
     target_row = np.repeat(rows, np.diff(offsets))
-    counts["users"] += int(rows.sum())
-    counts["users_without_history"] += int((~rows).sum())
-    counts["targets"] += int(target_row.sum())
-    counts["unknown_targets"] += int(((values == 1) & target_row).sum())
-    for system in systems.values():
-        started = time.perf_counter()
-        ids = system.rank(question)
-        system.seconds += time.perf_counter() - started
-        hit = ranked.hits(ids, values, offsets)[rows]
-        system.values.append(ranked.per_user(hit, wanted, ks))
-        system.lists.add(ids[rows], vectors_ND)
-        system.short_lists += int((ids[rows] == 0).any(axis=1).sum())
+    added = (rows.sum(), (~rows).sum(), target_row.sum(), ((values == 1) & target_row).sum())
+    for name, number in zip(_COUNTED, added, strict=True):
+        counts[name] += int(number)
+    for name, rank in systems.items():
+        ids = rank(question, max(ks), config.evaluation.filter_seen)
+        found = ranked.per_user(ranked.hits(ids, values, offsets)[rows], wanted, ks)
+        scores[name].values.append(np.stack([found[metric] for metric in _names(ks)], axis=1))
+        scores[name].lists.add(ids[rows], vectors_ND)
+        scores[name].short_lists += int((ids[rows] == 0).any(axis=1).sum())
 
 
-def _summary(system: _System, config: Config, dataset: PreparedDataset) -> dict[str, Interval]:
-    out: dict[str, Interval] = {}
-    for name in system.values[0]:
-        values = np.concatenate([part[name] for part in system.values])
-        low, high = (None, None)
-        if config.evaluation.bootstrap:
-            low, high = ranked.bootstrap(values, config.evaluation.bootstrap, config.run.seed)
-        out[name] = Interval(value=float(values.mean()), low=low, high=high)
-    lists = system.lists.metrics(max(config.evaluation.k), dataset.item_counts(), dataset.record.counts["users_train"])
+def _names(ks: list[int]) -> list[str]:
+    return [f"{name}@{k}" for k in ks for name in ranked.NAMES]
+
+
+def _merged(parts: list[_Part]) -> _Part:
+    scores, counts = parts[0]
+    for more, added in parts[1:]:
+        for name, one in more.items():
+            old = scores[name]
+            scores[name] = _Scores(old.lists + one.lists, old.values + one.values, old.short_lists + one.short_lists)
+        counts = {name: counts[name] + added[name] for name in counts}
+    return scores, counts
+
+
+def _summary(scores: _Scores, config: Config, dataset: PreparedDataset) -> dict[str, Interval]:
+    ks = config.evaluation.k
+    values = np.concatenate(scores.values)
+    low: list[float | None] = [None] * values.shape[1]
+    high = low
+    if config.evaluation.bootstrap:
+        low, high = (x.tolist() for x in ranked.bootstrap(values, config.evaluation.bootstrap, config.run.seed))
+    means = values.mean(axis=0).tolist()
+    out = {n: Interval(value=m, low=a, high=b) for n, m, a, b in zip(_names(ks), means, low, high, strict=True)}
+    lists = scores.lists.metrics(max(ks), dataset.item_counts(), dataset.record.counts["users_train"])
     return out | {name: Interval(value=value) for name, value in lists.items()}
 
 
-def _index_loss(index: ItemIndex, metrics: dict[str, dict[str, Interval]], k: int) -> dict[str, float]:
+def _index_loss(index: IndexRecord, metrics: dict[str, dict[str, Interval]], k: int) -> dict[str, float]:
     lost = {n: metrics["index"][n].value - metrics["model"][n].value for n in (f"ndcg@{k}", f"recall@{k}")}
-    return {f"recall@{index.record.k}_against_exact": index.record.recall, **{f"{n}_lost": v for n, v in lost.items()}}
+    return {f"recall@{index.k}_against_exact": index.recall, **{f"{n}_lost": v for n, v in lost.items()}}

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recray import storage
 from recray.errors import LineageError
@@ -41,7 +41,16 @@ class Record(BaseModel):
             raise LineageError(
                 f"no {cls.file_name()} in {folder}: the stage that writes the {stage} has not completed there"
             )
-        return cls.model_validate(storage.read_json(uri))
+        body = storage.read_json(uri)
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            version = body.get("recray_version", "?") if isinstance(body, dict) else "?"
+            first = error.errors()[0]
+            raise LineageError(
+                f"{uri} was written by recray {version} and this is {metadata.version('recray')}: "
+                f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; run its stage again"
+            ) from None
 
     def write(self, folder: str) -> Self:
         """Stamp id, time and version, write the record, and return it as written."""
@@ -81,8 +90,7 @@ class Shard(Part):
 
     file: str
     rows: int  # users
-    events: int  # targets over all rows (training examples of an event model)
-    sequence_events: int  # targets that have at least one event before them
+    events: int  # positive targets over all rows (training examples of an event model)
 
 
 class DatasetRecord(Record):
@@ -98,6 +106,10 @@ class DatasetRecord(Record):
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
     oracle: dict[str, float] | None = None  # simulated data: metric name -> value of the true model
     has_time: bool = True
+
+    def starts(self, split: str) -> int:
+        """When a split begins, in microseconds (or positions); the last event's time where splits are not by time."""
+        return int(self.split.get(f"{split}_start", self.split["last"]))
 
 
 class CheckpointRecord(Record):

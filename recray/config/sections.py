@@ -53,6 +53,7 @@ class SplitConfig(Section):
         None, description="temporal: ISO time instead of `valid`, e.g. 2017-10-07T15:00:00Z"
     )
     test_start: datetime | None = Field(None, description="temporal: ISO time instead of `test`")
+    start: datetime | None = Field(None, description="temporal: events before this time are dropped and counted")
     end: datetime | None = Field(None, description="temporal: events at or after this time are dropped and counted")
     train_path: str | list[str] | None = Field(None, description="given: files of each split")
     valid_path: str | list[str] | None = None
@@ -150,6 +151,14 @@ class TrainingConfig(Section):
     accumulation_steps: int = Field(1, ge=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    half_life: str | None = Field(
+        None,
+        description="an event's weight in the loss halves with every such time before validation, e.g. '12h'; for items that age fast",
+    )
+    refit: bool = Field(
+        False,
+        description="after the best epoch is known, train anew on train and validation events together for as many epochs, and keep that",
+    )
     metric: str = Field("ndcg@10", description="validation metric that selects the best checkpoint")
     patience: int = Field(0, ge=0, description="validations without improvement before stopping; 0 = never stop early")
     validate_every: int = Field(1, ge=1, description="epochs between validations")
@@ -174,6 +183,10 @@ class RetrievalConfig(Section):
 
 class EvaluationConfig(Section):
     k: list[int] = [10, 20, 50]
+    queries: Literal["user", "event"] = Field(
+        "user",
+        description="user: each user is asked once, at the split, for all later items; event: before every later event, for that event",
+    )
     filter_seen: bool = Field(True, description="items in a user's history are not recommended again")
     batch_size: int = Field(512, ge=1, description="users scored at a time")
     bootstrap: int = Field(500, ge=0, description="resamples for the intervals; 0 = none")

@@ -79,7 +79,8 @@ def _sort(table: pa.Table, bucket: int, config: DataConfig, has_time: bool, fold
 
 def edges(first: int, last: int) -> np.ndarray:
     """Edges of at most _TIME_BINS bins over all times."""
-    return np.unique(np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64))
+    even = np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64)
+    return even[np.concatenate([[True], even[1:] != even[:-1]])]
 
 
 def histogram(file: str, bucket: int, first: int, last: int) -> pa.Table:
@@ -97,8 +98,9 @@ def count(
 ) -> tuple[Any, ...] | dict[str, int]:
     """Step 3: events of each split; train counts of items; and of each context feature."""
     part = history.Bucket.of(storage.read_table(file), boundaries, draw)
-    sizes = {f"events_{name}": int((part.code_E == code).sum()) for code, name in enumerate(SPLITS)}
-    train = part.table.filter(pa.array(part.code_E == 0))
+    positive_E = _positive(part.table)
+    sizes = {f"events_{name}": int(((part.code_E == code) & positive_E).sum()) for code, name in enumerate(SPLITS)}
+    train = part.table.filter(pa.array((part.code_E == 0) & positive_E))
     values = [features.count_values(train[name], kind) for name, kind in context.items()]
     return sizes, features.value_counts(train["item"]), *values
 
@@ -123,6 +125,7 @@ def write(
     keep_E = (part.code_E < len(SPLITS)) & ~rare_E
     table = part.table.filter(pa.array(keep_E))
     user_E, code_E, item_E = part.user_E[keep_E], part.code_E[keep_E], item_E[keep_E]
+    positive_E = _positive(table)
     lists = {"item": pa.array(item_E), "time": table["time"].combine_chunks()}
     lists |= {name: table[name].combine_chunks() for name in ("label", "weight") if name in table.column_names}
     lists |= {f"context_{name}": features.encode(table[name], f) for name, f in encoders.context.items()}
@@ -133,25 +136,28 @@ def write(
     shards = {}
     for code, split_name in enumerate(SPLITS):
         rows = history.rows(user_E, code_E, split_name)
-        events = int(rows.num_targets_R.sum())
+        target_E = (code_E == code) & positive_E
+        events = int(target_E.sum())
         counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
         if code:
-            counts[f"unknown_targets_{split_name}"] = int(((code_E == code) & (item_E == 1)).sum())
+            counts[f"unknown_targets_{split_name}"] = int((target_E & (item_E == 1)).sum())
+        if "label" in table.column_names:
+            counts[f"negatives_{split_name}"] = int(((code_E == code) & ~positive_E).sum())
         if not events:
             continue
         shard_file = f"{split_name}/{name}"
         out = rows.table(ids, lists, user_columns)
         per_group = max(1, _GROUP_EVENTS * len(out) // len(rows.index))
         storage.write_table(storage.join(uri, shard_file), out, row_group_rows=per_group)
-        # Rows whose first target has nothing before it.
-        lone = int((rows.num_targets_R == np.diff(rows.offsets)).sum())
-        shards[split_name] = {
-            "file": shard_file,
-            "rows": len(out),
-            "events": events,
-            "sequence_events": events - lone,
-        }
+        shards[split_name] = {"file": shard_file, "rows": len(out), "events": events}
     return {"shards": shards, "counts": counts}
+
+
+def _positive(table: pa.Table) -> np.ndarray:
+    """(E,) bool: events that are something chosen, not something shown and left (label 0)."""
+    if "label" not in table.column_names:
+        return np.ones(len(table), bool)
+    return np.asarray(table["label"].to_numpy() > 0)
 
 
 def _user_columns(keys: pa.Array, encoders: Encoders) -> dict[str, pa.Array]:

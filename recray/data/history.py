@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import DataConfig
-from recray.data.split import SPLITS, Boundaries, Draw, mix
+from recray.data.split import SPLITS, Boundaries, Draw, microseconds, mix
 
 
 def hash_keys(keys: pa.ChunkedArray) -> np.ndarray:
@@ -29,6 +29,12 @@ def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.
     Adds column `code`, int8: the split of the event where the source names it, else -1. Of duplicates the first stays
     (of the earliest split). Without times an event is a (user, item) pair.
     """
+    early = 0
+    if config.split.start is not None and has_time:
+        late = pc.greater_equal(table["time"], microseconds(config.split.start))
+        early = len(table)
+        table = table.filter(late)
+        early -= len(table)
     user_E = _ranks(table["user"])
     code_E = _given_codes(table, config)
     time_E, order_E = table["time"].to_numpy(), table["order"].to_numpy()
@@ -48,6 +54,7 @@ def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.
     few_U = (events_U < config.min_user_events) & (events_U > 0)
     keep_E &= ~few_U[user_E]
     dropped = {
+        "events_before_start": early,
         "duplicates_dropped": duplicates,
         "users_dropped_min_count": int(few_U.sum()),
         "events_dropped_min_count": int(events_U[few_U].sum()),

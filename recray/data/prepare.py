@@ -10,7 +10,7 @@ Layout of <run>/dataset:
         item         list<int32>   oldest first; 1 = unknown item
         time         list<int64>   microseconds, or positions
         num_targets  int32         the last num_targets entries are targets, the ones before are context
-        label, weight  list<float32>      where the log has them
+        label, weight  list<float32>      where the log has them; label 0 = shown, not chosen
         user_<f>     encoded user feature
         context_<f>  list of encoded context features, parallel to item
 

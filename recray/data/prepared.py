@@ -22,13 +22,14 @@ class PreparedDataset:
         """Raises LineageError when prepare never completed there."""
         return PreparedDataset(uri, DatasetRecord.read(uri))
 
-    def shard_uri(self, split: str, index: int) -> str:
-        return storage.join(self.uri, self.record.shards[split][index].file)
+    def file_uri(self, file: str) -> str:
+        """Of a shard's `file`."""
+        return storage.join(self.uri, file)
 
     def iter_tables(self, split: str) -> Iterator[pa.Table]:
         """One table of user rows per shard."""
-        for index in range(len(self.record.shards[split])):
-            yield storage.read_table(self.shard_uri(split, index))
+        for shard in self.record.shards.get(split, []):
+            yield storage.read_table(self.file_uri(shard.file))
 
     def items(self) -> pa.Table:
         """Row i is item id i: key `item`, `count`, encoded features."""

@@ -76,7 +76,7 @@ def temporal(config: SplitConfig, edges: np.ndarray, counts: np.ndarray, has_tim
 
     A fraction is met to within one bin, from below for test. Raises ConfigError on what the events cannot have.
     """
-    timed = [n for n in ("valid_start", "test_start", "end") if getattr(config, n) is not None]
+    timed = [n for n in ("start", "valid_start", "test_start", "end") if getattr(config, n) is not None]
     timed += [n for n in ("valid", "test") if isinstance(getattr(config, n), str)]
     if timed and not has_time:
         raise ConfigError(
@@ -84,7 +84,7 @@ def temporal(config: SplitConfig, edges: np.ndarray, counts: np.ndarray, has_tim
             f"or set data.columns.timestamp and data.timestamp_unit"
         )
     last = int(edges[-1])
-    end = _microseconds(config.end) if config.end else last
+    end = microseconds(config.end) if config.end else last
     inside = edges[:-1] < end
     cumulative = np.cumsum(counts * inside)
     test_start = _start(config.test_start, config.test, end, edges, cumulative, "test")
@@ -113,7 +113,7 @@ def _start(
 ) -> int:
     """The first microsecond of a period that ends at `until`."""
     if moment is not None:
-        return _microseconds(moment)
+        return microseconds(moment)
     if isinstance(share, str):
         return until - duration(share)
     if not 0 < share < 1:
@@ -124,7 +124,8 @@ def _start(
     return int(edges[np.searchsorted(cumulative, wanted, side="left") + 1])
 
 
-def _microseconds(moment: datetime) -> int:
+def microseconds(moment: datetime) -> int:
+    """Since 1970 in UTC, which a time without a zone is taken to be in."""
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 

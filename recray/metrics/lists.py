@@ -34,6 +34,9 @@ class ListCounts:
         self.distance += float((1 - same[pairs > 0] / pairs[pairs > 0]).sum())
         self.users += len(ranked_BK)
 
+    def __add__(self, other: ListCounts) -> ListCounts:
+        return ListCounts(self.shown_N + other.shown_N, self.distance + other.distance, self.users + other.users)
+
     def metrics(self, k: int, train_counts_N: np.ndarray, num_users: int) -> dict[str, float]:
         shown = self.shown_N[2:].astype(np.float64)
         total = max(shown.sum(), 1.0)

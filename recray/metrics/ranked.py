@@ -72,8 +72,14 @@ def per_user(
     return out
 
 
-def bootstrap(values_B: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean over users."""
+def bootstrap(values_BM: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval of each column's mean over rows: (M,) low and (M,) high.
+
+    The same resampled rows serve every column.
+    """
     rng = np.random.default_rng(seed)
-    means = np.array([values_B[rng.integers(0, len(values_B), len(values_B))].mean() for _ in range(resamples)])
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    n = len(values_BM)
+    means_RM = np.empty((resamples, values_BM.shape[1]))
+    for r in range(resamples):
+        means_RM[r] = np.bincount(rng.integers(0, n, n), minlength=n) @ values_BM / n
+    return np.quantile(means_RM, 0.025, axis=0), np.quantile(means_RM, 0.975, axis=0)

@@ -29,17 +29,20 @@ def top_k(q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None = None) -> 
             lengths = exclude.lengths()[at : at + rows_at_once]
             row = torch.repeat_interleave(torch.arange(len(score), device=score.device), lengths)
             score[row, exclude.values[begin:end]] = -torch.inf
-        best, found = score.topk(min(k, score.shape[1]), dim=1)
-        # Stable by id first, then by score: equal scores stand in order of id.
-        by_id = found.argsort(dim=1)
-        best, found = best.gather(1, by_id), found.gather(1, by_id)
-        by_score = best.argsort(dim=1, descending=True, stable=True)
-        best, found = best.gather(1, by_score), found.gather(1, by_score)
-        found = torch.where(best == -torch.inf, 0, found)
-        if found.shape[1] < k:
-            short = k - found.shape[1]
-            found = torch.nn.functional.pad(found, (0, short))
-            best = torch.nn.functional.pad(best, (0, short), value=-torch.inf)
+        found, best = best_of(score, k)
         ids.append(found)
         scores.append(best)
     return torch.cat(ids), torch.cat(scores)
+
+
+def best_of(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of every row and their scores, ties by lower column; 0 and -inf where only -inf is left."""
+    best, found = scores_BN.topk(min(k, scores_BN.shape[1]), dim=1)
+    # Stable by id first, then by score: equal scores stand in order of id.
+    by_id = found.argsort(dim=1)
+    best, found = best.gather(1, by_id), found.gather(1, by_id)
+    by_score = best.argsort(dim=1, descending=True, stable=True)
+    best, found = best.gather(1, by_score), found.gather(1, by_score)
+    found = torch.where(best == -torch.inf, 0, found)
+    short = k - found.shape[1]
+    return torch.nn.functional.pad(found, (0, short)), torch.nn.functional.pad(best, (0, short), value=-torch.inf)

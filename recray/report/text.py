@@ -18,7 +18,7 @@ def render(report: ReportRecord) -> str:
     """Systems as rows, metrics as columns, then counts and what the index loses."""
     ks = sorted({int(name.split("@")[1]) for name in report.metrics["model"]})
     lines = [
-        f"{report.split} split, full ranking over {report.counts['catalogue']:,} items, {report.counts['users']:,} users"
+        f"{report.split} split, full ranking over {report.counts['catalogue']:,} items, {report.counts['queries']:,} queries"
     ]
     for k in ks:
         names = [f"{name}@{k}" for name in ("recall", "hr", "ndcg", "mrr", "map")]
@@ -56,7 +56,7 @@ def _counts(report: ReportRecord) -> list[str]:
     counts = report.counts
     unknown = counts["unknown_targets"] / max(counts["targets"], 1)
     lines = [
-        f"dropped: {counts['users_without_history']:,} users without a history; {unknown:.1%} of {counts['targets']:,} targets are "
+        f"dropped: {counts['queries_without_history']:,} queries without a history; {unknown:.1%} of {counts['targets']:,} targets are "
         f"unknown items (misses); {counts['short_lists']:,} short lists"
     ]
     if report.index:

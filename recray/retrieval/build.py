@@ -45,7 +45,14 @@ def index(config: Config) -> IndexRecord:
     building = time.perf_counter()
     built, device = faiss_index.build(vectors, factory, options.use_gpu)
     building = time.perf_counter() - building
-    queries = embed.sample_queries(model, dataset, config.model.history_length, options.sweep_users, config.run.seed)
+    queries = embed.sample_queries(
+        model,
+        dataset,
+        config.model.history_length,
+        config.evaluation.queries,
+        options.sweep_users,
+        config.run.seed,
+    )
     chosen, recall, curve = sweep(built, vectors, queries, options.k, options.recall_target)
     data = faiss_index.serialize(built)
     storage.write_bytes(storage.join(target, "index.faiss"), data)

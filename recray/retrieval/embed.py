@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -55,11 +55,13 @@ def _vectors(model: Any, start: int, stop: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def sample_queries(model: Any, dataset: PreparedDataset, history_length: int, limit: int, seed: int) -> np.ndarray:
+def sample_queries(
+    model: Any, dataset: PreparedDataset, history_length: int, queries: Literal["user", "event"], limit: int, seed: int
+) -> np.ndarray:
     """(<= limit, D) query vectors of validation users with a history, in shuffled order."""
     found, count = [], 0
     for table in dataset.iter_tables("valid"):
-        for question in questions(table, 1024, history_length):
+        for question in questions(table, 1024, history_length, queries):
             rows = question.seen.lengths() > 0
             found.append(model.query_vectors(question.batch)[rows].float().numpy())
             count += len(found[-1])

@@ -19,6 +19,7 @@ from recray.batches import ShardSlice
 from recray.config import ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import ResourceError
+from recray.records import Shard
 
 
 class Context(Protocol):
@@ -27,9 +28,9 @@ class Context(Protocol):
     device: torch.device
 
     def tables(
-        self, dataset: PreparedDataset, split: str, slices: list[ShardSlice]
+        self, dataset: PreparedDataset, shards: list[Shard], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
-        """The shard of every slice, in order."""
+        """The shard of every slice, in order; a slice's number counts `shards`."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
@@ -55,10 +56,10 @@ class LocalContext:
         self.device = _device(use_gpu)
 
     def tables(
-        self, dataset: PreparedDataset, split: str, slices: list[ShardSlice]
+        self, dataset: PreparedDataset, shards: list[Shard], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
         for part in slices:
-            yield part, storage.read_table(dataset.shard_uri(split, part.shard))
+            yield part, storage.read_table(dataset.file_uri(shards[part.shard].file))
 
     def sum(self, values: Tensor) -> Tensor:
         return values
@@ -88,7 +89,7 @@ class RayContext:
         self._scaling = scaling
 
     def tables(
-        self, dataset: PreparedDataset, split: str, slices: list[ShardSlice]
+        self, dataset: PreparedDataset, shards: list[Shard], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
         import ray.data
 
@@ -99,8 +100,8 @@ class RayContext:
         options.resource_limits = options.resource_limits.copy(cpu=max(1, free // self.world_size))
         # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
         cpus = 1 if free >= self.world_size else 0
-        uris = [dataset.shard_uri(split, part.shard) for part in slices]
-        rows = [dataset.record.shards[split][part.shard].rows for part in slices]
+        uris = [dataset.file_uri(shards[part.shard].file) for part in slices]
+        rows = [shards[part.shard].rows for part in slices]
         work = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=len(uris))
         read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
         held: list[pa.Table] = []

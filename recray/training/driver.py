@@ -6,13 +6,14 @@ import os
 import time
 from typing import Any
 
-from recray import checkpoint, runtime, storage
+from recray import runtime, storage
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.errors import RecrayError
-from recray.records import CheckpointRecord, DatasetRecord
+from recray.records import CheckpointRecord
 from recray.training import loop
 from recray.training.context import LocalContext, RayContext, set_threads
+from recray.training.position import Phase, best_epoch, last_epoch, same_training
 
 
 def train(config: Config) -> CheckpointRecord:
@@ -27,35 +28,42 @@ def train(config: Config) -> CheckpointRecord:
     if config.training.resume and storage.exists(storage.join(target, "checkpoint.json")):
         record = CheckpointRecord.read(target)
         same = record.config.get("training") == config.model_dump(mode="json")["training"]
-        if same and loop.same_training(config, record, dataset):
+        if same and same_training(config, record, dataset):
             print(f"train: {target} is there for this dataset and configuration ({record.id}); reused", flush=True)
             return record
-    last = loop.last_epoch(config, dataset) if config.training.resume else 0
+    select = Phase("train", config.training.epochs)
+    last = last_epoch(config, select, dataset) if config.training.resume else 0
     if last:
         print(f"train: going on after epoch {last}", flush=True)
     else:
-        storage.delete_folder(storage.join(config.run_uri, "train"))
+        for phase in ("train", "refit"):
+            storage.delete_folder(storage.join(config.run_uri, phase))
     if config.scaling.num_workers == 0:
-        best = loop.run(config, LocalContext(config.scaling.use_gpu))
+        loop.fit(config, LocalContext(config.scaling.use_gpu))
     else:
-        best = _run_workers(config)
-    return _publish(best, target, dataset.record, time.perf_counter() - started)
-
-
-def _publish(best: str, target: str, dataset: DatasetRecord, seconds: float) -> CheckpointRecord:
-    """Copy the best epoch to <run>/checkpoint, its record last."""
-    storage.delete_folder(target)
-    for name in ("model.safetensors", "items.safetensors", "dataset.json"):
-        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(best, name)))
-    record = CheckpointRecord.read(best).model_copy(update={"seconds": seconds}).write(target)
+        _run_workers(config)
+    chosen = best_epoch(config, dataset)
+    best = CheckpointRecord.read(select.folder(config, chosen))
+    published = Phase("refit", chosen) if config.training.refit else select
+    record = _publish(published.folder(config, chosen), target, best, time.perf_counter() - started)
     print(
-        f"train: best {record.metric} {record.value:.4f} (validation) at epoch {record.epoch}; {seconds:.1f} s in all",
+        f"train: best {record.metric} {record.value:.4f} (validation) at epoch {chosen}"
+        f"{', refitted with the validation events' if config.training.refit else ''}; {record.seconds:.1f} s in all",
         flush=True,
     )
     return record
 
 
-def _run_workers(config: Config) -> str:
+def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -> CheckpointRecord:
+    """Copy weights to <run>/checkpoint, the record last; its metric is that of the best epoch of selection."""
+    storage.delete_folder(target)
+    for name in ("model.safetensors", "items.safetensors", "dataset.json"):
+        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(folder, name)))
+    update = {"seconds": seconds, "value": best.value, "history": best.history}
+    return CheckpointRecord.read(folder).model_copy(update=update).write(target)
+
+
+def _run_workers(config: Config) -> None:
     runtime.start(config.scaling)
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -81,17 +89,13 @@ def _run_workers(config: Config) -> str:
         trainer.fit()
     except Exception as error:
         raise _root(error) from error
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
-    last = loop.last_epoch(config, dataset)
-    state = checkpoint.load_state(storage.join(config.run_uri, "train", f"epoch-{last:04d}"))
-    return storage.join(config.run_uri, "train", f"epoch-{state['best_epoch']:04d}")
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     set_threads(config.scaling.num_workers)
     runtime.quieten_data()
-    loop.run(config, RayContext(config.scaling))
+    loop.fit(config, RayContext(config.scaling))
 
 
 def _root(error: Exception) -> Exception:

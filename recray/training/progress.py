@@ -11,10 +11,9 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    def __init__(self, epochs: int, steps: int, enabled: bool) -> None:
-        self._epochs, self._steps, self._enabled = epochs, steps, enabled
+    def __init__(self, name: str, epochs: int, steps: int, enabled: bool) -> None:
+        self._name, self._epochs, self._steps, self._enabled = name, epochs, steps, enabled
         self._bar: Bar | None = None
-        self._task = None
         self._reset()
 
     def _reset(self) -> None:
@@ -29,7 +28,7 @@ class Progress:
                 "{task.description}  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} events/s  waiting {task.fields[wait]:.0%}"
             )
             self._bar = Bar(
-                TextColumn("train"),
+                TextColumn(self._name),
                 BarColumn(),
                 text,
                 TimeRemainingColumn(),
@@ -69,7 +68,7 @@ class Progress:
             return
         extra = "".join(f"  {name} {value:.4f}" for name, value in entry.items() if "@" in name)
         print(
-            f"train: epoch {int(entry['epoch'])}/{self._epochs}  loss {entry['loss']:.4f}{extra}  {entry['events_per_second']:,.0f} events/s  "
+            f"{self._name}: epoch {int(entry['epoch'])}/{self._epochs}  loss {entry['loss']:.4f}{extra}  {entry['events_per_second']:,.0f} events/s  "
             f"{entry['seconds']:.1f} s  waiting {entry['waiting_share']:.0%}",
             flush=True,
         )

@@ -6,34 +6,38 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from recray import storage
 from recray.batches import questions
+from recray.config import EvaluationConfig
 from recray.data.prepared import PreparedDataset
 from recray.metrics import ranked
 from recray.models import Retriever
 from recray.models.scoring import top_k
 from recray.training.context import Context
 
-_USERS = 512
+_QUERIES = 512
 
 
 @torch.inference_mode()
 def validate(
-    model: nn.Module, dataset: PreparedDataset, context: Context, metric: str, history_length: int, filter_seen: bool
+    model: nn.Module,
+    dataset: PreparedDataset,
+    context: Context,
+    metric: str,
+    history_length: int,
+    evaluation: EvaluationConfig,
 ) -> float:
-    """Mean of `metric` ('ndcg@10') over users of the validation split that have a history."""
+    """Mean of `metric` ('ndcg@10') over queries of the validation split whose user has a history."""
     assert isinstance(model, Retriever)
     name, _, k = metric.partition("@")
     model.eval()  # type: ignore[attr-defined]
     v_ND = model.item_vectors(torch.arange(dataset.record.num_items, device=context.device)).float()
     total = torch.zeros(2, dtype=torch.float64)
-    for index in range(len(dataset.record.shards["valid"])):
-        table = storage.read_table(dataset.shard_uri("valid", index))
+    for table in dataset.iter_tables("valid"):
         # Worker r takes every world_size-th row of every shard.
         mine = table.take(pa.array(range(context.rank, len(table), context.world_size)))
-        for question in questions(mine, _USERS, history_length) if len(mine) else ():
+        for question in questions(mine, _QUERIES, history_length, evaluation.queries) if len(mine) else ():
             q_BD = model.query_vectors(question.batch.to(context.device)).float()
-            exclude = question.seen.to(context.device) if filter_seen else None
+            exclude = question.seen.to(context.device) if evaluation.filter_seen else None
             ids, _ = top_k(q_BD, v_ND, int(k), exclude)
             targets = question.targets
             has_history = (question.seen.lengths() > 0).numpy()

@@ -62,7 +62,7 @@ def test_report_orders_popularity_model_oracle(run: Config) -> None:
     assert ndcg["popularity"] < ndcg["oracle"]
     assert ndcg["model"] <= ndcg["oracle"]
     assert ndcg["index"] == pytest.approx(ndcg["model"], abs=1e-6)
-    assert report.counts["users"] > 0
+    assert report.counts["queries"] > 0
 
 
 def test_stages_that_are_complete_are_reused(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,3 +123,29 @@ def test_two_workers_consume_the_same_rows_and_learn_as_much(run: Config, tmp_pa
     assert record.step == one.step
     # Other negatives are drawn, so losses agree in size, not in digits.
     assert _losses(config) == pytest.approx(_losses(run), rel=0.05)
+
+
+def test_two_tasks_report_what_one_process_reports(run: Config, tmp_path: Path) -> None:
+    alone = recray.evaluate(run)
+    shared = recray.evaluate(parse_config(run.model_dump(mode="json"), ["scaling.num_workers=2"]))
+    assert shared.counts == alone.counts
+    for system, metrics in alone.metrics.items():
+        for name, interval in metrics.items():
+            assert shared.metrics[system][name].value == pytest.approx(interval.value, abs=1e-9), (system, name)
+
+
+def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(run: Config, tmp_path: Path) -> None:
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.refit=true", "training.half_life='20d'")
+    record = recray.train(config)
+    selected = checkpoint.load_state(last_epoch(config))
+    counts = recray.prepare(run).counts
+    assert record.epoch == selected["best_epoch"]
+    assert record.rows == record.epoch * (counts["events_train"] + counts["events_valid"])
+    assert record.value == pytest.approx(selected["best"])
+    assert recray.train(config).id == record.id
+
+
+def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
+    config = parse_config(run.model_dump(mode="json"), ["evaluation.queries=event"])
+    report = recray.evaluate(config)
+    assert report.counts["queries"] == report.counts["targets"] > recray.evaluate(run).counts["queries"]

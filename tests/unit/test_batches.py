@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.batches import ShardSlice, cut, padding_like, plan, questions, steps_per_epoch
+from recray.batches import Decay, ShardSlice, cut, padding_like, plan, questions, steps_per_epoch
 from recray.models.batch import Jagged
 from recray.records import Shard
 
@@ -26,7 +26,7 @@ def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table
 
 def _shard(table: pa.Table) -> Shard:
     events = int(np.sum(table["num_targets"].to_numpy()))
-    return Shard(file="x", rows=len(table), events=events, sequence_events=events)
+    return Shard(file="x", rows=len(table), events=events)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -85,10 +85,58 @@ def test_sequences_ask_at_every_entry_that_has_a_successor() -> None:
 
 def test_questions_split_history_and_targets() -> None:
     table = _table([6, 2], num_targets=[2, 2])
-    (question,) = questions(table, 8, history_length=3)
+    (question,) = questions(table, 8, 3, "user")
     assert question.batch.history.values.tolist() == [3, 4, 5]
     assert question.seen.lengths().tolist() == [4, 0]
     assert question.targets.values.tolist() == [6, 7, 102, 103]
+
+
+def test_every_later_event_can_be_a_question() -> None:
+    table = _table([6, 2, 3], num_targets=[2, 2, 0])
+    first, second = questions(table, 3, 3, "event")
+    assert first.targets.offsets.tolist() == [0, 1, 2, 3] and len(second.targets.values) == 1
+    assert first.targets.values.tolist() + second.targets.values.tolist() == [6, 7, 102, 103]
+    assert first.seen.padded(5).tolist() == [[0, 2, 3, 4, 5], [2, 3, 4, 5, 6], [0, 0, 0, 0, 0]]
+    assert first.batch.history.values.tolist() == [3, 4, 5, 4, 5, 6]
+    assert second.seen.values.tolist() == [102]
+    assert first.batch.context["hour"].tolist() == [4, 5, 0]
+
+
+def test_what_was_shown_and_not_chosen_is_neither_history_nor_target() -> None:
+    table = _table([6, 4], num_targets=[3, 2])
+    labels = pa.array([[1, 0, 1, 0, 1, 1], [0, 0, 1, 0]], pa.list_(pa.float32()))
+    labelled = table.append_column("label", labels)
+    by_hand = pa.table(
+        {
+            "user": table["user"],
+            "item": pa.array([[2, 4, 6, 7], [104]], pa.list_(pa.int32())),
+            "time": pa.array([[0, 2, 4, 5], [2]], pa.list_(pa.int64())),
+            "num_targets": pa.array([2, 1], pa.int32()),
+            "context_hour": pa.array([[0, 2, 4, 5], [2]], pa.list_(pa.int32())),
+        }
+    )
+    for examples, size in (("events", 3), ("sequences", 2)):
+        part = ShardSlice(0, 0, 0, size)
+        (found,), (wanted,) = (list(cut([(part, t)], 8, examples, 3, seed=1)) for t in (labelled, by_hand))  # type: ignore[arg-type]
+        assert found.target_Q.tolist() == wanted.target_Q.tolist()
+        assert found.history.values.tolist() == wanted.history.values.tolist()
+        assert found.history.offsets.tolist() == wanted.history.offsets.tolist()
+        assert found.context.keys() == wanted.context.keys()
+        assert all((found.context[n] == wanted.context[n]).all() for n in found.context)
+    (question,) = questions(labelled, 8, 3, "user")
+    assert question.targets.values.tolist() == [6, 7, 104] and question.seen.values.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("examples", ["events", "sequences"])
+def test_weights_of_the_log_of_age_and_of_unknown_items(examples: str) -> None:
+    table = _table([4]).append_column("weight", pa.array([[1.0, 2.0, 3.0, 4.0]], pa.list_(pa.float32())))
+    table = table.set_column(1, "item", pa.array([[2, 3, 1, 5]], pa.list_(pa.int32())))
+    size = 4 if examples == "events" else 1
+    (batch,) = cut([(ShardSlice(0, 0, 0, size), table)], 8, examples, 4, seed=0, decay=Decay(until=3, half_life=1))  # type: ignore[arg-type]
+    weights = dict(zip(batch.target_Q.tolist(), batch.weight_Q.tolist(), strict=True))
+    # Time is the place 0..3: an event at 3 keeps its weight, one at 1 keeps a quarter.
+    expected = {2: 1 / 8, 3: 2 / 4, 1: 0.0, 5: 4.0}
+    assert weights == (expected if examples == "events" else {n: w for n, w in expected.items() if n != 2})
 
 
 def test_padding_weighs_nothing() -> None:

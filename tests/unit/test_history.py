@@ -49,9 +49,21 @@ def test_duplicates_and_rare_users_leave() -> None:
     ordered, dropped = history.sort_users(table, config(min_user_events=2), has_time=True)
     assert ordered["user"].to_pylist() == ["a", "a", "b", "b"]
     assert ordered["order"].to_pylist() == [2, 4, 0, 3]
-    assert dropped == {"duplicates_dropped": 2, "users_dropped_min_count": 1, "events_dropped_min_count": 1}
+    assert {name: n for name, n in dropped.items() if n} == {
+        "duplicates_dropped": 2,
+        "users_dropped_min_count": 1,
+        "events_dropped_min_count": 1,
+    }
     kept, _ = history.sort_users(table, config(drop_duplicates=False), has_time=True)
     assert len(kept) == len(table)
+
+
+def test_events_before_the_start_are_counted_and_gone() -> None:
+    day = 86_400_000_000
+    table = log((1, 1, 0), (1, 2, day), (2, 3, day - 1), (1, 4, 2 * day))
+    start = SplitConfig.model_validate({"start": "1970-01-02T00:00:00Z"})
+    ordered, dropped = history.sort_users(table, DataConfig(split=start), has_time=True)
+    assert ordered["item"].to_pylist() == [2, 4] and dropped["events_before_start"] == 2
 
 
 def test_without_times_an_event_is_a_pair() -> None:

@@ -90,7 +90,7 @@ def test_gbce_beta_by_hand() -> None:
     beta = alpha * (0.5 * (1 - 1 / alpha) + 1 / alpha)
     assert batch.target_Q is not None
     for i in range(Q):
-        positive = float(model.q[i] @ model.v[batch.target_Q[i]])
+        positive = float((model.q[i] @ model.v[batch.target_Q[i]]).detach())
         expected = beta * math.log1p(math.exp(-positive))
         expected += sum(
             math.log1p(math.exp(float(model.q[i] @ model.v[n]))) for n in negative if n != batch.target_Q[i]

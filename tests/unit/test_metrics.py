@@ -93,7 +93,9 @@ def test_lists_by_hand() -> None:
 
 
 def test_bootstrap_covers_the_mean_and_repeats() -> None:
-    values = np.random.default_rng(0).random(400)
-    low, high = ranked.bootstrap(values, 300, seed=1)
-    assert low < values.mean() < high
-    assert (low, high) == ranked.bootstrap(values, 300, seed=1)
+    values = np.random.default_rng(0).normal([0.0, 5.0], [1.0, 3.0], (400, 2))
+    low, high = ranked.bootstrap(values, 2000, seed=1)
+    # The normal interval of a mean is 2 x 1.96 standard errors wide.
+    assert high - low == pytest.approx(2 * 1.96 * values.std(axis=0) / 20, rel=0.1)
+    assert (low < values.mean(axis=0)).all() and (values.mean(axis=0) < high).all()
+    assert (np.stack(ranked.bootstrap(values, 2000, seed=1)) == [low, high]).all()

@@ -177,3 +177,12 @@ def test_a_fingerprint_follows_content_and_names_but_not_the_place(tmp_path: Pat
     assert first != digest("two")
     (tmp_path / "one" / "a.parquet").rename(tmp_path / "one" / "c.parquet")
     assert first != digest("one")
+
+
+def test_a_record_of_another_version_says_so(tmp_path: Path) -> None:
+    from recray.errors import LineageError
+    from recray.records import IndexRecord
+
+    (tmp_path / "index.json").write_text('{"recray_version": "0.0.1", "factory": "Flat", "shape": 3}')
+    with pytest.raises(LineageError, match=r"index\.json was written by recray 0\.0\.1 .*run its stage again"):
+        IndexRecord.read(str(tmp_path))

@@ -1,0 +1,151 @@
+"""How far training is, on disk and in memory, and where it goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from recray import checkpoint, storage
+from recray.config import Config
+from recray.data.prepared import PreparedDataset
+from recray.records import CheckpointRecord, Shard
+from recray.training import optim
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Selection on validation ("train"), or what follows it: training anew on both splits for a known number of epochs."""
+
+    name: Literal["train", "refit"]
+    epochs: int
+
+    def folder(self, config: Config, epoch: int) -> str:
+        return storage.join(config.run_uri, self.name, f"epoch-{epoch:04d}")
+
+    def shards(self, dataset: PreparedDataset) -> list[Shard]:
+        shards = dataset.record.shards
+        return shards["train"] if self.name == "train" else shards["train"] + shards["valid"]
+
+
+class Position:
+    """How far a phase is."""
+
+    def __init__(self) -> None:
+        self.epoch, self.step, self.rows, self.bad = 0, 0, 0, 0
+        self.best_epoch, self.best = 0, float("-inf")
+        self.history: list[dict[str, float]] = []
+
+    @classmethod
+    def resume(
+        cls,
+        config: Config,
+        phase: Phase,
+        dataset: PreparedDataset,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        ema: optim.Ema,
+    ) -> Position:
+        """The last epoch on disk of this configuration and dataset, or the beginning."""
+        position = cls()
+        last = last_epoch(config, phase, dataset) if config.training.resume else 0
+        if not last:
+            return position
+        folder = phase.folder(config, last)
+        state = checkpoint.load_state(folder)
+        model.load_state_dict(checkpoint.load_weights(folder) if not ema.decay else state["raw"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if ema.decay:
+            ema.shadow = {n: t.to(ema.shadow[n].device) for n, t in checkpoint.load_weights(folder).items()}
+        for name in ("epoch", "step", "rows", "bad", "best_epoch", "best", "history"):
+            setattr(position, name, state[name])
+        return position
+
+    def stopped(self, config: Config) -> bool:
+        return bool(config.training.patience) and self.bad >= config.training.patience
+
+    def end_epoch(self, entry: dict[str, float], rows: int, metric: str) -> None:
+        self.epoch += 1
+        self.rows += rows
+        self.history.append(entry)
+        if metric not in entry:
+            return
+        if entry[metric] > self.best:
+            self.best, self.best_epoch, self.bad = entry[metric], self.epoch, 0
+        else:
+            self.bad += 1
+
+    def save(
+        self,
+        config: Config,
+        phase: Phase,
+        dataset: PreparedDataset,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        ema: optim.Ema,
+        items: Any,
+    ) -> None:
+        """Write this epoch's folder, then delete the ones that are neither best nor last."""
+        state = {
+            **{n: getattr(self, n) for n in ("epoch", "step", "rows", "bad", "best_epoch", "best", "history")},
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        if ema.decay:
+            state["raw"] = model.state_dict()
+        metric = config.training.metric
+        record = CheckpointRecord(
+            parents=[dataset.record.id],
+            config=config.model_dump(mode="json"),
+            epoch=self.epoch,
+            step=self.step,
+            rows=self.rows,
+            metric=metric,
+            value=self.history[-1].get(metric, float("nan")) if metric in self.history[-1] else 0.0,
+            history=self.history,
+            dataset_uri=dataset.uri,
+            seconds=sum(entry["seconds"] for entry in self.history),
+        )
+        checkpoint.save(phase.folder(config, self.epoch), ema.weights(), items, dataset.record, record, state)
+        for epoch in range(1, self.epoch):
+            if epoch != self.best_epoch:
+                storage.delete_folder(phase.folder(config, epoch))
+
+
+def same_training(config: Config, record: CheckpointRecord, dataset: PreparedDataset) -> bool:
+    """Whether a checkpoint was made by this configuration, up to how long it trains, from this dataset."""
+    now, then = _steering(config.model_dump(mode="json")), _steering(record.config)
+    return record.parents == [dataset.record.id] and now == then
+
+
+def _steering(config: dict[str, Any]) -> list[Any]:
+    training = [config["training"].get(name) for name in ("global_batch_size", "accumulation_steps", "half_life")]
+    return [config["run"]["seed"], *training, *(config[name] for name in ("model", "loss", "optim", "data"))]
+
+
+def last_epoch(config: Config, phase: Phase, dataset: PreparedDataset) -> int:
+    """The last complete epoch on disk that this configuration can go on from; 0 when there is none."""
+    if not storage.exists(storage.join(config.run_uri, phase.name)):
+        return 0
+    for epoch in range(phase.epochs, 0, -1):
+        folder = phase.folder(config, epoch)
+        if storage.exists(storage.join(folder, "checkpoint.json")):
+            return epoch if same_training(config, CheckpointRecord.read(folder), dataset) else 0
+    return 0
+
+
+def refit_phase(config: Config, dataset: PreparedDataset) -> Phase:
+    """As many epochs as selection found best."""
+    return Phase("refit", best_epoch(config, dataset))
+
+
+def best_epoch(config: Config, dataset: PreparedDataset) -> int:
+    """The epoch of the finished selection with the best validation metric."""
+    select = Phase("train", config.training.epochs)
+    state = checkpoint.load_state(select.folder(config, last_epoch(config, select, dataset)))
+    return int(state["best_epoch"])
