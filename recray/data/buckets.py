@@ -79,8 +79,9 @@ def _sort(table: pa.Table, bucket: int, config: DataConfig, has_time: bool, fold
 
 def edges(first: int, last: int) -> np.ndarray:
     """Edges of at most _TIME_BINS bins over all times."""
+    # Not np.unique, which hashes, and these numbers collide: minutes instead of milliseconds.
     even = np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64)
-    return even[np.concatenate([[True], even[1:] != even[:-1]])]
+    return np.asarray(even[np.concatenate([[True], even[1:] != even[:-1]])])
 
 
 def histogram(file: str, bucket: int, first: int, last: int) -> pa.Table:
