@@ -5,7 +5,8 @@ knows which examples are its own, equal to within one over the workers, so nobod
 waits for anybody at the end and nothing is dropped.
 
 An example is a training event ("events": its history is the window before it, cut
-from the user's list by offsets) or a user ("sequences").
+from the user's list by offsets; "others": it is the rest of the list) or a user
+("sequences").
 """
 
 from __future__ import annotations
@@ -36,21 +37,38 @@ class ShardSlice:
 
 @dataclass(frozen=True)
 class Decay:
-    """An event's weight halves with every `half_life` that it lies before `until`. Microseconds or positions."""
+    """An event's weight halves with every `half_life` that it lies before `until` (microseconds), to 0 after 20 of them.
+
+    Products with numbers much smaller become denormal, which a CPU takes ten times as long for.
+    """
 
     until: int
     half_life: int
 
     def __call__(self, time: np.ndarray) -> np.ndarray:
-        return np.asarray(np.exp2(np.minimum(time - self.until, 0) / self.half_life))
+        weight = np.exp2(np.minimum(time - self.until, 0) / self.half_life)
+        return np.where(weight < 2.0**-20, 0.0, weight)
 
 
-def num_examples(shard: Shard, examples: Examples) -> int:
-    return shard.events if examples == "events" else shard.rows
+@dataclass(frozen=True)
+class ShardGroup:
+    """Files whose rows are read and shuffled as one table."""
+
+    files: tuple[str, ...]
+    rows: int
+    events: int
+
+    @staticmethod
+    def of(*shards: Shard) -> ShardGroup:
+        return ShardGroup(tuple(s.file for s in shards), sum(s.rows for s in shards), sum(s.events for s in shards))
+
+
+def num_examples(shard: ShardGroup, examples: Examples) -> int:
+    return shard.rows if examples == "sequences" else shard.events
 
 
 def plan(
-    shards: list[Shard], seed: int, epoch: int, rank: int, world_size: int, examples: Examples
+    shards: list[ShardGroup], seed: int, epoch: int, rank: int, world_size: int, examples: Examples
 ) -> list[ShardSlice]:
     """This worker's part of an epoch: a contiguous share of the shuffled shards."""
     order = np.random.default_rng([seed, epoch, 1]).permutation(len(shards))
@@ -66,7 +84,7 @@ def plan(
     return slices
 
 
-def steps_per_epoch(shards: list[Shard], world_size: int, batch_size: int, examples: Examples) -> int:
+def steps_per_epoch(shards: list[ShardGroup], world_size: int, batch_size: int, examples: Examples) -> int:
     """Batches of the worker with most examples; the others pad with a batch of weight 0."""
     total = sum(num_examples(shard, examples) for shard in shards)
     largest = -(-total // world_size)
@@ -155,20 +173,35 @@ class _Rows:
 _Piece = dict[str, _Column]
 
 
-def _events(rows: _Rows, index: np.ndarray, history_length: int, decay: Decay | None) -> _Piece:
+def _events(rows: _Rows, index: np.ndarray, history_length: int, decay: Decay | None, others: bool) -> _Piece:
     """Examples of events: `index` counts the targets of the table in order."""
     before = np.concatenate([[0], np.cumsum(rows.num_targets)])
     row = np.searchsorted(before, index, side="right") - 1
     at = rows.first_target()[row] + index - before[row]
-    start = np.maximum(rows.offsets[row], at - history_length)
+    if others:
+        history = _others(rows, row, at, history_length)
+    else:
+        start = np.maximum(rows.offsets[row], at - history_length)
+        history = _windows(rows.item, start, at - start)
     return {
         "user": _Column(rows.user[row]),
-        "history": _windows(rows.item, start, at - start),
+        "history": history,
         "target": _Column(rows.item[at]),
         "weight": _Column(_weights(rows, at, decay)),
         **{f"user_{n}": c.take(row) for n, c in rows.user_features.items()},
         **{f"context_{n}": c.take(at) for n, c in rows.context.items()},
     }
+
+
+def _others(rows: _Rows, row: np.ndarray, at: np.ndarray, history_length: int) -> _Column:
+    """The last `history_length` events of each row but the one at `at`."""
+    end = rows.offsets[row + 1]
+    # One more where the target lies inside of the window and leaves it.
+    start = np.maximum(rows.offsets[row], end - history_length - (at >= end - history_length))
+    place = _windows(np.arange(len(rows.item)), start, end - start)
+    assert place.offsets is not None
+    kept = place.values != np.repeat(at, np.diff(place.offsets))
+    return _Column(rows.item[place.values[kept]], np.concatenate([[0], np.cumsum(kept)])[place.offsets])
 
 
 def _weights(rows: _Rows, at: np.ndarray, decay: Decay | None) -> np.ndarray:
@@ -187,11 +220,13 @@ def _sequences(rows: _Rows, index: np.ndarray, history_length: int, decay: Decay
     target = _windows(rows.item, start + 1, lengths)
     place = _windows(np.arange(len(rows.item)), start + 1, lengths)
     is_query = place.values >= np.repeat(rows.first_target()[index], lengths)
+    weight = _weights(rows, place.values, decay)
+    is_query &= weight > 0
     return {
         "user": _Column(rows.user[index]),
         "history": history,
         "target": _Column(target.values),
-        "weight": _Column(_weights(rows, place.values, decay)),
+        "weight": _Column(weight),
         "query": _Column(is_query),
         **{f"user_{n}": c.take(index) for n, c in rows.user_features.items()},
     }
@@ -228,19 +263,21 @@ def cut(
     decay: Decay | None = None,
 ) -> Iterator[Batch]:
     """Batches of `batch_size` examples from shards in the order given; one batch may span two shards, the last may be smaller."""
-    make = _events if examples == "events" else _sequences
     pieces: list[_Piece] = []
     shards: list[np.ndarray] = []
     ids: list[np.ndarray] = []
     held = 0
     for part, table in tables:
         rows = _Rows(table)
-        size = int(rows.num_targets.sum()) if examples == "events" else len(rows.user)
+        size = len(rows.user) if examples == "sequences" else int(rows.num_targets.sum())
         index = np.random.default_rng([seed, part.epoch, 2, part.shard]).permutation(size)[part.start : part.stop]
         at = 0
         while at < len(index):
             take = index[at : at + batch_size - held]
-            pieces.append(make(rows, take, history_length, decay))
+            if examples == "sequences":
+                pieces.append(_sequences(rows, take, history_length, decay))
+            else:
+                pieces.append(_events(rows, take, history_length, decay, others=examples == "others"))
             shards.append(np.full(len(take), part.shard, np.int64))
             ids.append(take)
             held, at = held + len(take), at + len(take)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recray.models.batch import Batch
 
-Examples = Literal["events", "sequences"]
+Examples = Literal["events", "others", "sequences"]
 
 
 @runtime_checkable
@@ -23,6 +23,7 @@ class Retriever(Protocol):
 
     `examples` says how training rows are cut:
     "events": one row per training event, its history the events before it;
+    "others": the same with all other events of the user as history, for logs without order;
     "sequences": one row per user, every position a query (Batch.position_Q).
     """
 

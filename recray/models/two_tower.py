@@ -29,6 +29,10 @@ class Options(ModelOptions):
     name: str = "two_tower"
     user_embedding: bool = Field(True, description="a vector per user id, beside what the history says")
     pooling: Literal["mean", "none"] = Field("mean", description="how the history becomes a vector")
+    history: Literal["before", "others"] = Field(
+        "before",
+        description="history of a training event: the events before it, or all others of the user (for logs without order)",
+    )
     hidden: list[int] = Field([], description="widths of each tower's hidden layers")
     feature_dim: int = Field(16, ge=1, description="width of feature embeddings")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -38,11 +42,10 @@ class Options(ModelOptions):
 
 
 class TwoTower(nn.Module):
-    examples: Examples = "events"
-
     def __init__(self, options: Options, dataset: DatasetRecord, items: ItemTable) -> None:
         super().__init__()
         self.options = options
+        self.examples: Examples = "others" if options.history == "others" else "events"
         dim = options.dim
         self.item_table = table(dataset.num_items, dim)
         self.user_table = table(dataset.num_users, dim) if options.user_embedding else None

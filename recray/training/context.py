@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from recray import storage
-from recray.batches import ShardSlice
+from recray.batches import ShardGroup, ShardSlice
 from recray.config import ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import ResourceError
-from recray.records import Shard
 
 
 class Context(Protocol):
@@ -28,7 +27,7 @@ class Context(Protocol):
     device: torch.device
 
     def tables(
-        self, dataset: PreparedDataset, shards: list[Shard], slices: list[ShardSlice]
+        self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
         """The shard of every slice, in order; a slice's number counts `shards`."""
         ...
@@ -56,10 +55,10 @@ class LocalContext:
         self.device = _device(use_gpu)
 
     def tables(
-        self, dataset: PreparedDataset, shards: list[Shard], slices: list[ShardSlice]
+        self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
         for part in slices:
-            yield part, storage.read_table(dataset.file_uri(shards[part.shard].file))
+            yield part, _read(dataset, shards[part.shard])
 
     def sum(self, values: Tensor) -> Tensor:
         return values
@@ -89,7 +88,7 @@ class RayContext:
         self._scaling = scaling
 
     def tables(
-        self, dataset: PreparedDataset, shards: list[Shard], slices: list[ShardSlice]
+        self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
         import ray.data
 
@@ -100,9 +99,9 @@ class RayContext:
         options.resource_limits = options.resource_limits.copy(cpu=max(1, free // self.world_size))
         # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
         cpus = 1 if free >= self.world_size else 0
-        uris = [dataset.file_uri(shards[part.shard].file) for part in slices]
+        uris = [[dataset.file_uri(file) for file in shards[part.shard].files] for part in slices]
         rows = [shards[part.shard].rows for part in slices]
-        work = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=len(uris))
+        work = ray.data.from_items([{"uris": group} for group in uris], override_num_blocks=len(uris))
         read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
         held: list[pa.Table] = []
         at = 0
@@ -147,7 +146,12 @@ class RayContext:
 
 
 def _read_shard(batch: pa.Table) -> pa.Table:
-    return pa.concat_tables([storage.read_table(uri) for uri in batch["uri"].to_pylist()])
+    (uris,) = batch["uris"].to_pylist()
+    return pa.concat_tables([storage.read_table(uri) for uri in uris])
+
+
+def _read(dataset: PreparedDataset, shard: ShardGroup) -> pa.Table:
+    return pa.concat_tables([storage.read_table(dataset.file_uri(file)) for file in shard.files])
 
 
 def _device(use_gpu: bool) -> torch.device:

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from recray import registry, storage
-from recray.batches import Decay, ShardSlice, cut, item_table, padding_like, plan, steps_per_epoch
+from recray.batches import (
+    Decay,
+    ShardGroup,
+    ShardSlice,
+    cut,
+    item_table,
+    num_examples,
+    padding_like,
+    plan,
+    steps_per_epoch,
+)
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.split import duration
@@ -19,7 +29,6 @@ from recray.errors import ConfigError, RecrayError
 from recray.models import Examples
 from recray.models.batch import Batch
 from recray.models.losses import RetrievalObjective
-from recray.records import Shard
 from recray.training import optim
 from recray.training.context import Context
 from recray.training.position import Phase, Position, refit_phase
@@ -109,7 +118,7 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
             loss_sum += torch.tensor([float(total) * float(weight), float(weight)], dtype=torch.float64)
             progress.step(float(total), events=float(events), waited=waited)
         seen = int(context.sum(torch.tensor([float(rows)], dtype=torch.float64)))
-        expected = sum(s.events if examples == "events" else s.rows for s in shards)
+        expected = sum(num_examples(shard, examples) for shard in shards)
         assert seen == expected, f"epoch {epoch} consumed {seen} rows of {expected}"
         entry = {"epoch": epoch + 1.0, "loss": float(loss_sum[0] / loss_sum[1]), **progress.end_epoch()}
         due = (epoch + 1) % config.training.validate_every == 0 or epoch + 1 == phase.epochs
@@ -159,7 +168,7 @@ def _synced(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[
 def _batches(
     config: Config,
     dataset: PreparedDataset,
-    shards: list[Shard],
+    shards: list[ShardGroup],
     context: Context,
     examples: Examples,
     epochs: range,
@@ -180,7 +189,7 @@ def _batches(
             made += 1
         while made < epoch_batches:
             if batch is None:  # this worker has no examples at all
-                one = storage.read_table(dataset.file_uri(shards[0].file)).slice(0, 1)
+                one = storage.read_table(dataset.file_uri(shards[0].files[0])).slice(0, 1)
                 batch = next(cut([(ShardSlice(0, 0, 0, 1), one)], 1, examples, config.model.history_length, seed))
             yield padding_like(batch), False
             made += 1

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from recray import checkpoint, storage
+from recray.batches import ShardGroup
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.records import CheckpointRecord, Shard
@@ -25,9 +26,15 @@ class Phase:
     def folder(self, config: Config, epoch: int) -> str:
         return storage.join(config.run_uri, self.name, f"epoch-{epoch:04d}")
 
-    def shards(self, dataset: PreparedDataset) -> list[Shard]:
+    def shards(self, dataset: PreparedDataset) -> list[ShardGroup]:
+        """Train's shards; for refit each with the validation shard of the same users, so that batches mix both."""
         shards = dataset.record.shards
-        return shards["train"] if self.name == "train" else shards["train"] + shards["valid"]
+        if self.name == "train":
+            return [ShardGroup.of(shard) for shard in shards["train"]]
+        by_bucket: dict[str, list[Shard]] = {}
+        for shard in shards["train"] + shards["valid"]:
+            by_bucket.setdefault(shard.file.rpartition("/")[2], []).append(shard)
+        return [ShardGroup.of(*group) for group in by_bucket.values()]
 
 
 class Position:

@@ -5,9 +5,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.batches import Decay, ShardSlice, cut, padding_like, plan, questions, steps_per_epoch
+from recray.batches import Decay, ShardGroup, ShardSlice, cut, padding_like, plan, questions, steps_per_epoch
 from recray.models.batch import Jagged
-from recray.records import Shard
 
 
 def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table:
@@ -24,9 +23,9 @@ def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table
     )
 
 
-def _shard(table: pa.Table) -> Shard:
+def _shard(table: pa.Table) -> ShardGroup:
     events = int(np.sum(table["num_targets"].to_numpy()))
-    return Shard(file="x", rows=len(table), events=events)
+    return ShardGroup(("x",), rows=len(table), events=events)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -91,6 +90,13 @@ def test_questions_split_history_and_targets() -> None:
     assert question.targets.values.tolist() == [6, 7, 102, 103]
 
 
+def test_without_order_the_history_is_everything_else() -> None:
+    table = _table([4, 1])
+    (batch,) = cut([(ShardSlice(0, 0, 0, 5), table)], 8, "others", 2, seed=5)
+    found = {t: h[h > 0].tolist() for t, h in zip(batch.target_Q.tolist(), batch.history.padded(3), strict=True)}
+    assert found == {2: [4, 5], 3: [4, 5], 4: [3, 5], 5: [3, 4], 102: []}
+
+
 def test_every_later_event_can_be_a_question() -> None:
     table = _table([6, 2, 3], num_targets=[2, 2, 0])
     first, second = questions(table, 3, 3, "event")
@@ -136,7 +142,12 @@ def test_weights_of_the_log_of_age_and_of_unknown_items(examples: str) -> None:
     weights = dict(zip(batch.target_Q.tolist(), batch.weight_Q.tolist(), strict=True))
     # Time is the place 0..3: an event at 3 keeps its weight, one at 1 keeps a quarter.
     expected = {2: 1 / 8, 3: 2 / 4, 1: 0.0, 5: 4.0}
-    assert weights == (expected if examples == "events" else {n: w for n, w in expected.items() if n != 2})
+    # A sequence asks for nothing before its first event, nor for what weighs nothing.
+    assert weights == (expected if examples == "events" else {3: 0.5, 5: 4.0})
+
+
+def test_old_events_weigh_nothing_rather_than_next_to_nothing() -> None:
+    assert Decay(until=100, half_life=1)(np.array([100, 99, 81, 79, -900])).tolist() == [1, 0.5, 2.0**-19, 0, 0]
 
 
 def test_padding_weighs_nothing() -> None:

@@ -63,7 +63,7 @@ def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
         (total / weight).backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(total / weight))
+        losses.append(float((total / weight).detach()))
     assert torch.isfinite(torch.tensor(losses)).all()
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
@@ -114,3 +114,23 @@ def test_sasrec_jagged_equals_one_row_at_a_time() -> None:
         values = batch.history.values[batch.history.offsets[row] : batch.history.offsets[row + 1]]
         alone = Batch(batch.user_B[row : row + 1], Jagged(values, torch.tensor([0, len(values)])))
         assert torch.allclose(model.query_vectors(alone)[0], together[row], atol=1e-12)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [1, 3]])
+def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
+    import pyarrow as pa
+
+    from recray.batches import ShardSlice, cut
+
+    table = pa.table(
+        {
+            "user": pa.array([2, 3], pa.int32()),
+            "item": pa.array([[2 + i for i in range(n)] for n in lengths], pa.list_(pa.int32())),
+            "time": pa.array([list(range(n)) for n in lengths], pa.list_(pa.int64())),
+            "num_targets": pa.array(lengths, pa.int32()),
+        }
+    )
+    (batch,) = cut([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
+    loss, weight = RetrievalObjective(_model("sasrec"), LossConfig(name="softmax"), TABLE, _Alone())(batch)
+    loss.backward()
+    assert torch.isfinite(loss) and float(weight) == sum(n - 1 for n in lengths)
