@@ -101,6 +101,7 @@ class DatasetRecord(Record):
     num_users: int  # largest user id + 1: real users + 2
     counts: dict[str, int]  # events and users read, dropped (by reason), and in each split
     features: list[Feature] = []
+    columns: dict[str, str] = {}  # of every shard: name -> Arrow type
     shards: dict[str, list[Shard]]  # "train", "valid", "test"
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"

@@ -153,6 +153,7 @@ class _Work:
 
         encoders = buckets.Encoders(items["item"].combine_chunks(), context, user, users)
         shards = self._write(stats, counts, boundaries, draw, encoders)
+        schema, _ = storage.read_schema(storage.join(self.uri, shards["train"][0].file))
         return DatasetRecord(
             config=wanted,
             fingerprint=self.source.fingerprint,
@@ -160,6 +161,7 @@ class _Work:
             num_users=vocab.NUM_RESERVED + counts["users_kept"],
             counts=counts,
             features=[*user.values(), *context.values(), *item_features],
+            columns={field.name: str(field.type) for field in schema},
             shards=shards,
             seed=self.seed,
             split={"kind": self.config.split.kind, "first": first, "last": last}

@@ -18,17 +18,17 @@ _PARALLEL_ABOVE = 200_000  # below it, starting workers takes longer than the ve
 
 def item_vectors(checkpoint_uri: str, num_items: int, parallel: bool) -> np.ndarray:
     """(N, D) float32, row i is item id i; by Ray Data tasks for large catalogues when `parallel`."""
+    chunks = [{"start": at, "stop": min(at + _CHUNK, num_items)} for at in range(0, num_items, _CHUNK)]
     if not parallel or num_items < _PARALLEL_ABOVE:
         model, _ = checkpoint.load_model(checkpoint_uri)
-        return np.concatenate([_vectors(model, at, min(at + _CHUNK, num_items)) for at in range(0, num_items, _CHUNK)])
+        return np.concatenate([_vectors(model, chunk["start"], chunk["stop"]) for chunk in chunks])
     import ray.data
 
-    starts = [{"start": at} for at in range(0, num_items, _CHUNK)]
-    work = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
+    work = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
         _export_chunk,
         batch_size=1,
         batch_format="pyarrow",
-        fn_kwargs={"checkpoint_uri": checkpoint_uri, "num_items": num_items},
+        fn_kwargs={"checkpoint_uri": checkpoint_uri},
     )
     pieces = {}
     for table in work.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -37,9 +37,9 @@ def item_vectors(checkpoint_uri: str, num_items: int, parallel: bool) -> np.ndar
     return np.concatenate([pieces[start] for start in sorted(pieces)])
 
 
-def _export_chunk(batch: pa.Table, checkpoint_uri: str, num_items: int) -> pa.Table:
+def _export_chunk(batch: pa.Table, checkpoint_uri: str) -> pa.Table:
     model, _ = checkpoint.load_model(checkpoint_uri)
-    out = [(at, _vectors(model, at, min(at + _CHUNK, num_items))) for at in batch["start"].to_pylist()]
+    out = [(row["start"], _vectors(model, row["start"], row["stop"])) for row in batch.to_pylist()]
     return pa.table(
         {
             "start": [at for at, _ in out],

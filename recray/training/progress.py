@@ -18,7 +18,7 @@ class Progress:
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
-        self._events = self._waited = self._first_wait = 0.0
+        self._events = self._waited = self._first_wait = self._first_step_at = 0.0
         self._count = 0
 
     def start_epoch(self, epoch: int) -> None:
@@ -44,14 +44,15 @@ class Progress:
         self._events += events
         self._waited += waited
         if not self._count:
-            self._first_wait = waited
+            self._first_wait, self._first_step_at = waited, time.time()
         self._count += 1
         if self._bar is not None:
             seconds = time.perf_counter() - self._started
             self._bar.update(self._id, advance=1, loss=loss, rate=self._events / seconds, wait=self._waited / seconds)
 
     def end_epoch(self) -> dict[str, float]:
-        """seconds, events_per_second, waiting share and the wait for the first batch, of the epoch's training part."""
+        """Of the epoch's training part: seconds, events_per_second, share of time spent waiting for data, the wait for
+        the first batch, and when its step was done (seconds since 1970)."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -61,6 +62,7 @@ class Progress:
             "events_per_second": self._events / seconds,
             "waiting_share": self._waited / seconds,
             "first_batch_seconds": self._first_wait,
+            "first_step_at": self._first_step_at,
         }
 
     def report(self, entry: dict[str, float]) -> None:

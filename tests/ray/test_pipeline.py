@@ -1,14 +1,19 @@
 """The whole path on built-in data: with Ray and without, one worker and two, ended and gone on with."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import recray
 from recray import checkpoint, storage
 from recray.config import Config, parse_config
+from recray.data.prepared import PreparedDataset
 from recray.errors import LineageError
 from recray.retrieval.faiss_index import ItemIndex
+from recray.training import position
 
 pytest.importorskip("faiss")
 
@@ -100,8 +105,6 @@ def test_an_index_of_another_checkpoint_is_refused(run: Config, tmp_path: Path) 
 
 
 def test_search_never_returns_padding_or_what_is_excluded(run: Config) -> None:
-    import numpy as np
-
     index = ItemIndex.open(f"{run.run_uri}/index")
     queries = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
     first, _ = index.search(queries, 10)
@@ -149,3 +152,35 @@ def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
     config = parse_config(run.model_dump(mode="json"), ["evaluation.queries=event"])
     report = recray.evaluate(config)
     assert report.counts["queries"] == report.counts["targets"] > recray.evaluate(run).counts["queries"]
+
+
+def test_vectors_exported_in_parallel_are_the_same(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recray.retrieval import embed
+
+    uri, items = f"{run.run_uri}/checkpoint", recray.prepare(run).num_items
+    alone = embed.item_vectors(uri, items, parallel=False)
+    monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)
+    monkeypatch.setattr(embed, "_CHUNK", 64)
+    assert len(alone) == items
+    np.testing.assert_allclose(embed.item_vectors(uri, items, parallel=True), alone, rtol=1e-6)
+
+
+def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
+    """kill -9 after the first epoch is on disk; the next start trains only what is missing."""
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=200")
+    (tmp_path / "long.json").write_text(config.model_dump_json())
+    code = (
+        "import json, sys, recray; from recray.config import Config\n"
+        "recray.train(Config.model_validate(json.load(open(sys.argv[1]))))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "long.json")], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        seen = next(line for line in child.stdout if b"epoch 1/200" in line)
+        child.kill()
+    assert seen and not storage.exists(f"{config.run_uri}/checkpoint/checkpoint.json")
+    done = position.last_epoch(config, position.Phase("train", 200), PreparedDataset.open(f"{config.run_uri}/dataset"))
+    shorter = parse_config(config.model_dump(mode="json"), [f"training.epochs={done + 2}"])
+    record = recray.train(shorter)
+    assert [int(entry["epoch"]) for entry in record.history][-1] <= done + 2
+    state = checkpoint.load_state(last_epoch(shorter))
+    assert state["step"] == (done + 2) * checkpoint.load_state(last_epoch(run))["step"] // 3

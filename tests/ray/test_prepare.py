@@ -112,6 +112,7 @@ def test_temporal_dataset(run, capsys: pytest.CaptureFixture[str]) -> None:
         assert len(row["context_hour"]) == len(row["time"])
         unknown += row["item"][-row["num_targets"] :].count(1)
     assert counts["unknown_targets_test"] == unknown
+    assert record.columns == {field.name: str(field.type) for field in test.schema}
     assert not (Path(dataset.uri) / "_sorted").exists()
 
     capsys.readouterr()
