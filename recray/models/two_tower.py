@@ -36,6 +36,9 @@ class Options(ModelOptions):
     hidden: list[int] = Field([], description="widths of each tower's hidden layers")
     feature_dim: int = Field(16, ge=1, description="width of feature embeddings")
     dropout: float = Field(0.0, ge=0, lt=1)
+    item_bias: bool = Field(
+        False, description="a learned score of the item alone, as one more coordinate of the vectors"
+    )
     normalize: bool = Field(
         False, description="vectors of length 1: scores are cosines (set loss.temperature to 0.05 to 0.2)"
     )
@@ -49,6 +52,9 @@ class TwoTower(nn.Module):
         dim = options.dim
         self.item_table = table(dataset.num_items, dim)
         self.user_table = table(dataset.num_users, dim) if options.user_embedding else None
+        self.bias = nn.Embedding(dataset.num_items, 1) if options.item_bias else None
+        if self.bias is not None:
+            nn.init.zeros_(self.bias.weight)
         by_role = {role: [f for f in dataset.features if f.role == role] for role in ("user", "item", "context")}
         self.user_features = FeatureEncoder(by_role["user"], options.feature_dim) if by_role["user"] else None
         self.context_features = FeatureEncoder(by_role["context"], options.feature_dim) if by_role["context"] else None
@@ -80,7 +86,8 @@ class TwoTower(nn.Module):
             if self.context_features is not None:
                 parts.append(self.context_features(batch.context))
             q_BD = q_BD + self.query_mlp(torch.cat(parts, dim=1))
-        return F.normalize(q_BD, dim=-1) if self.options.normalize else q_BD
+        q_BD = F.normalize(q_BD, dim=-1) if self.options.normalize else q_BD
+        return q_BD if self.bias is None else torch.cat([q_BD, torch.ones_like(q_BD[:, :1])], dim=1)
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
         v_ND = self.item_table(item_ids)
@@ -90,7 +97,8 @@ class TwoTower(nn.Module):
                 features = {name: select(self._feature(name), item_ids) for name in self._feature_names}
                 parts.append(self.item_features(features))
             v_ND = v_ND + self.item_mlp(torch.cat(parts, dim=1))
-        return F.normalize(v_ND, dim=-1) if self.options.normalize else v_ND
+        v_ND = F.normalize(v_ND, dim=-1) if self.options.normalize else v_ND
+        return v_ND if self.bias is None else torch.cat([v_ND, self.bias(item_ids)], dim=1)
 
     def _feature(self, name: str) -> Tensor | Jagged:
         if f"item_{name}" in self._buffers:

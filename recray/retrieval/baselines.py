@@ -73,10 +73,11 @@ def _targets(table: pa.Table) -> np.ndarray:
 
 
 class ItemFilter:
-    """Normalised item-item linear filter (the linear part of GF-CF, Shen et al., CIKM 2021).
+    """Normalised item-item linear filter: the walk item -> user -> item (the linear part of GF-CF, Shen et al.,
+    CIKM 2021, between D_i^-1/2 and D_i^1/2).
 
-    With R the user-item matrix of train and R~ = D_u^-1/2 R D_i^-1/2, a user with items x
-    scores x R~' R~. Both products are sparse: no item-item matrix is made.
+    With R the user-item matrix of train, a user with items x scores x D_i^-1 R' D_u^-1 R. The products are
+    sparse: no item-item matrix is made.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -92,9 +93,8 @@ class ItemFilter:
             items.append(pairs % n)
             before += len(lengths)
         user_E, item_E = torch.cat(users), torch.cat(items)
-        weight_E = (torch.bincount(user_E)[user_E] * torch.bincount(item_E)[item_E]).float().rsqrt()
-        self._by_user = _sparse(user_E, item_E, weight_E, (before, n))
-        self._by_item = _sparse(item_E, user_E, weight_E, (n, before))
+        self._by_user = _sparse(user_E, item_E, 1 / torch.bincount(item_E)[item_E].float(), (before, n))
+        self._by_item = _sparse(item_E, user_E, 1 / torch.bincount(user_E)[user_E].float(), (n, before))
 
     def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
         out = []

@@ -77,11 +77,12 @@ def test_item_filter_is_its_formula(dataset: PreparedDataset) -> None:
     r = np.zeros((5, N))
     for user, items in enumerate([[2, 3, 4], [3, 2], [5, 2, 6, 7], [8], [4, 9, 10]]):
         r[user, items] = 1
-    normal = r / np.sqrt(np.maximum(r.sum(1, keepdims=True), 1)) / np.sqrt(np.maximum(r.sum(0), 1))
+    to_users = (r / np.maximum(r.sum(0), 1)).T
+    to_items = r / np.maximum(r.sum(1, keepdims=True), 1)
     x = np.zeros((3, N))
     for row, items in enumerate([[2, 3, 4], [8], [4, 9, 10]]):
         x[row, items] = 1
-    scores = x @ normal.T @ normal
+    scores = x @ to_users @ to_items
     (table,) = dataset.iter_tables("test")
     (question,) = questions(table, 8, 5, "user")
     found = baselines.ItemFilter(dataset)(question, 4, True)
