@@ -77,7 +77,6 @@ def startup(
     out: Annotated[str | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """`python jobs/train.py` on the built-in data: command to first step, waits for later epochs, last step to exit."""
-    import recray
     from recray.config import load_config
     from recray.records import CheckpointRecord
 
@@ -85,10 +84,10 @@ def startup(
     with tempfile.TemporaryDirectory() as output:
         overrides = [f"run.output={output}", f"scaling.num_workers={workers}", "training.epochs=3"]
         config = load_config(str(folder / "configs" / "demo.toml"), overrides)
-        recray.prepare(config)
-        command = [sys.executable, str(folder / "train.py"), str(folder / "configs" / "demo.toml")]
+        arguments = [str(folder / "configs" / "demo.toml"), *(p for one in overrides for p in ("--set", one))]
+        subprocess.run([sys.executable, str(folder / "prepare.py"), *arguments], check=True)
         started = time.time()
-        subprocess.run(command + [part for one in overrides for part in ("--set", one)], check=True)
+        subprocess.run([sys.executable, str(folder / "train.py"), *arguments], check=True)
         ended = time.time()
         history = CheckpointRecord.read(f"{config.run_uri}/checkpoint").history
     last = history[-1]["first_step_at"] - history[-1]["first_batch_seconds"] + history[-1]["seconds"]

@@ -7,7 +7,9 @@ RayContext is one worker of a Ray TorchTrainer.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import queue
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -75,7 +77,8 @@ class RayContext:
 
     The pipeline runs over all remaining epochs at once, in the order of the plan, so
     that the first shard of an epoch is read while the one before is trained on; and
-    no coordinator hands out shards, so no worker can wait for another's.
+    no coordinator hands out shards, so no worker can wait for another's. The very first
+    shard does not wait for the pipeline, which takes seconds to start.
     """
 
     def __init__(self, scaling: ScalingConfig) -> None:
@@ -92,6 +95,8 @@ class RayContext:
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
         import ray.data
 
+        if not slices:
+            return
         context = ray.data.DataContext.get_current()
         options = context.execution_options
         options.preserve_order = True
@@ -99,18 +104,27 @@ class RayContext:
         options.resource_limits = options.resource_limits.copy(cpu=max(1, free // self.world_size))
         # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
         cpus = 1 if free >= self.world_size else 0
-        uris = [[dataset.file_uri(file) for file in shards[part.shard].files] for part in slices]
-        rows = [shards[part.shard].rows for part in slices]
+        later = slices[1:]
+        uris = [[dataset.file_uri(file) for file in shards[part.shard].files] for part in later]
+        rows = [shards[part.shard].rows for part in later]
+        if not later:
+            yield slices[0], _read(dataset, shards[slices[0].shard])
+            return
         work = ray.data.from_items([{"uris": group} for group in uris], override_num_blocks=len(uris))
         read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
-        held: list[pa.Table] = []
-        at = 0
-        # A large shard may come in several blocks; blocks keep the order.
-        for block in read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            held.append(block)
-            if sum(map(len, held)) == rows[at]:
-                yield slices[at], pa.concat_tables(held)
-                held, at = [], at + 1
+        blocks = _Ahead(read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        try:
+            yield slices[0], _read(dataset, shards[slices[0].shard])
+            held: list[pa.Table] = []
+            at = 0
+            # A large shard may come in several blocks; blocks keep the order.
+            for block in blocks:
+                held.append(block)
+                if sum(map(len, held)) == rows[at]:
+                    yield later[at], pa.concat_tables(held)
+                    held, at = [], at + 1
+        finally:
+            blocks.stop()
 
     def sum(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -143,6 +157,41 @@ class RayContext:
         if self.world_size == 1:
             return module
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+class _Ahead:
+    """Takes tables from an iterable in a thread, one ahead; it begins at once."""
+
+    def __init__(self, tables: Iterable[pa.Table]) -> None:
+        self._queue: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=1)
+        self._stopped = threading.Event()
+        threading.Thread(target=self._pull, args=(tables,), daemon=True).start()
+
+    def _pull(self, tables: Iterable[pa.Table]) -> None:
+        try:
+            for table in tables:
+                self._put(table)
+                if self._stopped.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:  # raised again where the tables are taken
+            self._put(error)
+
+    def _put(self, entry: pa.Table | BaseException | None) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(entry, timeout=0.5)
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        while (entry := self._queue.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry
+
+    def stop(self) -> None:
+        self._stopped.set()
 
 
 def _read_shard(batch: pa.Table) -> pa.Table:

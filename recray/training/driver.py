@@ -65,7 +65,7 @@ def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -
 
 def _run_workers(config: Config) -> None:
     runtime.start(config.scaling)
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = config.scaling
@@ -80,6 +80,7 @@ def _run_workers(config: Config) -> None:
         ),
         run_config=RunConfig(
             name="ray",
+            logging_config=LoggingConfig(log_level="WARNING"),
             storage_path=os.path.abspath(storage.join(config.run_uri, "train"))
             if local
             else storage.join(config.run_uri, "train"),
