@@ -127,9 +127,11 @@ class RayContext:
             blocks.stop()
 
     def sum(self, values: Tensor) -> Tensor:
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
+        if self.world_size == 1:
+            return values
+        moved = values.to(self.device)  # NCCL sums what is on the GPU only
+        torch.distributed.all_reduce(moved)
+        return moved.to(values.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         if self.world_size == 1:

@@ -23,8 +23,12 @@ class Phase:
     name: Literal["train", "refit"]
     epochs: int
 
+    def root(self, config: Config) -> str:
+        # A refit of other length has another schedule: it is begun anew.
+        return storage.join(config.run_uri, self.name, *([f"of-{self.epochs:04d}"] if self.name == "refit" else []))
+
     def folder(self, config: Config, epoch: int) -> str:
-        return storage.join(config.run_uri, self.name, f"epoch-{epoch:04d}")
+        return storage.join(self.root(config), f"epoch-{epoch:04d}")
 
     def shards(self, dataset: PreparedDataset) -> list[ShardGroup]:
         """Train's shards; for refit each with the validation shard of the same users, so that batches mix both."""
@@ -137,7 +141,7 @@ def _steering(config: dict[str, Any]) -> list[Any]:
 
 def last_epoch(config: Config, phase: Phase, dataset: PreparedDataset) -> int:
     """The last complete epoch on disk that this configuration can go on from; 0 when there is none."""
-    if not storage.exists(storage.join(config.run_uri, phase.name)):
+    if not storage.exists(phase.root(config)):
         return 0
     for epoch in range(phase.epochs, 0, -1):
         folder = phase.folder(config, epoch)

@@ -93,7 +93,7 @@ def test_gbce_beta_by_hand() -> None:
         positive = float((model.q[i] @ model.v[batch.target_Q[i]]).detach())
         expected = beta * math.log1p(math.exp(-positive))
         expected += sum(
-            math.log1p(math.exp(float(model.q[i] @ model.v[n]))) for n in negative if n != batch.target_Q[i]
+            math.log1p(math.exp(float((model.q[i] @ model.v[n]).detach()))) for n in negative if n != batch.target_Q[i]
         )
         assert float(loss[i]) == pytest.approx(expected, rel=1e-5)
 
