@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -158,7 +159,10 @@ class RayContext:
         module = module.to(self.device)
         if self.world_size == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name of the option is not there before torch 2.13
+            # Buffers are item features, the same everywhere and as large as the catalogue.
+            return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
 class _Ahead:
