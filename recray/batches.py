@@ -5,13 +5,14 @@ knows which examples are its own, equal to within one over the workers, so nobod
 waits for anybody at the end and nothing is dropped.
 
 An example is a training event ("events": its history is the window before it, cut
-from the user's list by offsets; "others": it is the rest of the list) or a user
-("sequences").
+from the user's list by offsets; "others": it is the rest of the list), a user
+("sequences"), or anything that a user was shown ("impressions": chosen or not, its
+history is what the user had chosen before that time).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,13 +58,21 @@ class ShardGroup:
     files: tuple[str, ...]
     rows: int
     events: int
+    impressions: int
 
     @staticmethod
     def of(*shards: Shard) -> ShardGroup:
-        return ShardGroup(tuple(s.file for s in shards), sum(s.rows for s in shards), sum(s.events for s in shards))
+        return ShardGroup(
+            tuple(s.file for s in shards),
+            sum(s.rows for s in shards),
+            sum(s.events for s in shards),
+            sum(s.impressions for s in shards),
+        )
 
 
 def num_examples(shard: ShardGroup, examples: Examples) -> int:
+    if examples == "impressions":
+        return shard.impressions
     return shard.rows if examples == "sequences" else shard.events
 
 
@@ -137,6 +146,9 @@ def _column(array: pa.ChunkedArray) -> _Column:
     return _Column(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
 
 
+_Piece = dict[str, _Column]
+
+
 class _Rows:
     """A table of user rows as numpy arrays. Of a labelled log only the positive events are here."""
 
@@ -170,7 +182,39 @@ class _Rows:
         return np.asarray(self.offsets[1:] - self.num_targets)
 
 
-_Piece = dict[str, _Column]
+class _Impressions:
+    """Every target of a table, chosen or not, and what its user had chosen before that time.
+
+    Two events of one time have no order: neither is in the history of the other.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.chosen = _Rows(table)
+        shown = _Rows(table.drop_columns(["label"]))
+        label = _column(table["label"]).values
+        row = np.repeat(np.arange(len(shown.user)), np.diff(shown.offsets))
+        new_time = np.ones(len(label), bool)
+        new_time[1:] = (shown.time[1:] != shown.time[:-1]) | (row[1:] != row[:-1])
+        first_of_time = np.maximum.accumulate(np.where(new_time, np.arange(len(label)), 0))
+        chosen_before = np.concatenate([[0], np.cumsum(label > 0)])[first_of_time]
+        at = _windows(np.arange(len(label)), shown.first_target(), shown.num_targets).values
+        self.row, self.label, self.end = row[at], label[at], chosen_before[at]
+        self.item, self.time, self.weight = shown.item[at], shown.time[at], shown.weight[at]
+        self.context = {name: column.take(at) for name, column in shown.context.items()}
+
+    def piece(self, index: np.ndarray, history_length: int, decay: Decay | None) -> _Piece:
+        row, end = self.row[index], self.end[index]
+        start = np.maximum(self.chosen.offsets[row], end - history_length)
+        weight = self.weight[index]
+        return {
+            "user": _Column(self.chosen.user[row]),
+            "history": _windows(self.chosen.item, start, end - start),
+            "target": _Column(self.item[index]),
+            "label": _Column(self.label[index]),
+            "weight": _Column(weight if decay is None else weight * decay(self.time[index])),
+            **{f"user_{n}": c.take(row) for n, c in self.chosen.user_features.items()},
+            **{f"context_{n}": c.take(index) for n, c in self.context.items()},
+        }
 
 
 def _events(rows: _Rows, index: np.ndarray, history_length: int, decay: Decay | None, others: bool) -> _Piece:
@@ -237,6 +281,8 @@ def _batch(piece: _Piece, examples: Examples, shard: np.ndarray, row: np.ndarray
     history, target, user, weight = tensors["history"], tensors["target"], tensors["user"], tensors["weight"]
     assert isinstance(history, Jagged) and isinstance(user, torch.Tensor)
     assert isinstance(target, torch.Tensor) and isinstance(weight, torch.Tensor)
+    label = tensors.get("label")
+    assert not isinstance(label, Jagged)
     position = None
     if examples == "sequences":
         position = torch.from_numpy(np.flatnonzero(piece["query"].values))
@@ -246,6 +292,7 @@ def _batch(piece: _Piece, examples: Examples, shard: np.ndarray, row: np.ndarray
         history=history,
         target_Q=target,
         weight_Q=weight,
+        label_Q=label,
         position_Q=position,
         user_features={n[5:]: t for n, t in tensors.items() if n.startswith("user_")},
         context={n[8:]: t for n, t in tensors.items() if n.startswith("context_")},
@@ -268,16 +315,12 @@ def cut(
     ids: list[np.ndarray] = []
     held = 0
     for part, table in tables:
-        rows = _Rows(table)
-        size = len(rows.user) if examples == "sequences" else int(rows.num_targets.sum())
+        size, piece = _pieces(table, examples, history_length, decay)
         index = np.random.default_rng([seed, part.epoch, 2, part.shard]).permutation(size)[part.start : part.stop]
         at = 0
         while at < len(index):
             take = index[at : at + batch_size - held]
-            if examples == "sequences":
-                pieces.append(_sequences(rows, take, history_length, decay))
-            else:
-                pieces.append(_events(rows, take, history_length, decay, others=examples == "others"))
+            pieces.append(piece(take))
             shards.append(np.full(len(take), part.shard, np.int64))
             ids.append(take)
             held, at = held + len(take), at + len(take)
@@ -286,6 +329,28 @@ def cut(
                 pieces, shards, ids, held = [], [], [], 0
     if held:
         yield _join(pieces, examples, shards, ids)
+
+
+def _pieces(
+    table: pa.Table, examples: Examples, history_length: int, decay: Decay | None
+) -> tuple[int, Callable[[np.ndarray], _Piece]]:
+    """How many examples a table has, and how to cut some of them."""
+    if examples == "impressions":
+        shown = _Impressions(table)
+        return len(shown.label), lambda index: shown.piece(index, history_length, decay)
+    rows = _Rows(table)
+    if examples == "sequences":
+        return len(rows.user), lambda index: _sequences(rows, index, history_length, decay)
+    others = examples == "others"
+    return int(rows.num_targets.sum()), lambda index: _events(rows, index, history_length, decay, others)
+
+
+def impressions(table: pa.Table, batch_size: int, history_length: int) -> Iterator[Batch]:
+    """Every impression of a labelled table in order."""
+    shown = _Impressions(table)
+    for start in range(0, len(shown.label), batch_size):
+        index = np.arange(start, min(start + batch_size, len(shown.label)))
+        yield _batch(shown.piece(index, history_length, None), "impressions", np.zeros(len(index), np.int64), index)
 
 
 def _join(pieces: list[_Piece], examples: Examples, shards: list[np.ndarray], ids: list[np.ndarray]) -> Batch:
@@ -307,6 +372,7 @@ def padding_like(batch: Batch) -> Batch:
         history=Jagged(one + FIRST_ID, torch.tensor([0, 1])),
         target_Q=one + FIRST_ID,
         weight_Q=torch.zeros(1),
+        label_Q=None if batch.label_Q is None else torch.zeros(1),
         position_Q=one if batch.position_Q is not None else None,
         user_features={n: empty(f) for n, f in batch.user_features.items()},
         context={n: empty(f) for n, f in batch.context.items()},

@@ -78,11 +78,15 @@ class Feature(Part):
 
     name: str
     role: Literal["user", "item", "context"]
-    kind: Literal["categorical", "list", "numeric"]
+    kind: Literal["categorical", "list", "numeric"]  # what a model sees; numbers between quantiles are categories
     cardinality: int = 0  # categorical, list: embedding rows incl. 0 (missing) and 1 (unknown)
     mean: float = 0.0  # numeric: fitted on train, applied; missing becomes 0 = the mean
     std: float = 1.0
+    log: bool = False  # numeric: sign(x) log(1 + |x|) first
     vocabulary: list[str] | list[int] | None = None  # value of id 2, 3, ...
+    hash_buckets: int = 0  # ids are 2 + hash modulo this
+    collisions: float = 0.0  # hashed: share of distinct values that share their id with another, estimated
+    edges: list[float] | None = None  # quantiles: id is 2 + how many edges are <= x
 
 
 class Shard(Part):
@@ -90,7 +94,8 @@ class Shard(Part):
 
     file: str
     rows: int  # users
-    events: int  # positive targets over all rows (training examples of an event model)
+    events: int  # targets that were chosen, over all rows (training examples of a retriever of events)
+    impressions: int  # all targets, chosen or not (training examples of a ranker)
 
 
 class DatasetRecord(Record):
@@ -107,6 +112,11 @@ class DatasetRecord(Record):
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
     oracle: dict[str, float] | None = None  # simulated data: metric name -> value of the true model
     has_time: bool = True
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are items that were not chosen."""
+        return "label" in self.columns
 
     def starts(self, split: str) -> int:
         """When a split begins, in microseconds (or positions); the last event's time where splits are not by time."""

@@ -33,7 +33,8 @@ class ColumnsConfig(Section):
     item: str = "item_id"
     timestamp: str | None = Field(None, description="event time; without one, file order is the order")
     label: str | None = Field(
-        None, description="0/1 label; rows with label 0 are kept for ranking, never as retrieval positives"
+        None,
+        description="1 = chosen, 0 = shown and not chosen; rankers learn from both, retrievers from what was chosen",
     )
     weight: str | None = None
     split: str | None = Field(None, description="column that names the split, for split.kind = 'given'")
@@ -65,6 +66,36 @@ class FeatureConfig(Section):
 
     kind: Literal["categorical", "list", "numeric"]
     min_count: int = Field(1, ge=1, description="categorical and list: rarer values share the unknown id 1")
+    hash_buckets: int | None = Field(
+        None, ge=2, description="categorical and list: hash values to so many ids instead of keeping a vocabulary"
+    )
+    scale: Literal["standard", "log", "quantiles"] = Field(
+        "standard",
+        description="numeric: (x - mean) / std; the same of sign(x) log(1 + |x|); or the id of the interval between quantiles, with a vector each",
+    )
+    quantiles: int = Field(32, ge=2, description="numeric with scale 'quantiles': how many intervals")
+
+    @model_validator(mode="after")
+    def _fits(self) -> FeatureConfig:
+        if self.kind == "numeric" and self.hash_buckets:
+            raise ValueError("hash_buckets is for kind 'categorical' or 'list'; for numbers use scale = 'quantiles'")
+        if self.kind != "numeric" and self.scale != "standard":
+            raise ValueError(f"scale = '{self.scale}' is for kind 'numeric'")
+        return self
+
+
+class NegativesConfig(Section):
+    """Items that a user was not seen to choose, drawn for logs of choices only, so that a ranker has both labels.
+
+    Written to the shards: every model sees the same rows.
+    """
+
+    per_positive: int = Field(1, ge=1, description="drawn for every event, with its user, time and context")
+    draw: Literal["popularity", "uniform", "recent"] = Field(
+        "popularity",
+        description="in proportion to train events; every item alike; or from the log's last events before the positive",
+    )
+    recent_events: int = Field(10_000, ge=1, description="recent: how many events before the positive are drawn from")
 
 
 class MovielensConfig(Section):
@@ -99,6 +130,12 @@ class DataConfig(Section):
     drop_duplicates: bool = Field(True, description="drop rows that repeat (user, item, timestamp)")
     min_user_events: int = Field(1, ge=1)
     min_item_events: int = Field(1, ge=1)
+    min_history: int = Field(
+        0, ge=0, description="events with fewer earlier ones of their user are history only, never examples or targets"
+    )
+    negatives: NegativesConfig | None = Field(
+        None, description="draw items that were not chosen, for click ranking on a log without labels"
+    )
     split: SplitConfig = SplitConfig()
     shard_events: int = Field(262_144, ge=1, description="events per prepared shard, about")
     movielens: MovielensConfig = MovielensConfig()

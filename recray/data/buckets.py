@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from recray import storage
 from recray.config import DataConfig, FeatureConfig
-from recray.data import features, history, split, vocab
+from recray.data import features, history, negatives, split, vocab
+from recray.data.hashing import hash_keys
 from recray.data.split import SPLITS
 from recray.errors import DataError
 from recray.records import Feature
@@ -31,6 +32,9 @@ class Encoders:
     context: dict[str, Feature]
     user: dict[str, Feature]
     user_table: pa.Table | None
+    sampler: negatives.Sampler | None
+    min_history: int
+    seed: int
 
 
 def sorted_file(folder: str, bucket: int) -> str:
@@ -38,7 +42,7 @@ def sorted_file(folder: str, bucket: int) -> str:
 
 
 def add_bucket(table: pa.Table, num_buckets: int) -> pa.Table:
-    bucket = history.hash_keys(table["user"]) % np.uint64(num_buckets)
+    bucket = hash_keys(table["user"]) % np.uint64(num_buckets)
     return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
 
 
@@ -96,14 +100,20 @@ def count(
     boundaries: split.Boundaries | None,
     draw: split.Draw | None,
     context: dict[str, FeatureConfig],
-) -> tuple[Any, ...] | dict[str, int]:
-    """Step 3: events of each split; train counts of items; and of each context feature."""
+    sample: float,
+) -> tuple[Any, ...]:
+    """Step 3: events of each split; train counts of items; a sample of positive events; counts of each context feature."""
     part = history.Bucket.of(storage.read_table(file), boundaries, draw)
     positive_E = _positive(part.table)
     sizes = {f"events_{name}": int(((part.code_E == code) & positive_E).sum()) for code, name in enumerate(SPLITS)}
-    train = part.table.filter(pa.array((part.code_E == 0) & positive_E))
+    train_E = part.code_E == 0
+    train = part.table.filter(pa.array(train_E))
+    chosen = pa.array(positive_E[train_E].astype(np.int64))
+    items = pa.table({"value": train["item"], "n": np.ones(len(train), np.int64), "chosen": chosen})
+    drawn_E = positive_E & negatives.sampled(part.table["order"].to_numpy(), sample)
+    drawn = part.table.filter(pa.array(drawn_E)).select(["time", "item"])
     values = [features.count_values(train[name], kind) for name, kind in context.items()]
-    return sizes, features.value_counts(train["item"]), *values
+    return sizes, features.merge(items), drawn, *values
 
 
 def write(
@@ -127,6 +137,10 @@ def write(
     table = part.table.filter(pa.array(keep_E))
     user_E, code_E, item_E = part.user_E[keep_E], part.code_E[keep_E], item_E[keep_E]
     positive_E = _positive(table)
+    if encoders.sampler is not None:
+        table, user_E, code_E, item_E, missed = _with_negatives(table, user_E, code_E, item_E, bucket, encoders)
+        counts["negatives_not_found"] = missed
+        positive_E = _positive(table)
     lists = {"item": pa.array(item_E), "time": table["time"].combine_chunks()}
     lists |= {name: table[name].combine_chunks() for name in ("label", "weight") if name in table.column_names}
     lists |= {f"context_{name}": features.encode(table[name], f) for name, f in encoders.context.items()}
@@ -136,22 +150,40 @@ def write(
     storage.write_table(storage.join(uri, "users", name), pa.table({"user_id": ids, "user": part.keys}))
     shards = {}
     for code, split_name in enumerate(SPLITS):
-        rows = history.rows(user_E, code_E, split_name)
-        target_E = (code_E == code) & positive_E
-        events = int(target_E.sum())
+        rows = history.rows(user_E, code_E, split_name, positive_E, encoders.min_history)
+        target_E = rows.targets()
+        events, impressions = int(positive_E[target_E].sum()), len(target_E)
         counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
         if code:
-            counts[f"unknown_targets_{split_name}"] = int((target_E & (item_E == 1)).sum())
+            counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == 1))[target_E].sum())
         if "label" in table.column_names:
-            counts[f"negatives_{split_name}"] = int(((code_E == code) & ~positive_E).sum())
-        if not events:
+            counts[f"negatives_{split_name}"] = impressions - events
+        if not impressions:
             continue
         shard_file = f"{split_name}/{name}"
         out = rows.table(ids, lists, user_columns)
         per_group = max(1, _GROUP_EVENTS * len(out) // len(rows.index))
         storage.write_table(storage.join(uri, shard_file), out, row_group_rows=per_group)
-        shards[split_name] = {"file": shard_file, "rows": len(out), "events": events}
+        shards[split_name] = {"file": shard_file, "rows": len(out), "events": events, "impressions": impressions}
     return {"shards": shards, "counts": counts}
+
+
+def _with_negatives(
+    table: pa.Table, user_E: np.ndarray, code_E: np.ndarray, item_E: np.ndarray, bucket: int, encoders: Encoders
+) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, int]:
+    """The events with their negatives, each just before its positive; and how many negatives were not found."""
+    assert encoders.sampler is not None
+    wanted_E = history.num_earlier(user_E, np.ones(len(user_E), bool)) >= encoders.min_history
+    time_E, seed = table["time"].to_numpy(), [encoders.seed, 4, bucket]
+    source_M, item_M = negatives.draw(encoders.sampler, user_E, code_E, item_E, time_E, wanted_E, seed)
+    source = np.concatenate([source_M, np.arange(len(user_E))])
+    order = np.argsort(source, kind="stable")
+    source = source[order]
+    label = np.concatenate([np.zeros(len(source_M)), np.ones(len(user_E))])[order].astype(np.float32)
+    item_E = np.concatenate([item_M, item_E])[order].astype(np.int32)
+    table = table.take(pa.array(source)).append_column("label", pa.array(label))
+    missed = int(wanted_E.sum()) * encoders.sampler.config.per_positive - len(source_M)
+    return table, user_E[source], code_E[source], item_E, missed
 
 
 def _positive(table: pa.Table) -> np.ndarray:

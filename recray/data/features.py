@@ -1,7 +1,10 @@
 """Feature columns to numbers: fitted once, applied in every task.
 
 categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value
+                    hashed: 0 missing, 2 + hash of the value modulo hash_buckets; nothing is unknown
 numeric             float32, (x - mean) / std with both from the fitted data; null, NaN and infinite become 0, the mean
+                    log: the same of sign(x) log(1 + |x|)
+                    quantiles: int32 ids, 0 missing (null, NaN, infinite), 2 + number of fitted edges <= x
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import FeatureConfig
+from recray.data.hashing import hash_keys
 from recray.errors import DataError
 from recray.records import Feature
 
+_MAX_POINTS = 4096  # a distribution of numbers is kept as at most so many weighted points
 _MAX_INFERRED = 10_000  # distinct values up to which a column of strings or integers is taken for a category
 
 
@@ -51,16 +56,24 @@ def kind_of_type(kind: pa.DataType) -> Literal["categorical", "list", "numeric"]
 
 
 def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
-    """What fitting needs of some rows: (value, n) for categories; (n, mean, squares) for numbers.
+    """What fitting needs of some rows: (value, n) for categories and quantiles; (n, mean, squares) for other numbers.
 
-    squares: sum of squared distances from the mean, which does not cancel as a sum of squares would.
+    A hashed category counts its bucket. squares: sum of squared distances from the mean, which does not cancel as a
+    sum of squares would.
     """
     if config.kind == "numeric":
         x = _numbers(column)
         good = x[np.isfinite(x)]
+        if config.scale == "quantiles":
+            return _thinned(value_counts(pa.chunked_array([pa.array(good)])))
+        if config.scale == "log":
+            good = _log(good)
         mean = float(good.mean()) if len(good) else 0.0
         return _moments(len(good), mean, float(((good - mean) ** 2).sum()))
-    return value_counts(_entries(column))
+    entries = _entries(column)
+    if config.hash_buckets:
+        entries = pa.chunked_array([_hash(entries.combine_chunks().drop_null(), config.hash_buckets)])
+    return value_counts(entries)
 
 
 def value_counts(column: pa.ChunkedArray) -> pa.Table:
@@ -73,8 +86,9 @@ def merge(*parts: pa.Table) -> pa.Table:
     """Two or more results of `count_values` as one. The order of parts decides the last bits of a float."""
     table = pa.concat_tables(parts)
     if "value" in table.column_names:
-        summed = table.group_by("value", use_threads=False).aggregate([("n", "sum")])
-        return pa.table({"value": summed["value"], "n": summed["n_sum"]})
+        numbers = [name for name in table.column_names if name != "value"]
+        summed = table.group_by("value", use_threads=False).aggregate([(name, "sum") for name in numbers])
+        return _thinned(pa.table({"value": summed["value"], **{name: summed[f"{name}_sum"] for name in numbers}}))
     n, mean, squares = 0.0, 0.0, 0.0
     for row in table.to_pylist():  # one row per part; Chan et al. 1979
         total = n + row["n"]
@@ -88,10 +102,23 @@ def merge(*parts: pa.Table) -> pa.Table:
 
 def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConfig, counts: pa.Table) -> Feature:
     """A feature from what `count_values` found in all rows."""
+    if config.kind == "numeric" and config.scale == "quantiles":
+        edges = _edges(counts, config.quantiles)
+        return Feature(name=name, role=role, kind="categorical", cardinality=len(edges) + 3, edges=edges)
     if config.kind == "numeric":
         row = counts.to_pylist()[0]
         std = float(np.sqrt(row["squares"] / max(row["n"], 1)))
-        return Feature(name=name, role=role, kind="numeric", mean=row["mean"], std=std if std > 1e-12 else 1.0)
+        std = std if std > 1e-12 else 1.0
+        return Feature(name=name, role=role, kind="numeric", mean=row["mean"], std=std, log=config.scale == "log")
+    if config.hash_buckets:
+        return Feature(
+            name=name,
+            role=role,
+            kind=config.kind,
+            cardinality=config.hash_buckets + 2,
+            hash_buckets=config.hash_buckets,
+            collisions=_collisions(len(counts), config.hash_buckets),
+        )
     kept = counts.filter(pc.greater_equal(counts["n"], config.min_count))
     kept = kept.sort_by([("n", "descending"), ("value", "ascending")])
     vocabulary = kept["value"].to_pylist()
@@ -101,8 +128,14 @@ def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConf
 def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
     """The column as int32, list<int32> or float32."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if feature.edges is not None:
+        x = _numbers(column)
+        return pa.array(
+            np.where(np.isfinite(x), 2 + np.searchsorted(feature.edges, x, side="right"), 0).astype(np.int32)
+        )
     if feature.kind == "numeric":
         x = _numbers(column)
+        x = _log(x) if feature.log else x
         scaled = (x - feature.mean) / feature.std
         return pa.array(np.where(np.isfinite(x), scaled, 0.0).astype(np.float32))
     if feature.kind == "categorical":
@@ -115,6 +148,8 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
 
 def _lookup(values: pa.Array, feature: Feature) -> pa.Array:
     values = _no_nan(values)
+    if feature.hash_buckets:
+        return pc.fill_null(pc.add(_hash(values, feature.hash_buckets), 2), 0).cast(pa.int32())
     vocabulary = pa.array(feature.vocabulary or [], type=_vocabulary_type(values.type))
     found = pc.index_in(values.cast(vocabulary.type), value_set=vocabulary)
     ids = pc.add(pc.fill_null(found, -1), 2).to_numpy(zero_copy_only=False)
@@ -147,3 +182,44 @@ def _no_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+
+
+def _log(x: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sign(x) * np.log1p(np.abs(x)))
+
+
+def _hash(values: pa.Array, buckets: int) -> pa.Array:
+    """int64 bucket of each value, null where it is null. Each distinct value is hashed once."""
+    encoded = values.cast(_vocabulary_type(values.type)).dictionary_encode()
+    bucket_V = hash_keys(encoded.dictionary) % np.uint64(buckets)
+    return pa.array(bucket_V.astype(np.int64)).take(encoded.indices)
+
+
+def _collisions(occupied: int, buckets: int) -> float:
+    """Share of distinct values that share their bucket, from how many buckets are occupied (linear counting, Whang et al. 1990)."""
+    if occupied >= buckets:
+        return 1.0
+    values = -buckets * np.log1p(-occupied / buckets)
+    return float(1 - (1 - 1 / buckets) ** max(values - 1, 0))
+
+
+def _thinned(points: pa.Table) -> pa.Table:
+    """Counts of numbers as at most _MAX_POINTS points of equal weight; counts of other values as they are."""
+    if not pa.types.is_floating(points["value"].type) or len(points) <= _MAX_POINTS:
+        return points
+    points = points.sort_by("value")
+    x, total = points["value"].to_numpy(), np.cumsum(points["n"].to_numpy())
+    place = (np.arange(1, _MAX_POINTS + 1) * total[-1]) // _MAX_POINTS
+    at = x[np.searchsorted(total, place)]
+    starts = np.flatnonzero(np.diff(at, prepend=np.nan))
+    return pa.table({"value": at[starts], "n": np.add.reduceat(np.diff(place, prepend=0), starts)})
+
+
+def _edges(points: pa.Table, quantiles: int) -> list[float]:
+    """Distinct inner quantiles; none where all values are the same."""
+    if not len(points):
+        return []
+    points = points.sort_by("value")
+    x, total = points["value"].to_numpy(), np.cumsum(points["n"].to_numpy())
+    inner = x[np.searchsorted(total, np.arange(1, quantiles) * total[-1] / quantiles, side="right")]
+    return [float(edge) for edge in inner[np.diff(inner, prepend=x[0]) > 0]]

@@ -8,19 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import DataConfig
-from recray.data.split import SPLITS, Boundaries, Draw, microseconds, mix
-
-
-def hash_keys(keys: pa.ChunkedArray) -> np.ndarray:
-    """uint64 hash of integer or string keys: the same on every machine and run (splitmix64; pandas' keyed hash)."""
-    if pa.types.is_integer(keys.type):
-        return mix(keys.to_numpy().astype(np.int64).view(np.uint64))
-    return np.asarray(pd.util.hash_array(keys.to_numpy(zero_copy_only=False).astype(object)))
+from recray.data.split import SPLITS, Boundaries, Draw, microseconds
 
 
 def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
@@ -122,6 +114,11 @@ class Rows:
     offsets: np.ndarray  # (R + 1,)
     num_targets_R: np.ndarray
 
+    def targets(self) -> np.ndarray:
+        """Kept events that are targets."""
+        from_end = np.repeat(self.offsets[1:], np.diff(self.offsets)) - np.arange(len(self.index))
+        return np.asarray(self.index[from_end <= np.repeat(self.num_targets_R, np.diff(self.offsets))])
+
     def table(self, ids: pa.Array, lists: dict[str, pa.Array], users: dict[str, pa.Array]) -> pa.Table:
         """The rows as they are stored. ids and users: one entry per user; lists: one entry per kept event."""
         user, offsets, index = pa.array(self.user_R), pa.array(self.offsets.astype(np.int32)), pa.array(self.index)
@@ -131,12 +128,23 @@ class Rows:
         return pa.table(columns | {name: values.take(user) for name, values in users.items()})
 
 
-def rows(user_E: np.ndarray, code_E: np.ndarray, split: str) -> Rows:
-    """The rows of a split. Context of a target: every earlier event of the user, of this split or one before it."""
+def num_earlier(user_E: np.ndarray, positive_E: np.ndarray) -> np.ndarray:
+    """(E,) positive events of the same user before each event."""
+    before = np.concatenate([[0], np.cumsum(positive_E)])
+    starts = np.flatnonzero(np.diff(user_E, prepend=-1))
+    return np.asarray(before[:-1] - np.repeat(before[starts], np.diff(np.append(starts, len(user_E)))))
+
+
+def rows(user_E: np.ndarray, code_E: np.ndarray, split: str, positive_E: np.ndarray, min_history: int = 0) -> Rows:
+    """The rows of a split. Context of a target: every earlier positive event of the user, of this split or one before.
+
+    Targets are the split's events, positive or not, with at least `min_history` positive ones before them.
+    """
     wanted = SPLITS.index(split)
     num_users = int(user_E[-1]) + 1 if len(user_E) else 0
-    targets_U = np.bincount(user_E[code_E == wanted], minlength=num_users)
-    in_row_E = (code_E <= wanted) & (targets_U[user_E] > 0)
+    target_E = (code_E == wanted) & (num_earlier(user_E, positive_E) >= min_history)
+    targets_U = np.bincount(user_E[target_E], minlength=num_users)
+    in_row_E = (target_E | ((code_E <= wanted) & positive_E)) & (targets_U[user_E] > 0)
     index = np.flatnonzero(in_row_E)
     length_U = np.bincount(user_E[index], minlength=num_users)
     user_R = np.flatnonzero(targets_U)

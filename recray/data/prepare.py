@@ -10,7 +10,8 @@ Layout of <run>/dataset:
         item         list<int32>   oldest first; 1 = unknown item
         time         list<int64>   microseconds, or positions
         num_targets  int32         the last num_targets entries are targets, the ones before are context
-        label, weight  list<float32>      where the log has them; label 0 = shown, not chosen
+        label        list<float32>     1 chosen, 0 shown and not chosen (or drawn: data.negatives); a context is all chosen
+        weight       list<float32>     where the log has them
         user_<f>     encoded user feature
         context_<f>  list of encoded context features, parallel to item
 
@@ -37,11 +38,11 @@ import pyarrow as pa
 
 from recray import errors, registry, runtime, storage
 from recray.config import Config, DataConfig, FeatureConfig
-from recray.data import buckets, features, split, vocab
+from recray.data import buckets, features, negatives, split, vocab
 from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.data.split import SPLITS
-from recray.errors import DataError, RecrayError
+from recray.errors import ConfigError, DataError, RecrayError
 from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
@@ -132,14 +133,17 @@ class _Work:
         boundaries = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else None
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
 
-        outputs = self._each(buckets.count, stats, boundaries, draw, context_kinds, num_returns=2 + len(context_kinds))
+        share = self._sample_share(counts["events_kept"])
+        outputs = self._each(
+            buckets.count, stats, boundaries, draw, context_kinds, share, num_returns=3 + len(context_kinds)
+        )
         _add(counts, self._get([out[0] for out in outputs]))
         split.check(counts, first, last, boundaries, self.source.has_time)
         item_counts = self._merge([out[1] for out in outputs])
         items = vocab.catalogue(item_counts, self.config.min_item_events)
         counts["items_dropped_min_count"] = len(item_counts) - len(items)
         context = {
-            name: features.fit(name, "context", kind, self._merge([out[2 + i] for out in outputs]))
+            name: features.fit(name, "context", kind, self._merge([out[3 + i] for out in outputs]))
             for i, (name, kind) in enumerate(context_kinds.items())
         }
         users = self.source.users
@@ -151,7 +155,15 @@ class _Work:
         storage.write_table(storage.join(self.uri, "items.parquet"), table)
         _say(f"{len(items):,} items counted")
 
-        encoders = buckets.Encoders(items["item"].combine_chunks(), context, user, users)
+        for feature in (*context.values(), *user.values(), *item_features):
+            if feature.hash_buckets:
+                _say(
+                    f"{feature.role} feature '{feature.name}' is hashed to {feature.hash_buckets:,} ids; "
+                    f"about {feature.collisions:.1%} of its values share one with another"
+                )
+        sampler = self._sampler(items, share, [out[2] for out in outputs])
+        keys = items["item"].combine_chunks()
+        encoders = buckets.Encoders(keys, context, user, users, sampler, self.config.min_history, self.seed)
         shards = self._write(stats, counts, boundaries, draw, encoders)
         schema, _ = storage.read_schema(storage.join(self.uri, shards["train"][0].file))
         return DatasetRecord(
@@ -169,6 +181,37 @@ class _Work:
             has_time=self.source.has_time,
             seconds=time.perf_counter() - started,
         ).write(self.uri)
+
+    def _sample_share(self, num_events: int) -> float:
+        """Of the log's events, that negatives are drawn from. Raises where negatives cannot be drawn as configured."""
+        wanted = self.config.negatives
+        if wanted is None:
+            return 0.0
+        if self.config.columns.label:
+            raise ConfigError(
+                f"data.negatives draws items for logs without labels, and data.columns.label = '{self.config.columns.label}' "
+                f"has them: leave out one of the two"
+            )
+        if wanted.draw != "recent":
+            return 0.0
+        if not self.source.has_time:
+            raise ConfigError(
+                "data.negatives.draw = 'recent' needs times, and this log has positions only: use 'popularity'"
+            )
+        return min(1.0, negatives.MAX_SAMPLE / num_events)
+
+    def _sampler(self, items: pa.Table, share: float, samples: list[Any]) -> negatives.Sampler | None:
+        import ray
+
+        if self.config.negatives is None:
+            return None
+        if not share:
+            return negatives.Sampler(self.config.negatives, items["count"].to_numpy())
+        drawn = pa.concat_tables(ray.get(samples)).sort_by([("time", "ascending"), ("item", "ascending")])
+        ids = vocab.item_ids(drawn["item"], items["item"].combine_chunks())
+        known = ids >= vocab.NUM_RESERVED
+        time = drawn["time"].to_numpy()
+        return negatives.Sampler(self.config.negatives, items["count"].to_numpy(), time[known], ids[known], share)
 
     def _write(
         self,

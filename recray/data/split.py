@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from recray.config import SplitConfig
+from recray.data.hashing import mix
 from recray.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _UNITS = {"d": 86_400_000_000, "h": 3_600_000_000, "m": 60_000_000, "s": 1_000_000}
 
 
@@ -28,14 +28,6 @@ class Boundaries:
         """0 train, 1 valid, 2 test, 3 after the end."""
         edges = np.array([self.valid_start, self.test_start, self.end], np.int64)
         return np.searchsorted(edges, time, side="right").astype(np.int8)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014) of uint64 numbers."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
-    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The item catalogue: which item has which id. From counts of train events only, so nothing of the future is in it."""
+"""The item catalogue: which item has which id. From counts of train events only, so nothing of the future is in it.
+
+An item that was shown and never chosen is in it too: were it unknown, that alone would tell a ranker its label.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ _MAX_ITEMS = 2**31 - 1 - NUM_RESERVED  # ids are int32
 
 
 def catalogue(counts: pa.Table, min_count: int) -> pa.Table:
-    """Items with their train counts, in order of their ids from 2: by falling count, ties by key.
+    """Items with their train counts, in order of their ids from 2: by how often they were chosen, ties by key.
 
-    counts: columns value (item key) and n, one row per item. Returns columns item and count.
+    counts: columns value (item key), n (events) and chosen (positive ones), one row per item. Returns columns item and
+    count, which counts what was chosen; `min_count` is of all events.
     Raises DataError when no item is frequent enough.
     """
     kept = counts.filter(pc.greater_equal(counts["n"], min_count))
@@ -30,8 +34,8 @@ def catalogue(counts: pa.Table, min_count: int) -> pa.Table:
         )
     if len(kept) > _MAX_ITEMS:
         raise DataError(f"{len(kept):,} items are more than {_MAX_ITEMS:,}: raise data.min_item_events")
-    kept = kept.sort_by([("n", "descending"), ("value", "ascending")])
-    return pa.table({"item": kept["value"].combine_chunks(), "count": kept["n"].cast(pa.int64()).combine_chunks()})
+    kept = kept.sort_by([("chosen", "descending"), ("value", "ascending")])
+    return pa.table({"item": kept["value"].combine_chunks(), "count": kept["chosen"].cast(pa.int64()).combine_chunks()})
 
 
 def item_ids(keys: pa.ChunkedArray, known: pa.Array) -> np.ndarray:

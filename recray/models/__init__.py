@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recray.models.batch import Batch
 
-Examples = Literal["events", "others", "sequences"]
+Examples = Literal["events", "others", "sequences", "impressions"]
 
 
 @runtime_checkable

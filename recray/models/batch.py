@@ -60,6 +60,7 @@ class Batch:
     target_Q: Tensor | None = None  # int64: the item each query should find
     weight_Q: Tensor | None = None  # float32; 0 marks a query that only pads the batch
     position_Q: Tensor | None = None
+    label_Q: Tensor | None = None  # float32, of impressions: 1 when target_Q was chosen, 0 when it was only shown
     user_features: dict[str, Feature] = field(default_factory=dict)
     context: dict[str, Feature] = field(default_factory=dict)  # of the target event, one entry per row
     shard_B: Tensor | None = None  # int64: identity of the row: which shard,

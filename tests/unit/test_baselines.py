@@ -38,7 +38,7 @@ def dataset(tmp_path: Path) -> PreparedDataset:
     for name, table in tables.items():
         storage.write_table(f"{tmp_path}/{name}/a.parquet", table)
         events = sum(table["num_targets"].to_pylist())
-        shards[name] = [Shard(file=f"{name}/a.parquet", rows=len(table), events=events)]
+        shards[name] = [Shard(file=f"{name}/a.parquet", rows=len(table), events=events, impressions=events)]
     counts = np.bincount(np.concatenate(train), minlength=N)
     storage.write_table(f"{tmp_path}/items.parquet", pa.table({"item": np.arange(N), "count": counts}))
     split = {"valid_start": 3, "test_start": 5, "last": 9}

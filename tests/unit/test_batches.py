@@ -5,7 +5,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.batches import Decay, ShardGroup, ShardSlice, cut, padding_like, plan, questions, steps_per_epoch
+from recray.batches import (
+    Decay,
+    ShardGroup,
+    ShardSlice,
+    cut,
+    impressions,
+    padding_like,
+    plan,
+    questions,
+    steps_per_epoch,
+)
 from recray.models.batch import Jagged
 
 
@@ -25,7 +35,7 @@ def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table
 
 def _shard(table: pa.Table) -> ShardGroup:
     events = int(np.sum(table["num_targets"].to_numpy()))
-    return ShardGroup(("x",), rows=len(table), events=events)
+    return ShardGroup(("x",), rows=len(table), events=events, impressions=events)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -160,3 +170,42 @@ def test_padding_weighs_nothing() -> None:
 def test_padded_puts_the_last_entries_at_the_right() -> None:
     jagged = Jagged(torch.tensor([1, 2, 3, 4]), torch.tensor([0, 3, 3, 4]))
     assert jagged.padded(2).tolist() == [[2, 3], [0, 0], [0, 4]]
+
+
+def _labelled(seed: int) -> tuple[pa.Table, list[tuple]]:
+    """Rows with labels and equal times; and (user, item, label, what was chosen before that time) of every target."""
+    rng = np.random.default_rng(seed)
+    columns: dict[str, list] = {name: [] for name in ("user", "item", "time", "label", "num_targets")}
+    expected = []
+    for user in range(2, 12):
+        size = int(rng.integers(1, 12))
+        time = np.sort(rng.integers(0, 6, size))
+        label = rng.integers(0, 2, size).astype(float)
+        context = int(rng.integers(0, size))
+        label[:context] = 1  # what comes before the targets was chosen
+        item = rng.integers(2, 50, size)
+        for i in range(context, size):
+            before = [int(item[j]) for j in range(size) if time[j] < time[i] and label[j]]
+            expected.append((user, int(item[i]), float(label[i]), before[-3:]))
+        for name, value in zip(columns, (user, item, time, label, size - context), strict=True):
+            columns[name].append(value)
+    kinds = [pa.int32(), pa.list_(pa.int32()), pa.list_(pa.int64()), pa.list_(pa.float32()), pa.int32()]
+    arrays = [pa.array(values, kind) for values, kind in zip(columns.values(), kinds, strict=True)]
+    return pa.table(dict(zip(columns, arrays, strict=True))), expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_impressions_see_what_was_chosen_strictly_before(seed: int) -> None:
+    table, expected = _labelled(seed)
+    found = []
+    for batch in impressions(table, 7, history_length=3):
+        assert batch.target_Q is not None and batch.label_Q is not None
+        for b in range(batch.num_rows):
+            history = batch.history.values[batch.history.offsets[b] : batch.history.offsets[b + 1]].tolist()
+            found.append((int(batch.user_B[b]), int(batch.target_Q[b]), float(batch.label_Q[b]), history))
+    assert found == expected
+    shuffled = list(cut([(ShardSlice(0, 0, 0, len(expected)), table)], 4, "impressions", 3, seed=1))
+    assert sum(batch.num_rows for batch in shuffled) == len(expected)
+    assert sum(float(batch.label_Q.sum()) for batch in shuffled if batch.label_Q is not None) == sum(
+        label for _, _, label, _ in expected
+    )

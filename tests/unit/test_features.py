@@ -90,7 +90,8 @@ def test_kinds_are_inferred_and_titles_left_out() -> None:
 
 
 def test_catalogue_and_item_table() -> None:
-    counts = features.merge(features.value_counts(column([5, 9, 9, 4])), features.value_counts(column([4, 7, 9])))
+    parts = [features.value_counts(column([5, 9, 9, 4])), features.value_counts(column([4, 7, 9]))]
+    counts = features.merge(*(part.append_column("chosen", part["n"]) for part in parts))
     items = vocab.catalogue(counts, 1)
     assert items["item"].to_pylist() == [9, 4, 5, 7] and items["count"].to_pylist() == [3, 2, 1, 1]
     assert vocab.catalogue(counts, 2)["item"].to_pylist() == [9, 4]
@@ -105,3 +106,58 @@ def test_catalogue_and_item_table() -> None:
         vocab.catalogue(counts, 4)
     with pytest.raises(DataError, match=r"item ids are string in the log but int64 in data.items"):
         vocab.check_key("item", pa.string(), side)
+
+
+def test_shown_and_never_chosen_is_known_and_comes_last() -> None:
+    counts = pa.table({"value": [3, 4, 5], "n": [9, 2, 1], "chosen": [0, 1, 1]})
+    items = vocab.catalogue(counts, 1)
+    assert items["item"].to_pylist() == [4, 5, 3] and items["count"].to_pylist() == [1, 1, 0]
+
+
+def test_hashed_categories_and_their_collisions() -> None:
+    values = pa.array([f"v{i}" for i in range(3000)])
+    config = FeatureConfig(kind="categorical", hash_buckets=4096)
+    feature = fitted(pa.chunked_array([values[:2000], values[1000:]]), config)
+    assert feature.cardinality == 4098 and feature.vocabulary is None
+    ids = features.encode(pa.chunked_array([values]), feature).to_numpy()
+    _, n = np.unique(ids, return_counts=True)
+    assert ids.min() >= 2 and ids.max() < 4098
+    assert feature.collisions == pytest.approx(1 - (n == 1).sum() / 3000, abs=0.03)
+    lists = features.encode(column([["v1", None], None, []]), feature.model_copy(update={"kind": "list"}))
+    assert lists.to_pylist() == [[ids[1], 0], [], []]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_quantiles_merge_to_those_of_all_rows(seed: int) -> None:
+    x = np.random.default_rng(seed).lognormal(size=50_000)
+    feature = fitted(
+        pa.chunked_array([pa.array(part) for part in np.split(x, [9_000, 31_000])]),
+        FeatureConfig(kind="numeric", scale="quantiles", quantiles=10),
+    )
+    ids = features.encode(pa.chunked_array([pa.array(x)]), feature).to_numpy()
+    assert feature.kind == "categorical" and feature.cardinality == 12
+    assert np.bincount(ids)[2:] / len(x) == pytest.approx(np.full(10, 0.1), abs=0.002)
+    odd = features.encode(column([None, np.nan, np.inf, -np.inf, -5.0, 1e9]), feature).to_pylist()
+    assert odd == [0, 0, 0, 0, 2, 11]
+
+
+def test_quantiles_of_few_values_and_of_none() -> None:
+    config = FeatureConfig(kind="numeric", scale="quantiles", quantiles=4)
+    feature = fitted(column([1.0, 1.0, 1.0, 2.0]), config)
+    assert feature.edges == [2.0] and features.encode(column([1.0, 2.0]), feature).to_pylist() == [2, 3]
+    assert fitted(column([7.0, 7.0]), config).edges == []
+    assert fitted(column([None, None], type=pa.float64()), config).edges == []
+
+
+def test_log_scale() -> None:
+    x = np.array([-9.0, 0.0, 1.0, 1e6])
+    feature = fitted(pa.chunked_array([pa.array(x)]), FeatureConfig(kind="numeric", scale="log"))
+    y = np.sign(x) * np.log1p(np.abs(x))
+    scaled = features.encode(pa.chunked_array([pa.array(x)]), feature).to_numpy()
+    assert scaled == pytest.approx((y - y.mean()) / y.std(), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "numeric", "hash_buckets": 8}, {"kind": "list", "scale": "log"}])
+def test_a_kind_refuses_what_is_for_another(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="is for kind"):
+        FeatureConfig.model_validate(wrong)

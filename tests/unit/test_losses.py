@@ -95,7 +95,7 @@ def test_gbce_beta_by_hand() -> None:
         expected += sum(
             math.log1p(math.exp(float((model.q[i] @ model.v[n]).detach()))) for n in negative if n != batch.target_Q[i]
         )
-        assert float(loss[i]) == pytest.approx(expected, rel=1e-5)
+        assert float(loss[i].detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_item_that_is_sampled_in_two_ways_is_corrected_by_both() -> None:

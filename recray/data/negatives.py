@@ -1,0 +1,86 @@
+"""Items that a user did not choose, drawn for a log of choices only. numpy only; one bucket of users at a time.
+
+A negative stands where its positive stands: same user, time, split and context. An
+item that the user chose in this split or one before it is never drawn; what the user
+chooses in a later split may be, because not to draw it would tell of the future.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from recray.config import NegativesConfig
+from recray.data.hashing import mix
+
+_FIRST = 2  # id of the first item
+_ROUNDS = 100  # of drawing again what the user chose
+MAX_SAMPLE = 1_048_576  # events of the log that stand for all of them when the draw is 'recent'
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How items are drawn.
+
+    counts_N: train events of item id 2, 3, ... time_S, item_S: a sample of the log's events by time, `share` of them.
+    """
+
+    config: NegativesConfig
+    counts_N: np.ndarray
+    time_S: np.ndarray | None = None
+    item_S: np.ndarray | None = None
+    share: float = 1.0
+
+    def items(self, rng: np.random.Generator, time_M: np.ndarray) -> np.ndarray:
+        """(M,) ids for negatives at these times."""
+        if self.config.draw == "uniform":
+            return rng.integers(_FIRST, _FIRST + len(self.counts_N), len(time_M))
+        total = np.cumsum(self.counts_N)
+        popular = np.searchsorted(total, rng.integers(0, total[-1], len(time_M)), side="right") + _FIRST
+        if self.config.draw == "popularity" or self.time_S is None or self.item_S is None:
+            return popular
+        window = max(1, round(self.config.recent_events * self.share))
+        end = np.searchsorted(self.time_S, time_M, side="left")
+        at = end - 1 - (rng.random(len(time_M)) * np.minimum(window, end)).astype(np.int64)
+        return np.where(end > 0, self.item_S[np.maximum(at, 0)], popular)
+
+
+def draw(
+    sampler: Sampler,
+    user_E: np.ndarray,
+    code_E: np.ndarray,
+    item_E: np.ndarray,
+    time_E: np.ndarray,
+    wanted_E: np.ndarray,
+    seed: list[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negatives of the events marked in `wanted_E`: index of the positive, and the item; fewer where a user chose almost all.
+
+    All events given are positive.
+    """
+    rng = np.random.default_rng(seed)
+    span = len(sampler.counts_N) + _FIRST
+    key_E = user_E * span + item_E
+    order = np.lexsort((code_E, key_E))
+    chosen, first = np.unique(key_E[order], return_index=True)
+    code_of_chosen = code_E[order][first]
+    positive_M = np.repeat(np.flatnonzero(wanted_E), sampler.config.per_positive)
+    item_M = np.zeros(len(positive_M), np.int64)
+    open_M = np.arange(len(positive_M))
+    for _ in range(_ROUNDS):
+        if not len(open_M):
+            break
+        event = positive_M[open_M]
+        item_M[open_M] = sampler.items(rng, time_E[event])
+        key = user_E[event] * span + item_M[open_M]
+        at = np.minimum(np.searchsorted(chosen, key), len(chosen) - 1)
+        open_M = open_M[(chosen[at] == key) & (code_of_chosen[at] <= code_E[event])]
+    found = np.ones(len(positive_M), bool)
+    found[open_M] = False
+    return positive_M[found], item_M[found]
+
+
+def sampled(order_E: np.ndarray, share: float) -> np.ndarray:
+    """(E,) bool: a sample by the unique order of events, the same on every run."""
+    return np.asarray(mix(order_E.astype(np.int64).view(np.uint64)).astype(np.float64) / 2.0**64 < share)
