@@ -11,8 +11,9 @@ from recray.training.driver import train
 
 
 def run_all(config: Config) -> ReportRecord:
-    """prepare, train, index, evaluate. A stage that is complete for this configuration is not run again."""
+    """prepare, train, index (of a retriever), evaluate. A stage that is complete for this configuration is not run again."""
     prepare(config)
     train(config)
-    index(config)
+    if config.model.family == "retriever":
+        index(config)
     return evaluate(config)

@@ -171,10 +171,20 @@ class Interval(Part):
     high: float | None = None
 
 
+class ReliabilityBin(Part):
+    """Impressions of about the same predicted probability."""
+
+    predicted: float  # mean probability
+    observed: float  # share of clicks
+    impressions: int
+
+
 class ReportRecord(Record):
     """Metrics of the model, its index and the baselines on one split."""
 
+    kind: Literal["lists", "clicks"] = "lists"  # of a retriever or of a ranker
     split: str
     metrics: dict[str, dict[str, Interval]]  # system ("model", "index", "popularity", ...) -> metric -> value
     counts: dict[str, int]  # users scored, dropped by reason, unknown targets, short lists
     index: dict[str, float] = {}  # what the index loses against exact search
+    reliability: list[ReliabilityBin] = []  # clicks: by falling probability

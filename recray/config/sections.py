@@ -7,11 +7,12 @@ and what an error quotes. Nothing here touches a file, Ray or torch.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from recray import registry
+from recray.metrics import clicks, ranked
 
 
 class Section(BaseModel):
@@ -145,13 +146,16 @@ class DataConfig(Section):
 class ModelOptions(Section):
     """What every model has; a model's own `Options` extends it in its own file."""
 
+    family: ClassVar[Literal["retriever", "ranker"]] = "retriever"
     name: str
     dim: int = Field(64, ge=1, description="width of query and item vectors")
     history_length: int = Field(50, ge=1, description="most recent events of a user that the model sees")
 
 
 class LossConfig(Section):
-    name: Literal["softmax", "sampled_softmax", "gbce", "cosine_contrastive", "bpr"] = "sampled_softmax"
+    name: Literal["softmax", "sampled_softmax", "gbce", "cosine_contrastive", "bpr", "bce"] = Field(
+        "sampled_softmax", description="bce is for rankers and their default, the others are for retrievers"
+    )
     negatives: int = Field(
         512, ge=1, description="shared uniform negatives per batch and worker; softmax uses all items"
     )
@@ -168,6 +172,11 @@ class LossConfig(Section):
     )
     negative_weight: float = Field(150.0, gt=0, description="cosine_contrastive: weight of the mean negative term")
     chunk_size: int = Field(256, ge=1, description="softmax: rows of logits alive at a time")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="bce: labels are moved so far towards one half")
+    positive_weight: float = Field(1.0, gt=0, description="bce: weight of clicks against non-clicks")
+    pairwise_weight: float = Field(
+        0.0, ge=0, description="bce: weight of a second term, that clicks score above non-clicks"
+    )
 
 
 class OptimConfig(Section):
@@ -177,6 +186,9 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     clip_norm: float = Field(0.0, ge=0, description="largest global gradient norm; 0 = no clipping")
+    embedding_decay: float = Field(
+        0.0, ge=0, description="weight decay of embedding tables; of large ones, of the rows a batch touches"
+    )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0 = off")
 
 
@@ -196,7 +208,10 @@ class TrainingConfig(Section):
         False,
         description="after the best epoch is known, train anew on train and validation events together for as many epochs, and keep that",
     )
-    metric: str = Field("ndcg@10", description="validation metric that selects the best checkpoint")
+    metric: str = Field(
+        "ndcg@10",
+        description="validation metric that selects the best checkpoint: ndcg@K, recall@K, hr@K, mrr@K, map@K; of a ranker auc (the default), gauc, gauc_impressions, log_loss, normalized_entropy",
+    )
     patience: int = Field(0, ge=0, description="validations without improvement before stopping; 0 = never stop early")
     validate_every: int = Field(1, ge=1, description="epochs between validations")
     resume: bool = Field(True, description="go on from the run's last checkpoint when there is one")
@@ -242,6 +257,11 @@ class EvaluationConfig(Section):
         return sorted(set(value))
 
 
+def _is_list_metric(metric: str) -> bool:
+    name, _, k = metric.partition("@")
+    return name in ranked.NAMES and k.isdigit() and int(k) > 0
+
+
 class Config(Section):
     """The whole configuration of a run; every stage takes one."""
 
@@ -266,10 +286,34 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_model(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "model" not in value:
-            return {**value, "model": {"name": "two_tower"}}
+    def _defaults(cls, value: Any) -> Any:
+        """The model, and what follows from its family: a ranker's loss and metric are others."""
+        if not isinstance(value, dict):
+            return value
+        model = value.get("model", {})
+        value = {**value, "model": model}
+        name = model.name if isinstance(model, ModelOptions) else dict(model).get("name", "two_tower")
+        if registry.load("model", str(name)).Options.family == "ranker":
+            for section, key, default in (("loss", "name", "bce"), ("training", "metric", "auc")):
+                given = value.get(section, {})
+                value[section] = {key: default, **given} if isinstance(given, dict) else given
         return value
+
+    @model_validator(mode="after")
+    def _family(self) -> Config:
+        """Loss and metric must be of the model's family."""
+        name, metric = self.model.name, self.training.metric
+        if (self.loss.name == "bce") != (self.model.family == "ranker"):
+            allowed = (
+                "bce" if self.model.family == "ranker" else "softmax, sampled_softmax, gbce, cosine_contrastive, bpr"
+            )
+            raise ValueError(
+                f"loss.name = '{self.loss.name}' does not fit model.name = '{name}', a {self.model.family}: use {allowed}"
+            )
+        if metric not in clicks.NAMES if self.model.family == "ranker" else not _is_list_metric(metric):
+            allowed = ", ".join(clicks.NAMES if self.model.family == "ranker" else (f"{n}@K" for n in ranked.NAMES))
+            raise ValueError(f"training.metric = '{metric}' does not fit a {self.model.family}: use one of {allowed}")
+        return self
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Config:

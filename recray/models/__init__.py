@@ -3,7 +3,7 @@
 It holds a docstring (paper, formula, shape legend), `Options` (a ModelOptions),
 the torch module, and `build(options, dataset, items) -> module`.
 
-Two families by protocol: a `Retriever` here; a ranker comes with click ranking.
+Two families by protocol: a `Retriever` finds items for a query, a `Ranker` says how likely an item is chosen.
 """
 
 from __future__ import annotations
@@ -35,4 +35,15 @@ class Retriever(Protocol):
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
         """(N, D): vectors of these item ids, any shape of ids flattened first."""
+        ...
+
+
+@runtime_checkable
+class Ranker(Protocol):
+    """Scores a candidate (Batch.target_Q) for a row. Its examples are "impressions"."""
+
+    examples: Examples
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B,): log p / (1 - p), p the probability that the candidate is chosen."""
         ...

@@ -10,20 +10,25 @@ from recray.models.batch import PAD, Feature, Jagged
 from recray.records import Feature as FeatureRecord
 
 
-def table(rows: int, dim: int, std: float | None = None) -> nn.Embedding:
-    """Ids to vectors; N(0, 1/sqrt(dim)) so that inner products of fresh vectors have unit variance. Row PAD stays 0."""
-    embedding = nn.Embedding(rows, dim, padding_idx=PAD)
+def table(rows: int, dim: int, std: float | None = None, sparse: bool = False) -> nn.Embedding:
+    """Ids to vectors; N(0, 1/sqrt(dim)) so that inner products of fresh vectors have unit variance. Row PAD stays 0.
+
+    sparse: gradients hold touched rows only, and the optimizer updates only those.
+    """
+    embedding = nn.Embedding(rows, dim, padding_idx=PAD, sparse=sparse)
     nn.init.normal_(embedding.weight, std=std if std is not None else dim**-0.5)
     with torch.no_grad():
         embedding.weight[PAD] = 0
     return embedding
 
 
-def mean_pool(weight: Tensor, history: Jagged) -> Tensor:
+def mean_pool(weight: Tensor, history: Jagged, sparse: bool = False) -> Tensor:
     """(B, D): mean of each row's vectors; zero for an empty row."""
     if not len(history.values):
-        return weight.new_zeros(len(history.offsets) - 1, weight.shape[1])
-    return F.embedding_bag(history.values, weight, history.offsets[:-1], mode="mean")
+        # Still a function of the weight: DDP waits for every parameter's gradient.
+        nothing = F.embedding(history.offsets[:1], weight, sparse=sparse) * 0
+        return nothing.expand(len(history.offsets) - 1, -1)
+    return F.embedding_bag(history.values, weight, history.offsets[:-1], mode="mean", sparse=sparse)
 
 
 class FeatureEncoder(nn.Module):

@@ -102,7 +102,6 @@ class SASRec(nn.Module):
         self.item_table = table(dataset.num_items, options.dim, std=0.02)
         # Counted from the end: the most recent event always has position 0, as with SASRec's left padding.
         self.position = nn.Parameter(torch.randn(options.history_length, options.dim) * 0.02)
-        self.start = nn.Parameter(torch.randn(options.dim) * 0.02)  # the query of a user without a history
         self.blocks = nn.ModuleList(_Block(options) for _ in range(options.layers))
         self.norm = nn.LayerNorm(options.dim)
 
@@ -119,9 +118,9 @@ class SASRec(nn.Module):
         if batch.position_Q is not None:
             q_QD = self.norm(x_TD[batch.position_Q])
         else:
-            # One more row for users without a history.
+            # One more row, of zeros, for users without a history. No parameter: it would have no gradient in training.
             ends_B = torch.where(lengths_B > 0, history.offsets[1:] - 1, num_tokens)
-            q_QD = self.norm(torch.cat([x_TD, self.start[None].to(x_TD.dtype)])[ends_B])
+            q_QD = self.norm(torch.cat([x_TD, x_TD.new_zeros(1, self.options.dim)])[ends_B])
         return F.normalize(q_QD, dim=-1) if self.options.normalize else q_QD
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:

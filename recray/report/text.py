@@ -15,6 +15,31 @@ _TITLES = {
 
 
 def render(report: ReportRecord) -> str:
+    """The report of a retriever or of a ranker."""
+    return _clicks(report) if report.kind == "clicks" else _lists(report)
+
+
+def _clicks(report: ReportRecord) -> str:
+    """Systems as rows, metrics as columns, then the reliability table."""
+    counts, model = report.counts, report.metrics["model"]
+    heads = {"normalized_entropy": "norm.entropy", "gauc_impressions": "gauc_impr"}
+    lines = [
+        f"{report.split} split: {counts['impressions']:,} impressions, {counts['clicks']:,} clicks, {counts['users']:,} users",
+        "",
+        f"{'':27}" + "".join(f"{heads.get(name, name):>13}" for name in model),
+    ]
+    for system, values in report.metrics.items():
+        cells = (f"{values[name].value:13.4f}" if name in values else f"{'-':>13}" for name in model)
+        lines.append(f"{system:27}" + "".join(cells))
+    if model["auc"].low is not None:
+        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(one):13.4f}" for one in model.values()))
+    lines += ["", "reliability      predicted     observed  impressions"]
+    lines += [f"{'':13}{one.predicted:13.4f}{one.observed:13.4f}{one.impressions:13,}" for one in report.reliability]
+    lines += ["", f"{counts['unknown_items'] / counts['impressions']:.1%} of the impressions are of unknown items"]
+    return "\n".join(lines)
+
+
+def _lists(report: ReportRecord) -> str:
     """Systems as rows, metrics as columns, then counts and what the index loses."""
     ks = sorted({int(name.split("@")[1]) for name in report.metrics["model"]})
     lines = [

@@ -1,4 +1,4 @@
-"""Baselines without training: what any model must beat. They rank as recray.retrieval.rankers do.
+"""Baselines without training: what any model must beat. They rank as recray.retrieval.systems do.
 
 Shape legend: B queries, N items, U users, K places.
 """

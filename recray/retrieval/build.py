@@ -13,15 +13,20 @@ import time
 from recray import checkpoint, runtime, storage
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
-from recray.errors import LineageError
+from recray.errors import ConfigError, LineageError
 from recray.records import IndexRecord
 from recray.retrieval import embed, faiss_index
 from recray.retrieval.sweep import sweep
 
 
 def index(config: Config) -> IndexRecord:
-    """Index the vectors of <run>/checkpoint into <run>/index."""
+    """Index the vectors of <run>/checkpoint into <run>/index. Raises ConfigError for a ranker, which has no vectors."""
     started = time.perf_counter()
+    if config.model.family == "ranker":
+        raise ConfigError(
+            f"model.name = '{config.model.name}' is a ranker and has no item vectors to index: index a retriever "
+            f"(two_tower, sasrec), and let the ranker order what it finds (retrieval.ranker)"
+        )
     source, target = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
     model, record = checkpoint.load_model(source)

@@ -26,14 +26,15 @@ from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.split import duration
 from recray.errors import ConfigError, RecrayError
-from recray.models import Examples
+from recray.models import Examples, Ranker
 from recray.models.batch import Batch
+from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
 from recray.training import optim
 from recray.training.context import Context
 from recray.training.position import Phase, Position, refit_phase
 from recray.training.progress import Progress
-from recray.training.validation import validate
+from recray.training.validation import validate, validate_clicks
 
 
 def fit(config: Config, context: Context, losses: list[float] | None = None) -> None:
@@ -51,14 +52,24 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
     Every epoch ends in a folder <run>/<phase>/epoch-NNNN that training can go on from.
     """
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    if config.model.family == "ranker" and not dataset.record.labelled:
+        raise ConfigError(
+            f"model.name = '{config.model.name}' learns from what was chosen and what was not, and {dataset.uri} has no labels: "
+            f"set data.columns.label, or data.negatives to draw what was not chosen, and run `recray prepare` again"
+        )
     shards, items = phase.shards(dataset), item_table(dataset)
     torch.manual_seed(config.run.seed)
     model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset.record, items)
     examples: Examples = model.examples  # type: ignore[assignment]
     moved_items = type(items)(items.counts_N.to(context.device), {})
-    objective = context.wrap(RetrievalObjective(model, config.loss, moved_items, context))
+    whole = (
+        ClickObjective(model, config.loss)
+        if isinstance(model, Ranker)
+        else RetrievalObjective(model, config.loss, moved_items, context)
+    )
+    objective = context.wrap(whole)
     forward = torch.compile(objective) if config.training.compile else objective
-    optimizer = optim.build(config.optim, model.parameters(), context.device)
+    optimizer = optim.Optimizers(config.optim, model)
     dtype = optim.precision(config.training.precision, context.device)
     scaler = torch.amp.GradScaler(context.device.type, enabled=dtype is torch.float16)
     ema = optim.Ema(model, config.optim.ema_decay)
@@ -87,8 +98,8 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
             rows += sum(batch.num_rows for batch, real in micro if real)
             weight, events = context.sum(_amounts(micro).to(context.device))
             weight = torch.where(weight > 0, weight, torch.ones_like(weight))
-            for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(config.optim, position.step, phase.epochs * (epoch_batches // parts))
+            total_steps = phase.epochs * (epoch_batches // parts)
+            optimizer.set_learning_rate(optim.learning_rate(config.optim, position.step, total_steps))
             total = torch.zeros(1, device=context.device)
             for at, (batch, _) in enumerate(micro):
                 with (
@@ -106,11 +117,9 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
                     f"set optim.clip_norm = 1.0, or training.precision = 'fp32'"
                 )
             if config.optim.clip_norm:
-                scaler.unscale_(optimizer)
+                optimizer.unscale(scaler)
                 nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.step(scaler)
             ema.update()
             position.step += 1
             if losses is not None:
@@ -152,7 +161,11 @@ def _validate(config: Config, model: nn.Module, ema: optim.Ema, dataset: Prepare
     if ema.decay:
         own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(ema.weights())
-    value = validate(model, dataset, context, config.training.metric, config.model.history_length, config.evaluation)
+    length = config.model.history_length
+    if isinstance(model, Ranker):
+        value = validate_clicks(model, dataset, context, config.training.metric, length)
+    else:
+        value = validate(model, dataset, context, config.training.metric, length, config.evaluation)
     if own is not None:
         model.load_state_dict(own)
     return value

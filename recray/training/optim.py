@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,65 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def build(config: OptimConfig, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    chosen = [p for p in parameters if p.requires_grad]
-    if config.name == "sgd":
-        return torch.optim.SGD(chosen, config.learning_rate, weight_decay=config.weight_decay)
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(chosen, config.learning_rate, weight_decay=config.weight_decay, fused=True)
+class Optimizers:
+    """One step for all parameters: those with dense gradients, and tables of which only touched rows are updated.
+
+    A table with sparse gradients (`nn.Embedding(sparse=True)`) is updated by Adam on the rows that the batch touched;
+    rows that it did not keep their moments (torch.optim.SparseAdam), or by plain SGD.
+    """
+
+    def __init__(self, config: OptimConfig, model: nn.Module) -> None:
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        self._sparse = [m.weight for m in embeddings if m.sparse]
+        sparse_ids = {id(p) for p in self._sparse}
+        table_ids = {id(m.weight) for m in embeddings} - sparse_ids
+        dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
+        groups = [
+            {"params": [p for p in dense if id(p) not in table_ids], "weight_decay": config.weight_decay},
+            {
+                "params": [p for p in dense if id(p) in table_ids],
+                "weight_decay": config.embedding_decay or config.weight_decay,
+            },
+        ]
+        groups = [group for group in groups if group["params"]]
+        self._decay = config.embedding_decay
+        self._parts: list[torch.optim.Optimizer] = []
+        if config.name == "sgd":
+            self._parts += [torch.optim.SGD(groups, config.learning_rate)] if groups else []
+            self._parts += [torch.optim.SGD(self._sparse, config.learning_rate)] if self._sparse else []
+        else:
+            kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+            self._parts += [kind(groups, config.learning_rate, fused=True)] if groups else []
+            self._parts += [torch.optim.SparseAdam(self._sparse, config.learning_rate)] if self._sparse else []
+
+    def set_learning_rate(self, value: float) -> None:
+        self._learning_rate = value
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = value
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        for part in self._parts:
+            scaler.unscale_(part)
+
+    def step(self, scaler: torch.amp.GradScaler) -> None:
+        """Update, and forget the gradients."""
+        for weight in self._sparse if self._decay else ():
+            if weight.grad is not None:
+                rows = weight.grad.coalesce().indices()[0]
+                weight.data[rows] *= 1 - self._learning_rate * self._decay
+        for part in self._parts:
+            scaler.step(part)
+        scaler.update()
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self._parts]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        for part, entry in zip(self._parts, state, strict=True):
+            part.load_state_dict(entry)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -12,6 +12,7 @@ from recray import checkpoint, storage
 from recray.batches import ShardGroup
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
+from recray.metrics.clicks import LOWER_IS_BETTER
 from recray.records import CheckpointRecord, Shard
 from recray.training import optim
 
@@ -56,7 +57,7 @@ class Position:
         phase: Phase,
         dataset: PreparedDataset,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: optim.Optimizers,
         scaler: torch.amp.GradScaler,
         ema: optim.Ema,
     ) -> Position:
@@ -85,8 +86,9 @@ class Position:
         self.history.append(entry)
         if metric not in entry:
             return
-        if entry[metric] > self.best:
-            self.best, self.best_epoch, self.bad = entry[metric], self.epoch, 0
+        value = -entry[metric] if metric in LOWER_IS_BETTER else entry[metric]
+        if value > self.best:
+            self.best, self.best_epoch, self.bad = value, self.epoch, 0
         else:
             self.bad += 1
 
@@ -96,7 +98,7 @@ class Position:
         phase: Phase,
         dataset: PreparedDataset,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: optim.Optimizers,
         scaler: torch.amp.GradScaler,
         ema: optim.Ema,
         items: Any,

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+_TIMES = ("epoch", "loss", "seconds", "events_per_second", "waiting_share", "first_batch_seconds", "first_step_at")
+
 
 class Progress:
     def __init__(self, name: str, epochs: int, steps: int, enabled: bool) -> None:
@@ -68,7 +70,7 @@ class Progress:
     def report(self, entry: dict[str, float]) -> None:
         if not self._enabled:
             return
-        extra = "".join(f"  {name} {value:.4f}" for name, value in entry.items() if "@" in name)
+        extra = "".join(f"  {name} {value:.4f}" for name, value in entry.items() if name not in _TIMES)
         print(
             f"{self._name}: epoch {int(entry['epoch'])}/{self._epochs}  loss {entry['loss']:.4f}{extra}  {entry['events_per_second']:,.0f} events/s  "
             f"{entry['seconds']:.1f} s  waiting {entry['waiting_share']:.0%}",

@@ -1,20 +1,23 @@
-"""The metric that steers training: full ranking on the validation split, reduced over all workers."""
+"""The metric that steers training, on the validation split and over all workers: full ranking, or of clicks."""
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
-from recray.batches import questions
+from recray.batches import impressions, questions
 from recray.config import EvaluationConfig
 from recray.data.prepared import PreparedDataset
 from recray.metrics import ranked
-from recray.models import Retriever
+from recray.metrics.clicks import Clicks
+from recray.models import Ranker, Retriever
 from recray.models.scoring import top_k
 from recray.training.context import Context
 
 _QUERIES = 512
+_IMPRESSIONS = 8192
 
 
 @torch.inference_mode()
@@ -48,3 +51,24 @@ def validate(
     model.train()  # type: ignore[attr-defined]
     total = context.sum(total)
     return float(total[0] / total[1].clamp(min=1))
+
+
+@torch.inference_mode()
+def validate_clicks(
+    model: nn.Module, dataset: PreparedDataset, context: Context, metric: str, history_length: int
+) -> float:
+    """`metric` of every impression of the validation split, exact: all workers' scores are brought together."""
+    assert isinstance(model, Ranker)
+    model.eval()  # type: ignore[attr-defined]
+    scored = [torch.zeros(0, 4, dtype=torch.float64)]
+    for table in dataset.iter_tables("valid"):
+        mine = table.take(pa.array(range(context.rank, len(table), context.world_size)))
+        for batch in impressions(mine, _IMPRESSIONS, history_length) if len(mine) else ():
+            assert batch.label_Q is not None and batch.weight_Q is not None
+            logit_B = model.logits(batch.to(context.device)).double().cpu()
+            columns = (batch.user_B.double(), logit_B, batch.label_Q.double(), batch.weight_Q.double())
+            scored.append(torch.stack(columns, dim=1))
+    model.train()  # type: ignore[attr-defined]
+    gathered = context.all_gather(torch.cat(scored).to(context.device))
+    user, logit, label, weight = np.asarray(gathered.cpu()).T
+    return Clicks(user, logit, label, weight).metrics()[metric]

@@ -110,7 +110,7 @@ def test_an_item_that_is_sampled_in_two_ways_is_corrected_by_both() -> None:
     assert target is not None
     share = TABLE.counts_N / TABLE.counts_N.sum()
     for i in range(Q):
-        logits = [float(model.q[i] @ model.v[target[i]])]
+        logits = [float((model.q[i] @ model.v[target[i]]).detach())]
         for c in [*target.tolist(), *negative.tolist()]:
             if c != target[i]:
                 logits.append(float(model.q[i] @ model.v[c]) - math.log(Q * float(share[c]) + 6 / (N - 2)))

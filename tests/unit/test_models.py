@@ -11,7 +11,7 @@ from recray.models.losses import RetrievalObjective
 from recray.records import DatasetRecord
 
 ITEMS, USERS = 40, 20
-MODELS = registry.names("model")
+MODELS = [n for n in registry.names("model") if registry.load("model", n).Options.family == "retriever"]
 RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=USERS, counts={}, shards={}, seed=0)
 COUNTS = torch.cat([torch.zeros(2), torch.arange(ITEMS - 2, 0, -1).float()])
 TABLE = ItemTable(COUNTS)

@@ -24,14 +24,14 @@ from recray.models.scoring import top_k
 from recray.retrieval.faiss_index import ItemIndex
 
 
-class Ranker(Protocol):
+class System(Protocol):
     def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
         """(B, k) int64 item ids, best first; 0 where nothing is left."""
         ...
 
 
 @dataclass(frozen=True)
-class ModelRanker:
+class ExactSearch:
     """Exact search with the model's vectors. vectors_ND: all items, row i is item id i."""
 
     model: nn.Module
@@ -44,7 +44,7 @@ class ModelRanker:
 
 
 @dataclass(frozen=True)
-class IndexRanker:
+class IndexSearch:
     """The same queries, answered by the index."""
 
     model: nn.Module
@@ -60,7 +60,7 @@ def _queries(model: nn.Module, question: Question) -> Tensor:
     return model.query_vectors(question.batch).float()  # type: ignore[operator, no-any-return]
 
 
-class OracleRanker:
+class Oracle:
     """The simulator's own answer. Items that training never saw are in it: the oracle knows them."""
 
     def __init__(self, oracle: SimulatedOracle, dataset: PreparedDataset, split: str) -> None:

@@ -1,4 +1,4 @@
-"""The evaluate stage: full ranking over the whole catalogue, the index's loss, and honest baselines.
+"""Evaluating a retriever: full ranking over the whole catalogue, the index's loss, and honest baselines.
 
 A query is a user with a history, asked at the split for all later items
 (`evaluation.queries = "user"`), or any later event, asked for with everything before
@@ -12,29 +12,27 @@ order of shards, so they do not depend on how many there are.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from recray import checkpoint, runtime, storage
+from recray import checkpoint, storage
 from recray.batches import Question, questions
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import duration
 from recray.errors import DataError, LineageError
+from recray.evaluation.shards import share_out
 from recray.metrics import ranked
 from recray.metrics.lists import ListCounts
 from recray.records import CheckpointRecord, IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
 from recray.retrieval.faiss_index import ItemIndex
-from recray.retrieval.rankers import IndexRanker, ModelRanker, OracleRanker, Ranker
+from recray.retrieval.systems import ExactSearch, IndexSearch, Oracle, System
 
 _COUNTED = ("queries", "queries_without_history", "targets", "unknown_targets")
 
@@ -51,7 +49,7 @@ class _Scores:
 _Part = tuple[dict[str, _Scores], dict[str, int]]  # of one shard: scores by system, and counts
 
 
-def evaluate(config: Config, split: str = "test") -> ReportRecord:
+def evaluate_lists(config: Config, split: str) -> ReportRecord:
     """Evaluate <run>/checkpoint and <run>/index on a split; writes <run>/report/report.json.
 
     Raises LineageError when the index was built from another checkpoint.
@@ -67,7 +65,7 @@ def evaluate(config: Config, split: str = "test") -> ReportRecord:
         print(
             f"evaluate: item_filter is left out: {events:,} train events are more than {baselines.MAX_FILTER_EVENTS:,}"
         )
-    scores, counts = _merged(_parts(config, split, len(dataset.record.shards[split])))
+    scores, counts = _merged(share_out(_score_shards, config, split, len(dataset.record.shards[split])))
     if not counts["queries"]:
         raise DataError(f"no query of the {split} split has a history: check data.split, or train on more of the log")
     metrics = {name: _summary(one, config, dataset) for name, one in scores.items()}
@@ -95,26 +93,6 @@ def _index_record(config: Config, record: CheckpointRecord) -> IndexRecord | Non
     return index
 
 
-def _parts(config: Config, split: str, num_shards: int) -> list[_Part]:
-    """One entry per shard, in order."""
-    workers = min(config.scaling.num_workers, num_shards)
-    if workers <= 1:
-        shown = sys.stderr.isatty()
-        numbers = track(range(num_shards), "evaluate", console=Console(stderr=True), transient=True, disable=not shown)
-        return list(_score_shards(config, split, numbers))
-    import ray
-
-    runtime.start(config.scaling)
-    task = ray.remote(_score_share).options(num_cpus=config.scaling.cpus_per_worker)
-    shares = ray.get([task.remote(config, split, list(range(w, num_shards, workers))) for w in range(workers)])
-    return [shares[number % workers][number // workers] for number in range(num_shards)]
-
-
-def _score_share(config: Config, split: str, numbers: list[int]) -> list[_Part]:
-    torch.set_num_threads(config.scaling.cpus_per_worker)
-    return list(_score_shards(config, split, numbers))
-
-
 def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
     systems, vectors_ND = _systems(config, dataset, split)
@@ -128,14 +106,14 @@ def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterato
         yield scores, counts
 
 
-def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict[str, Ranker], np.ndarray]:
+def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict[str, System], np.ndarray]:
     """The model by exact search, its index, the baselines that apply; and the item vectors."""
     model_uri, index_uri = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
     model, _ = checkpoint.load_model(model_uri)
     vectors_ND = embed.item_vectors(model_uri, dataset.record.num_items, parallel=False)
-    systems: dict[str, Ranker] = {"model": ModelRanker(model, torch.from_numpy(vectors_ND))}
+    systems: dict[str, System] = {"model": ExactSearch(model, torch.from_numpy(vectors_ND))}
     if storage.exists(storage.join(index_uri, "index.json")):
-        systems["index"] = IndexRanker(model, ItemIndex.open(index_uri))
+        systems["index"] = IndexSearch(model, ItemIndex.open(index_uri))
     for name in config.evaluation.baselines:
         if name == "popularity":
             systems[name] = baselines.Popularity(dataset.item_counts())
@@ -146,7 +124,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
             systems[name] = baselines.ItemFilter(dataset)
         elif name == "oracle" and config.data.source == "simulated":
             oracle = SimulatedOracle(config.data.simulated, config.run.seed)
-            systems[name] = OracleRanker(oracle, dataset, split)
+            systems[name] = Oracle(oracle, dataset, split)
     return systems, vectors_ND
 
 
@@ -157,7 +135,7 @@ def _filter_fits(dataset: PreparedDataset) -> bool:
 def _score(
     question: Question,
     config: Config,
-    systems: dict[str, Ranker],
+    systems: dict[str, System],
     vectors_ND: np.ndarray,
     scores: dict[str, _Scores],
     counts: dict[str, int],

@@ -1,0 +1,86 @@
+"""Evaluating a ranker: how well clicks are told from non-clicks, and whether its probabilities can be believed.
+
+Every impression of the split is scored. Shards are shared out to `scaling.num_workers`
+tasks; metrics are exact, of all scores together, so they do not depend on how many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from recray import checkpoint, storage
+from recray.batches import impressions
+from recray.config import Config
+from recray.data.prepared import PreparedDataset
+from recray.errors import DataError
+from recray.evaluation.shards import share_out
+from recray.metrics.clicks import NAMES, RANKING, Clicks
+from recray.models import Ranker
+from recray.records import CheckpointRecord, Interval, ReliabilityBin, ReportRecord
+
+_BATCH = 8192
+_Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logit
+
+
+def evaluate_clicks(config: Config, split: str) -> ReportRecord:
+    """Evaluate <run>/checkpoint on a split; writes <run>/report/report.json."""
+    started = time.perf_counter()
+    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    record = CheckpointRecord.read(storage.join(config.run_uri, "checkpoint"))
+    parts = share_out(_score_shards, config, split, len(dataset.record.shards[split]))
+    if not parts:
+        raise DataError(f"the {split} split has no impressions: check data.split and data.min_history")
+    scored = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    user, label, weight = scored["user"], scored["label"], scored["weight"]
+    model = Clicks(user, scored["logit"], label, weight)
+    popularity = Clicks(user, dataset.item_counts()[scored["target"]].astype(np.float64), label, weight)
+    metrics = {
+        "model": _summary(model, config, NAMES),
+        "popularity": _summary(popularity, config, RANKING),
+    }
+    report = ReportRecord(
+        parents=[record.id, dataset.record.id],
+        config=config.model_dump(mode="json"),
+        kind="clicks",
+        split=split,
+        metrics=metrics,
+        counts={
+            "impressions": len(label),
+            "clicks": int((label > 0).sum()),
+            "users": model.num_users,
+            "unknown_items": int((scored["target"] == 1).sum()),
+        },
+        reliability=[ReliabilityBin(**vars(one)) for one in model.reliability()],
+        seconds=time.perf_counter() - started,
+    )
+    return report.write(storage.join(config.run_uri, "report"))
+
+
+@torch.inference_mode()
+def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
+    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    model, _ = checkpoint.load_model(storage.join(config.run_uri, "checkpoint"))
+    assert isinstance(model, Ranker)
+    for number in numbers:
+        table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))
+        pieces = []
+        for batch in impressions(table, _BATCH, config.model.history_length):
+            assert batch.target_Q is not None and batch.label_Q is not None and batch.weight_Q is not None
+            columns = (batch.user_B, batch.target_Q, batch.label_Q, batch.weight_Q, model.logits(batch).float())
+            pieces.append([column.numpy() for column in columns])
+        names = ("user", "target", "label", "weight", "logit")
+        yield {name: np.concatenate(column) for name, column in zip(names, zip(*pieces, strict=True), strict=True)}
+
+
+def _summary(clicks: Clicks, config: Config, names: tuple[str, ...]) -> dict[str, Interval]:
+    values, resamples = clicks.metrics(), config.evaluation.bootstrap
+    bounds = clicks.bootstrap(resamples, config.run.seed) if resamples else {}
+    out = {}
+    for name in names:
+        low, high = bounds.get(name, (None, None))
+        out[name] = Interval(value=values[name], low=low, high=high)
+    return out

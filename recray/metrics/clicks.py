@@ -1,0 +1,138 @@
+"""Metrics of click prediction. numpy only.
+
+    auc                  P(score of a click > score of a non-click), ties count one half
+    gauc                 mean over users of their own AUC; users without both labels have none
+    gauc_impressions     the same, users weighted by their impressions (Zhu et al., KDD 2017; DIN)
+    log_loss             mean of -log P(label), natural logarithm
+    normalized_entropy   log loss over that of always predicting the mean label (He et al., ADKDD 2014)
+    ece                  expected calibration error: mean over BINS bins of equal size by score of
+                         |mean prediction - mean label|, weighted by size (Naeini et al., AAAI 2015)
+
+Intervals resample users, not impressions: a user's impressions are not independent.
+
+Shape legend: I impressions, U users.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+NAMES = ("auc", "gauc", "gauc_impressions", "log_loss", "normalized_entropy", "ece")
+LOWER_IS_BETTER = ("log_loss", "normalized_entropy", "ece")
+RANKING = ("auc", "gauc", "gauc_impressions")  # those that need no probabilities
+BINS = 20
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One line of the reliability table."""
+
+    predicted: float  # mean probability
+    observed: float  # share of clicks
+    impressions: int
+
+
+class Clicks:
+    """Scored impressions; `metrics` may be asked again with users counted several times."""
+
+    def __init__(
+        self, user_I: np.ndarray, logit_I: np.ndarray, label_I: np.ndarray, weight_I: np.ndarray | None = None
+    ) -> None:
+        """logit_I: any real score; metrics beyond `RANKING` take it for log p / (1 - p)."""
+        order = np.argsort(logit_I, kind="stable")
+        self.logit, self.label = logit_I[order].astype(np.float64), label_I[order] > 0
+        self.weight = np.ones(len(order)) if weight_I is None else weight_I[order].astype(np.float64)
+        _, self.user = np.unique(user_I[order], return_inverse=True)
+        self.num_users = int(self.user.max(initial=-1)) + 1
+        # Impressions of one score: first of each group, in order of scores.
+        self._ties = np.flatnonzero(np.diff(self.logit, prepend=-np.inf) != 0)
+        self.probability = 1 / (1 + np.exp(-np.clip(self.logit, -700, 700)))
+        self._loss = np.logaddexp(0, np.where(self.label, -self.logit, self.logit))
+        self._auc_U, self._size_U = self._user_aucs()
+
+    def metrics(self, times_U: np.ndarray | None = None) -> dict[str, float]:
+        """NAMES -> value; NaN where a metric needs clicks and non-clicks and there are not both."""
+        times_U = np.ones(self.num_users) if times_U is None else times_U
+        weight = self.weight * times_U[self.user]
+        total = weight.sum()
+        share = float(weight[self.label].sum() / total) if total else np.nan
+        has = np.isfinite(self._auc_U) & (times_U > 0)
+        entropy = -(share * np.log(share) + (1 - share) * np.log1p(-share)) if 0 < share < 1 else np.nan
+        log_loss = float(weight @ self._loss / total) if total else np.nan
+        mean, observed, size = self._bins(weight)
+        return {
+            "auc": self._auc(weight),
+            "gauc": _average(self._auc_U[has], times_U[has]),
+            "gauc_impressions": _average(self._auc_U[has], (times_U * self._size_U)[has]),
+            "log_loss": log_loss,
+            "normalized_entropy": log_loss / entropy,
+            "ece": float(size @ np.abs(mean - observed) / total) if total else np.nan,
+        }
+
+    def reliability(self) -> list[Bin]:
+        """Bins of about equal size by falling probability."""
+        count = np.bincount(self._bin_of(self.weight), minlength=BINS)
+        rows = zip(*self._bins(self.weight), count.tolist(), strict=True)
+        return [Bin(float(p), float(o), n) for p, o, _, n in rows if n][::-1]
+
+    def bootstrap(self, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
+        """95 % percentile interval of every metric over resampled users."""
+        rng = np.random.default_rng(seed)
+        n = self.num_users
+        drawn = [self.metrics(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(resamples)]
+        values = {name: np.array([one[name] for one in drawn]) for name in NAMES}
+        return {name: (_quantile(v, 0.025), _quantile(v, 0.975)) for name, v in values.items()}
+
+    def _auc(self, weight: np.ndarray) -> float:
+        positive, negative = weight * self.label, weight * ~self.label
+        below = np.concatenate([[0.0], np.cumsum(negative)])
+        ends = np.append(self._ties[1:], len(weight))
+        pos_of_tie = np.add.reduceat(positive, self._ties) if len(self._ties) else np.zeros(0)
+        wins = pos_of_tie @ (below[self._ties] + below[ends]) / 2
+        pairs = positive.sum() * negative.sum()
+        return float(wins / pairs) if pairs else float("nan")
+
+    def _user_aucs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(U,) AUC of each user, NaN without both labels, and summed weight of impressions.
+
+        Impressions of a user count by their weights, as in `auc`.
+        """
+        order = np.argsort(self.user, kind="stable")  # by user, then by score
+        user, logit, label, weight = self.user[order], self.logit[order], self.label[order], self.weight[order]
+        new = np.ones(len(user), bool)
+        new[1:] = (user[1:] != user[:-1]) | (logit[1:] != logit[:-1])
+        starts = np.flatnonzero(new)
+        ends = np.append(starts[1:], len(user))
+        below = np.concatenate([[0.0], np.cumsum(weight * ~label)])
+        first = np.searchsorted(user, user[starts], side="left")
+        middle = (below[starts] + below[ends]) / 2 - below[first]
+        positive = np.add.reduceat(weight * label, starts) if len(starts) else np.zeros(0)
+        size = np.bincount(user, weight, minlength=self.num_users)
+        wins = np.bincount(user[starts], positive * middle, minlength=self.num_users)
+        positives = np.bincount(user, weight * label, minlength=self.num_users)
+        pairs = positives * (size - positives)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(np.where(pairs > 0, wins / pairs, np.nan)), size
+
+    def _bin_of(self, weight: np.ndarray) -> np.ndarray:
+        before = np.cumsum(weight) - weight / 2
+        return np.asarray(np.minimum((before / max(weight.sum(), 1e-300) * BINS).astype(np.int64), BINS - 1))
+
+    def _bins(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(BINS,) mean probability, share of clicks, and weight."""
+        bins = self._bin_of(weight)
+        size = np.bincount(bins, weight, minlength=BINS)
+        safe = np.maximum(size, 1e-300)
+        mean = np.bincount(bins, weight * self.probability, minlength=BINS) / safe
+        return mean, np.bincount(bins, weight * self.label, minlength=BINS) / safe, size
+
+
+def _average(values: np.ndarray, weights: np.ndarray) -> float:
+    return float(values @ weights / weights.sum()) if weights.sum() > 0 else float("nan")
+
+
+def _quantile(values: np.ndarray, q: float) -> float:
+    good = values[np.isfinite(values)]
+    return float(np.quantile(good, q)) if len(good) else float("nan")

@@ -1,0 +1,65 @@
+"""Deep & Cross Network, version 2, with low-rank cross layers (Wang et al., WWW 2021).
+
+    x0 = [embeddings, numbers, mean of the history]
+    cross layer:  x' = x0 * (U V x + b) + x         U: W x R, V: R x W, or one W x W matrix where rank is 0
+    parallel:     logit = linear([cross(x0), MLP(x0)])          stacked:  logit = MLP(cross(x0))
+
+Shape legend: B rows, W width of x0, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recray.models import Examples
+from recray.models.batch import Batch, ItemTable
+from recray.models.inputs import HistoryOptions, Inputs
+from recray.models.parts import mlp
+from recray.records import DatasetRecord
+
+
+class Options(HistoryOptions):
+    name: str = "dcn_v2"
+    cross_layers: int = Field(2, ge=1)
+    rank: int = Field(32, ge=0, description="of a cross layer's matrix; 0 = full")
+    structure: Literal["parallel", "stacked"] = "parallel"
+
+
+class Cross(nn.Module):
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.matrix: nn.Module = nn.Linear(width, width)
+        if 0 < rank < width:
+            self.matrix = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
+
+    def forward(self, x0_BW: Tensor, x_BW: Tensor) -> Tensor:
+        return torch.addcmul(x_BW, x0_BW, self.matrix(x_BW))
+
+
+class DcnV2(nn.Module):
+    examples: Examples = "impressions"
+
+    def __init__(self, options: Options, dataset: DatasetRecord, items: ItemTable) -> None:
+        super().__init__()
+        self.history, self.stacked = options.history, options.structure == "stacked"
+        self.inputs = Inputs(options, dataset, items)
+        width = self.inputs.width(options.history)
+        self.cross = nn.ModuleList(Cross(width, options.rank) for _ in range(options.cross_layers))
+        self.deep = mlp(width, options.hidden, 1, options.dropout)
+        self.out = nn.Linear(width, 1)
+
+    def logits(self, batch: Batch) -> Tensor:
+        x0_BW = x_BW = self.inputs.flat(batch, self.history).joined()
+        for layer in self.cross:
+            x_BW = layer(x0_BW, x_BW)
+        # Linear of both side by side is the sum of a linear of each.
+        out: Tensor = self.deep(x_BW) if self.stacked else self.out(x_BW) + self.deep(x0_BW)
+        return out[:, 0]
+
+
+def build(options: Options, dataset: DatasetRecord, items: ItemTable) -> DcnV2:
+    return DcnV2(options, dataset, items)

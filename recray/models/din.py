@@ -1,0 +1,71 @@
+"""Deep Interest Network: what of a user's history speaks for this candidate (Zhou et al., KDD 2018).
+
+    weight of a history item k for candidate q:  a(q, k) = MLP([q, k, q - k, q * k])
+    interest = sum over the history of a(q, k) k         logit = MLP([user, context, q, interest, q * interest])
+
+Weights are not normalised, as in the paper, so their sum says how strong the interest
+is. A user whose history is shorter than `min_history` takes the plain branch: the mean
+of the history instead of attention, row by row inside a batch.
+
+Shape legend: B rows, T history entries of all rows together, U distinct items, I item width.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recray.models import Examples
+from recray.models.attention import TargetAttention
+from recray.models.batch import Batch, ItemTable, Jagged
+from recray.models.dice import Dice
+from recray.models.inputs import Inputs, RankerOptions
+from recray.models.parts import mean_pool, select
+from recray.records import DatasetRecord
+
+
+class Options(RankerOptions):
+    name: str = "din"
+    attention: list[int] = Field([64, 32], min_length=2, max_length=2, description="widths of the attention's layers")
+    min_history: int = Field(1, ge=1, description="shorter histories are averaged instead of attended to")
+
+
+class Din(nn.Module):
+    examples: Examples = "impressions"
+
+    def __init__(self, options: Options, dataset: DatasetRecord, items: ItemTable) -> None:
+        super().__init__()
+        self.min_history = options.min_history
+        self.inputs = Inputs(options, dataset, items)
+        width = self.inputs.item_width
+        self.attention = TargetAttention(width, *options.attention)
+        layers: list[nn.Module] = []
+        size = self.inputs.row_width + 3 * width
+        for inner in options.hidden:
+            layers += [nn.Linear(size, inner), Dice(inner), nn.Dropout(options.dropout)]
+            size = inner
+        self.tower = nn.Sequential(*layers, nn.Linear(size, 1))
+
+    def logits(self, batch: Batch) -> Tensor:
+        items = self.inputs.items(batch)
+        v_UI = items.part_U.joined()
+        q_BI = v_UI[items.target_B]
+        interest_BI = self._interest(q_BI, v_UI, items.history)
+        x = torch.cat([self.inputs.rows(batch).joined(), q_BI, interest_BI, q_BI * interest_BI], dim=1)
+        out: Tensor = self.tower(x)
+        return out[:, 0]
+
+    def _interest(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
+        long_B = history.lengths() >= self.min_history
+        if bool(long_B.all()):
+            return self.attention(q_BI, v_UI, history)  # type: ignore[no-any-return]
+        plain_BI = mean_pool(v_UI, history)
+        rows = long_B.nonzero()[:, 0]
+        part = select(history, rows)
+        assert isinstance(part, Jagged)
+        return plain_BI.index_copy(0, rows, self.attention(q_BI[rows], v_UI, part).to(plain_BI.dtype))
+
+
+def build(options: Options, dataset: DatasetRecord, items: ItemTable) -> Din:
+    return Din(options, dataset, items)

@@ -1,0 +1,40 @@
+"""Wide & Deep, the floor that other rankers must clear (Cheng et al., DLRS 2016).
+
+logit = sum of a weight per category and number  +  MLP([embeddings, numbers, mean of the history])
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from recray.models import Examples
+from recray.models.batch import Batch, ItemTable
+from recray.models.inputs import HistoryOptions, Inputs
+from recray.models.parts import mlp
+from recray.records import DatasetRecord
+
+
+class Options(HistoryOptions):
+    name: str = "wide_deep"
+
+
+class WideDeep(nn.Module):
+    examples: Examples = "impressions"
+
+    def __init__(self, options: Options, dataset: DatasetRecord, items: ItemTable) -> None:
+        super().__init__()
+        self.history = options.history
+        self.deep = Inputs(options, dataset, items)
+        self.wide = Inputs(options.model_copy(update={"dim": 1, "feature_dims": {}}), dataset, items)
+        numbers = self.wide.num_numbers(options.history)
+        self.wide_numbers = nn.Linear(numbers, 1, bias=False) if numbers else None
+        self.tower = mlp(self.deep.width(options.history), options.hidden, 1, options.dropout)
+
+    def logits(self, batch: Batch) -> Tensor:
+        wide, deep = self.wide.flat(batch, self.history), self.deep.flat(batch, self.history)
+        out: Tensor = self.tower(deep.joined())[:, 0] + wide.embedded.sum(1)
+        return out if self.wide_numbers is None else out + self.wide_numbers(wide.numbers)[:, 0]
+
+
+def build(options: Options, dataset: DatasetRecord, items: ItemTable) -> WideDeep:
+    return WideDeep(options, dataset, items)

@@ -1,0 +1,123 @@
+"""Click ranking on built-in data: negatives made in prepare, every stage, with Ray and without."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import recray
+from recray import checkpoint, storage
+from recray.config import Config, parse_config
+from recray.data.prepared import PreparedDataset
+from recray.errors import ConfigError
+from recray.report.text import render
+
+
+def _config(folder: Path, *overrides: str) -> Config:
+    table = {
+        "run": {"name": "clicks", "output": str(folder)},
+        "data": {
+            "source": "simulated",
+            "shard_events": 4000,
+            "min_history": 2,
+            "negatives": {"per_positive": 2},
+            "simulated": {"events": 12_000, "users": 300, "items": 200},
+        },
+        "model": {"name": "din", "dim": 8, "hidden": [32, 16]},
+        "optim": {"learning_rate": 5e-3},
+        "training": {"epochs": 2, "global_batch_size": 512},
+        "evaluation": {"bootstrap": 50},
+    }
+    return parse_config(table, overrides)
+
+
+@pytest.fixture(scope="module")
+def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = _config(tmp_path_factory.mktemp("clicks"), "scaling.num_workers=0")
+    recray.prepare(config)
+    recray.train(config)
+    return config
+
+
+def _losses(config: Config) -> list[float]:
+    folder = storage.join(config.run_uri, "train", f"epoch-{config.training.epochs:04d}")
+    return [entry["loss"] for entry in checkpoint.load_state(folder)["history"]]
+
+
+def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
+    config = _config(folder, *overrides)
+    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset")
+    return config
+
+
+def test_rows_hold_two_negatives_for_every_target(run: Config) -> None:
+    dataset = PreparedDataset.open(f"{run.run_uri}/dataset")
+    record = dataset.record
+    for split in ("train", "valid", "test"):
+        clicks = shown = 0
+        for table in dataset.iter_tables(split):
+            for row in table.to_pylist():
+                context = len(row["item"]) - row["num_targets"]
+                assert all(label == 1 for label in row["label"][:context])
+                assert split == "train" or context >= run.data.min_history
+                chosen = {i for i, label in zip(row["item"], row["label"], strict=True) if label}
+                drawn = [i for i, label in zip(row["item"], row["label"], strict=True) if not label]
+                if split == "test":  # nothing is later than test: what was chosen is never drawn
+                    assert not chosen & set(drawn) and 1 not in drawn
+                clicks += sum(row["label"][context:])
+                shown += row["num_targets"]
+        assert clicks == record.counts[f"events_{split}"] == sum(s.events for s in record.shards[split])
+        assert shown == 3 * clicks == sum(s.impressions for s in record.shards[split])
+
+
+def test_report_of_a_ranker(run: Config) -> None:
+    report = recray.evaluate(run)
+    model, popularity = report.metrics["model"], report.metrics["popularity"]
+    assert report.kind == "clicks"
+    # Negatives were drawn by popularity; what a user chose is left out of them, so it is a little more popular.
+    assert 0.5 < popularity["auc"].value < 0.65
+    assert model["auc"].value > 0.8
+    assert sum(one.impressions for one in report.reliability) == report.counts["impressions"]
+    assert np.mean([one.observed for one in report.reliability]) == pytest.approx(1 / 3, abs=0.01)
+    assert "reliability" in render(report) and "norm.entropy" in render(report)
+
+
+def test_two_tasks_report_what_one_process_reports(run: Config) -> None:
+    alone = recray.evaluate(run)
+    shared = recray.evaluate(parse_config(run.model_dump(mode="json"), ["scaling.num_workers=2"]))
+    assert shared.metrics == alone.metrics
+
+
+def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(run: Config, tmp_path: Path) -> None:
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=1")
+    record = recray.train(config)
+    assert _losses(config) == pytest.approx(_losses(run), rel=1e-5)
+    assert record.metric == "auc" and record.value == pytest.approx(recray.train(run).value, abs=1e-6)
+
+
+def test_two_workers_learn_as_much(run: Config, tmp_path: Path) -> None:
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=2")
+    record, one = recray.train(config), recray.train(run)
+    assert (record.rows, record.step) == (one.rows, one.step)
+    # Other rows share a batch, which tells in the first steps.
+    assert _losses(config)[-1] == pytest.approx(_losses(run)[-1], rel=0.03)
+    assert record.value == pytest.approx(one.value, abs=0.01)
+
+
+def test_a_retriever_learns_from_the_same_dataset_and_never_from_negatives(run: Config, tmp_path: Path) -> None:
+    config = _with_dataset(
+        run, tmp_path, "model.name=two_tower", "scaling.num_workers=0", "training.epochs=1", "model.hidden=[]"
+    )
+    events = sum(shard.events for shard in PreparedDataset.open(f"{config.run_uri}/dataset").record.shards["train"])
+    assert recray.train(config).rows == events
+
+
+def test_what_does_not_fit_is_refused(run: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'din' is a ranker and has no item vectors"):
+        recray.index(run)
+    plain = _config(tmp_path, "scaling.num_workers=0")
+    plain = plain.model_copy(update={"data": plain.data.model_copy(update={"negatives": None})})
+    recray.prepare(plain)
+    with pytest.raises(ConfigError, match=r"has no labels: set data.columns.label, or data.negatives"):
+        recray.train(plain)

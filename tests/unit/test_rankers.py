@@ -1,0 +1,258 @@
+"""Contracts that every ranker keeps, found by name; and what is true of one model."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from recray import registry
+from recray.config import LossConfig, OptimConfig
+from recray.errors import ConfigError
+from recray.models import Ranker, attention, inputs
+from recray.models.attention import TargetAttention
+from recray.models.batch import Batch, ItemTable, Jagged
+from recray.models.click_loss import ClickObjective, click_loss
+from recray.models.dice import Dice
+from recray.models.parts import select
+from recray.records import DatasetRecord, Feature
+from recray.training.optim import Optimizers
+
+ITEMS, USERS = 40, 20
+MODELS = [name for name in registry.names("model") if registry.load("model", name).Options.family == "ranker"]
+FEATURES = [
+    Feature(name="country", role="user", kind="categorical", cardinality=5),
+    Feature(name="age", role="user", kind="numeric"),
+    Feature(name="tags", role="user", kind="list", cardinality=9),
+    Feature(name="hour", role="context", kind="categorical", cardinality=26),
+    Feature(name="temperature", role="context", kind="numeric"),
+    Feature(name="brand", role="item", kind="categorical", cardinality=7),
+    Feature(name="price", role="item", kind="numeric"),
+    Feature(name="genres", role="item", kind="list", cardinality=6),
+]
+
+
+def _record(features: list[Feature]) -> DatasetRecord:
+    return DatasetRecord(
+        fingerprint="", num_items=ITEMS, num_users=USERS, counts={}, shards={}, seed=0, features=features
+    )
+
+
+def _lists(lengths: list[int], high: int, generator: torch.Generator) -> Jagged:
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    return Jagged(torch.randint(0, high, (int(offsets[-1]),), generator=generator), offsets)
+
+
+def _items(features: bool) -> ItemTable:
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.cat([torch.zeros(2), torch.arange(ITEMS - 2, 0, -1).float()])
+    if not features:
+        return ItemTable(counts)
+    lengths = torch.randint(0, 4, (ITEMS,), generator=generator).tolist()
+    return ItemTable(
+        counts,
+        {
+            "brand": torch.randint(0, 7, (ITEMS,), generator=generator),
+            "price": torch.randn(ITEMS, generator=generator),
+            "genres": _lists(lengths, 6, generator),
+        },
+    )
+
+
+def _batch(features: bool, lengths: tuple[int, ...] = (3, 0, 8, 1, 5, 2)) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    n = len(lengths)
+    user, context = {}, {}
+    if features:
+        user = {
+            "country": torch.randint(0, 5, (n,), generator=generator),
+            "age": torch.randn(n, generator=generator),
+            "tags": _lists([2, 0] + [1] * (n - 2), 9, generator),
+        }
+        context = {
+            "hour": torch.randint(0, 26, (n,), generator=generator),
+            "temperature": torch.randn(n, generator=generator),
+        }
+    history = _lists(list(lengths), ITEMS, generator)
+    target = torch.randint(1, ITEMS, (n,), generator=generator)
+    label = torch.tensor([i % 2 for i in range(n)]).float()
+    return Batch(
+        torch.arange(2, 2 + n),
+        history,
+        target,
+        torch.ones(n),
+        label_Q=label,
+        user_features=user,
+        context=context,
+    )
+
+
+def _model(name: str, features: bool = True, **options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    module = registry.load("model", name)
+    chosen = module.Options(**{"dim": 8, "history_length": 8, "hidden": [16, 8], **options})
+    return module.build(chosen, _record(FEATURES if features else []), _items(features))
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_and_protocol(name: str, features: bool) -> None:
+    model = _model(name, features).eval()
+    assert isinstance(model, Ranker) and model.examples == "impressions"
+    logits = model.logits(_batch(features))
+    assert logits.shape == (6,) and torch.isfinite(logits).all()
+    nobody = model.logits(_batch(features, (0, 0)))
+    assert nobody.shape == (2,) and torch.isfinite(nobody).all()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_overfits_a_small_set(name: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sparse:
+        monkeypatch.setattr(inputs, "SPARSE_ABOVE", 4)
+    model = _model(name, user_embedding=True)
+    objective, batch = ClickObjective(model, LossConfig(name="bce")), _batch(True)
+    optimizer = Optimizers(OptimConfig(learning_rate=0.02), model)
+    optimizer.set_learning_rate(0.02)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = []
+    for _ in range(150):
+        total, weight = objective(batch)
+        (total / weight).backward()
+        optimizer.step(scaler)
+        losses.append(float((total / weight).detach()))
+    assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_do_not_depend_on_each_other(name: str) -> None:
+    """Nor on the way items are embedded: a large batch embeds the catalogue, a row the items it names."""
+    model, batch = _model(name).eval(), _batch(True, (3, 0, 8, 1, 5, 2) * 4)
+    assert batch.target_Q is not None and len(batch.target_Q) + len(batch.history.values) > ITEMS
+    together = model.logits(batch)  # type: ignore[operator]
+    for row in range(batch.num_rows):
+        assert torch.allclose(model.logits(_row(batch, row))[0], together[row], atol=1e-5)  # type: ignore[operator]
+
+
+def _row(batch: Batch, row: int) -> Batch:
+    rows = torch.tensor([row])
+    history = select(batch.history, rows)
+    assert isinstance(history, Jagged) and batch.target_Q is not None
+    return Batch(
+        batch.user_B[rows],
+        history,
+        batch.target_Q[rows],
+        torch.ones(1),
+        label_Q=torch.ones(1),
+        user_features={n: select(f, rows) for n, f in batch.user_features.items()},
+        context={n: select(f, rows) for n, f in batch.context.items()},
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_keeps_scores(name: str) -> None:
+    model, other = _model(name), _model(name).eval()
+    model.logits(_batch(True))  # in training, where Dice learns its averages
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval().logits(_batch(True)), other.logits(_batch(True)))  # type: ignore[operator]
+
+
+def _textbook(layer: TargetAttention, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
+    """Attention row by row, the first layer on [q, k, q - k, q * k] in one piece, with weights chosen so that they add up."""
+    w_d = torch.linspace(-1, 1, layer.query.weight.numel(), dtype=q_BI.dtype).view_as(layer.query.weight)
+    first = torch.cat([layer.query.weight - w_d, layer.key.weight + w_d, w_d, layer.product.weight], dim=1)
+
+    def dice(x: Tensor, module: Dice) -> Tensor:
+        p = torch.sigmoid((x - module.mean) / torch.sqrt(module.var + 1e-6))
+        return p * x + (1 - p) * module.alpha * x
+
+    out = []
+    for row in range(len(q_BI)):
+        k = v_UI[history.values[history.offsets[row] : history.offsets[row + 1]]]
+        q = q_BI[row].expand_as(k)
+        x = torch.cat([q, k, q - k, q * k], dim=1) @ first.T + layer.query.bias
+        weight = layer.out(dice(layer.second(dice(x, layer.dice_1)), layer.dice_2))
+        out.append((weight * k).sum(0))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("way", ["chunked", "whole"])
+def test_attention_is_the_textbook_form_in_float64(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_CHUNK", 4)
+    torch.manual_seed(0)
+    layer = TargetAttention(6, 10, 5).double().eval()
+    for dice in (layer.dice_1, layer.dice_2):
+        dice.mean.normal_()
+        dice.var.uniform_(0.5, 2)
+    history = _lists([3, 0, 8, 1, 9], 30, torch.Generator().manual_seed(0))
+    q, v = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (5, 30))
+    wanted = _textbook(layer, q, v, history)
+    if way == "chunked":
+        found = layer(q, v, history)
+    else:
+        row = torch.repeat_interleave(torch.arange(5), history.lengths())
+        found = layer._whole(q, v, layer.query(q), layer.key(v), history, row)
+    assert torch.allclose(found, wanted, atol=1e-12)
+    parameters = [q, v, *layer.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(wanted.square().sum(), parameters),
+        strict=True,
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-10)
+
+
+def test_dice_averages_what_it_saw() -> None:
+    dice, x = Dice(3), torch.randn(1000, 3) * 2 + 5
+    dice(x)
+    assert torch.allclose(dice.mean, x.mean(0), atol=1e-4)
+    assert torch.allclose(dice.var, x.var(0, unbiased=False), rtol=1e-3)
+    dice(x[:0])
+    assert torch.allclose(dice.mean, x.mean(0), atol=1e-4)
+
+
+def test_din_averages_short_histories() -> None:
+    short, never = _model("din", min_history=4).eval(), _model("din", min_history=100).eval()
+    batch = _batch(True)
+    both = [model.logits(batch) for model in (short, never, _model("din").eval())]  # type: ignore[operator]
+    long = batch.history.lengths() >= 4
+    assert torch.allclose(both[0][~long], both[1][~long], atol=1e-6)
+    assert torch.allclose(both[0][long], both[2][long], atol=1e-6)
+    assert not torch.allclose(both[0][long], both[1][long], atol=1e-4)
+
+
+def test_dlrm_refuses_widths_of_its_own() -> None:
+    with pytest.raises(ValueError, match="inner products"):
+        registry.load("model", "dlrm").Options(feature_dims={"brand": 4})
+    with pytest.raises(ConfigError, match=r"feature_dims names 'colour'; columns there: .*brand"):
+        _model("dcn_v2", feature_dims={"colour": 4})
+    assert _model("dcn_v2", feature_dims={"brand": 4, "item": 12}).logits(_batch(True)).shape == (6,)  # type: ignore[operator]
+
+
+def test_only_touched_rows_of_a_sparse_table_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "SPARSE_ABOVE", 10)
+    model = _model("dcn_v2", history="none")
+    table = model.inputs.item.tables["item_"]  # type: ignore[union-attr, index]
+    assert isinstance(table, torch.nn.Embedding) and table.sparse
+    before, batch = table.weight.detach().clone(), _batch(True)
+    optimizer = Optimizers(OptimConfig(embedding_decay=0.1), model)
+    optimizer.set_learning_rate(0.1)
+    loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
+    loss.backward()
+    optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
+    moved = (table.weight.detach() != before).any(dim=1).nonzero()[:, 0].tolist()
+    assert batch.target_Q is not None and moved == sorted(set(batch.target_Q.tolist()))
+
+
+def test_click_loss_by_hand() -> None:
+    z, y, one = torch.tensor([0.3, -1.0]), torch.tensor([1.0, 0.0]), torch.ones(2)
+    plain = click_loss(LossConfig(name="bce"), z, y, one)
+    assert plain.tolist() == pytest.approx([0.5543552, 0.3132617], rel=1e-6)
+    smooth = click_loss(LossConfig(name="bce", label_smoothing=0.2, positive_weight=3.0), z, y, one)
+    assert smooth.tolist() == pytest.approx([3 * (0.5543552 + 0.1 * 0.3), 0.3132617 + 0.1 * 1.0], rel=1e-5)
+    torch.manual_seed(0)
+    pairs = [click_loss(LossConfig(name="bce", pairwise_weight=2.0), z, y, one) - plain for _ in range(20)]
+    for pair in pairs:  # the rows are paired with each other or with themselves
+        assert pair.tolist() == pytest.approx([2 * 0.2410084] * 2, rel=1e-4) or not pair.any()
+    assert any(pair.any() for pair in pairs)
