@@ -391,15 +391,19 @@ class Question:
 
 
 def questions(
-    table: pa.Table, batch_size: int, history_length: int, queries: Literal["user", "event"]
+    table: pa.Table, batch_size: int, history_length: int, queries: Literal["user", "event", "next"]
 ) -> Iterator[Question]:
-    """One query per user row, for all its targets; or one per target. `batch_size` queries at a time.
+    """One query per user row, for all its targets; or one per target; or what comes "next", after all events of a row
+    that has any. `batch_size` queries at a time.
 
-    Context features are those of the first target that is asked for.
+    Context features are those of the first target that is asked for, or of the last event.
     """
     rows = _Rows(table)
     row_Q, number_Q = np.flatnonzero(rows.num_targets), rows.num_targets[rows.num_targets > 0]
     at_Q = rows.first_target()[row_Q]
+    if queries == "next":
+        row_Q = np.flatnonzero(np.diff(rows.offsets))
+        at_Q, number_Q = rows.offsets[row_Q + 1], np.zeros(len(row_Q), np.int64)
     if queries == "event":
         place = _windows(np.arange(len(rows.item)), at_Q, number_Q)
         row_Q, at_Q, number_Q = np.repeat(row_Q, number_Q), place.values, np.ones(len(place.values), np.int64)
@@ -408,13 +412,14 @@ def questions(
         index, middle, number = row_Q[part], at_Q[part], number_Q[part]
         begin = rows.offsets[index]
         start = np.maximum(begin, middle - history_length)
+        asked = middle - (number == 0)
         piece = {
             "user": _Column(rows.user[index]),
             "history": _windows(rows.item, start, middle - start),
-            "target": _Column(rows.item[middle]),
+            "target": _Column(rows.item[asked]),
             "weight": _Column(np.ones(len(index))),
             **{f"user_{n}": c.take(index) for n, c in rows.user_features.items()},
-            **{f"context_{n}": c.take(middle) for n, c in rows.context.items()},
+            **{f"context_{n}": c.take(asked) for n, c in rows.context.items()},
         }
         seen = _windows(rows.item, begin, middle - begin).tensor()
         targets = _windows(rows.item, middle, number).tensor()

@@ -187,4 +187,13 @@ class ReportRecord(Record):
     metrics: dict[str, dict[str, Interval]]  # system ("model", "index", "popularity", ...) -> metric -> value
     counts: dict[str, int]  # users scored, dropped by reason, unknown targets, short lists
     index: dict[str, float] = {}  # what the index loses against exact search
+    rerank: dict[str, float] = {}  # what a ranker adds to the lists, and what its candidates cost
     reliability: list[ReliabilityBin] = []  # clicks: by falling probability
+
+
+class ListsRecord(Record):
+    """Recommendation lists: part-*.parquet with columns user, item, rank (from 1), score."""
+
+    k: int
+    counts: dict[str, int]  # users asked for, with a list of their own, with popular items
+    files: list[str]

@@ -226,6 +226,9 @@ class ScalingConfig(Section):
 class RetrievalConfig(Section):
     index: str = Field("auto", description="'auto' by catalogue size, or any faiss factory string")
     k: int = Field(100, ge=1, description="how many items are served per query")
+    ranker: str | None = Field(
+        None, description="folder of a ranker's run on the same dataset, <output>/<name>: it orders the k items found"
+    )
     recall_target: float = Field(
         0.95, gt=0, le=1, description="recall@k against exact search that the index must reach"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     started = time.perf_counter()
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
     record = CheckpointRecord.read(storage.join(config.run_uri, "checkpoint"))
-    parts = share_out(_score_shards, config, split, len(dataset.record.shards[split]))
+    parts = share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     if not parts:
         raise DataError(f"the {split} split has no impressions: check data.split and data.min_history")
     scored = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ from recray.metrics.lists import ListCounts
 from recray.records import CheckpointRecord, IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
 from recray.retrieval.faiss_index import ItemIndex
-from recray.retrieval.systems import ExactSearch, IndexSearch, Oracle, System
+from recray.retrieval.ranker import open_ranker, ranker_parents
+from recray.retrieval.systems import ExactSearch, IndexSearch, Oracle, Reranked, System
 
 _COUNTED = ("queries", "queries_without_history", "targets", "unknown_targets")
 
@@ -44,6 +46,8 @@ class _Scores:
     lists: ListCounts
     values: list[np.ndarray] = field(default_factory=list)  # (B, M), columns in order of _names
     short_lists: int = 0
+    seconds: float = 0.0
+    candidate_recall: float = 0.0  # of a ranker: sum over queries of the share of targets among its candidates
 
 
 _Part = tuple[dict[str, _Scores], dict[str, int]]  # of one shard: scores by system, and counts
@@ -65,17 +69,20 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         print(
             f"evaluate: item_filter is left out: {events:,} train events are more than {baselines.MAX_FILTER_EVENTS:,}"
         )
-    scores, counts = _merged(share_out(_score_shards, config, split, len(dataset.record.shards[split])))
+    scores, counts = _merged(
+        share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
+    )
     if not counts["queries"]:
         raise DataError(f"no query of the {split} split has a history: check data.split, or train on more of the log")
     metrics = {name: _summary(one, config, dataset) for name, one in scores.items()}
     report = ReportRecord(
-        parents=[record.id, dataset.record.id] + ([index.id] if index else []),
+        parents=[record.id, dataset.record.id] + ([index.id] if index else []) + ranker_parents(config),
         config=config.model_dump(mode="json"),
         split=split,
         metrics=metrics,
         counts={**counts, "short_lists": scores["model"].short_lists, "catalogue": dataset.record.num_items - 2},
         index=_index_loss(index, metrics, max(config.evaluation.k)) if index else {},
+        rerank=_rerank(scores, metrics, config, counts["queries"]) if "reranked" in scores else {},
         seconds=time.perf_counter() - started,
     )
     return report.write(storage.join(config.run_uri, "report"))
@@ -114,6 +121,9 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
     systems: dict[str, System] = {"model": ExactSearch(model, torch.from_numpy(vectors_ND))}
     if storage.exists(storage.join(index_uri, "index.json")):
         systems["index"] = IndexSearch(model, ItemIndex.open(index_uri))
+    ranker = open_ranker(config, dataset)
+    if ranker is not None:
+        systems["reranked"] = Reranked(systems.get("index", systems["model"]), *ranker)
     for name in config.evaluation.baselines:
         if name == "popularity":
             systems[name] = baselines.Popularity(dataset.item_counts())
@@ -150,7 +160,13 @@ def _score(
     for name, number in zip(_COUNTED, added, strict=True):
         counts[name] += int(number)
     for name, rank in systems.items():
+        begun = time.perf_counter()
         ids = rank(question, max(ks), config.evaluation.filter_seen)
+        scores[name].seconds += time.perf_counter() - begun
+        if isinstance(rank, Reranked):
+            candidates = rank.search(question, rank.candidates, config.evaluation.filter_seen)
+            hit = ranked.hits(candidates, values, offsets)[rows].sum(axis=1) / wanted
+            scores[name].candidate_recall += float(hit.sum())
         found = ranked.per_user(ranked.hits(ids, values, offsets)[rows], wanted, ks)
         scores[name].values.append(np.stack([found[metric] for metric in _names(ks)], axis=1))
         scores[name].lists.add(ids[rows], vectors_ND)
@@ -166,7 +182,13 @@ def _merged(parts: list[_Part]) -> _Part:
     for more, added in parts[1:]:
         for name, one in more.items():
             old = scores[name]
-            scores[name] = _Scores(old.lists + one.lists, old.values + one.values, old.short_lists + one.short_lists)
+            scores[name] = _Scores(
+                old.lists + one.lists,
+                old.values + one.values,
+                old.short_lists + one.short_lists,
+                old.seconds + one.seconds,
+                old.candidate_recall + one.candidate_recall,
+            )
         counts = {name: counts[name] + added[name] for name in counts}
     return scores, counts
 
@@ -187,3 +209,20 @@ def _summary(scores: _Scores, config: Config, dataset: PreparedDataset) -> dict[
 def _index_loss(index: IndexRecord, metrics: dict[str, dict[str, Interval]], k: int) -> dict[str, float]:
     lost = {n: metrics["index"][n].value - metrics["model"][n].value for n in (f"ndcg@{k}", f"recall@{k}")}
     return {f"recall@{index.k}_against_exact": index.recall, **{f"{n}_lost": v for n, v in lost.items()}}
+
+
+def _rerank(
+    scores: dict[str, _Scores], metrics: dict[str, dict[str, Interval]], config: Config, queries: int
+) -> dict[str, float]:
+    """What ranking adds at each K, and what candidates cost: the share of targets they hold, and time."""
+    first = "index" if "index" in scores else "model"
+    out = {f"recall@{config.retrieval.k}_of_candidates": scores["reranked"].candidate_recall / queries}
+    for k in config.evaluation.k:
+        for name in ("recall", "ndcg"):
+            key = f"{name}@{k}"
+            out[f"{key}_added"] = metrics["reranked"][key].value - metrics[first][key].value
+    search = scores[first].seconds / queries * 1000
+    return out | {
+        "search_milliseconds": search,
+        "rank_milliseconds": scores["reranked"].seconds / queries * 1000 - search,
+    }

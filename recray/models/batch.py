@@ -26,6 +26,14 @@ class Jagged:
     def lengths(self) -> Tensor:
         return self.offsets[1:] - self.offsets[:-1]
 
+    def last(self, length: int) -> Jagged:
+        """The last `length` entries of every row."""
+        lengths = self.lengths()
+        kept = lengths.clamp(max=length)
+        offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
+        within = torch.arange(int(offsets[-1]), device=kept.device) - torch.repeat_interleave(offsets[:-1], kept)
+        return Jagged(self.values[torch.repeat_interleave(self.offsets[1:] - kept, kept) + within], offsets)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Jagged:
         return Jagged(
             self.values.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)

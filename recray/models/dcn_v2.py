@@ -1,6 +1,6 @@
 """Deep & Cross Network, version 2, with low-rank cross layers (Wang et al., WWW 2021).
 
-    x0 = [embeddings, numbers, mean of the history]
+    x0 = [norm(embeddings, mean of the history), numbers]
     cross layer:  x' = x0 * (U V x + b) + x         U: W x R, V: R x W, or one W x W matrix where rank is 0
     parallel:     logit = linear([cross(x0), MLP(x0)])          stacked:  logit = MLP(cross(x0))
 
@@ -48,12 +48,14 @@ class DcnV2(nn.Module):
         self.history, self.stacked = options.history, options.structure == "stacked"
         self.inputs = Inputs(options, dataset, items)
         width = self.inputs.width(options.history)
+        self.norm = nn.LayerNorm(self.inputs.embedded_width(options.history))
         self.cross = nn.ModuleList(Cross(width, options.rank) for _ in range(options.cross_layers))
         self.deep = mlp(width, options.hidden, 1, options.dropout)
         self.out = nn.Linear(width, 1)
 
     def logits(self, batch: Batch) -> Tensor:
-        x0_BW = x_BW = self.inputs.flat(batch, self.history).joined()
+        part = self.inputs.flat(batch, self.history)
+        x0_BW = x_BW = torch.cat([self.norm(part.embedded), part.numbers], dim=1)
         for layer in self.cross:
             x_BW = layer(x0_BW, x_BW)
         # Linear of both side by side is the sum of a linear of each.

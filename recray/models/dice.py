@@ -9,6 +9,8 @@ Shape legend: T rows, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,15 +38,14 @@ class Dice(nn.Module):
         if self.training:
             with torch.no_grad():
                 x = x_TC.float()
-                self.update(torch.stack([x.sum(0), (x * x).sum(0)]), len(x))
-        scale_C, shift_C = self.gate()
-        p_TC = torch.sigmoid(torch.addcmul(shift_C, x_TC, scale_C))
-        return x_TC * (self.alpha + (1 - self.alpha) * p_TC)
+                self.update(torch.stack([x.sum(0), (x * x).sum(0)]), x.new_tensor(float(len(x))))
+        out: Tensor = _Dice.apply(x_TC, self.alpha, *self.gate())  # type: ignore[no-untyped-call]
+        return out
 
     @torch.no_grad()
-    def update(self, sums_2C: Tensor, rows: int) -> None:
-        """Move the averages towards this batch's, over all workers: sums of x and of x squared over `rows` rows."""
-        total = torch.cat([sums_2C.flatten(), sums_2C.new_tensor([float(rows)])]).double()
+    def update(self, sums_2C: Tensor, rows: Tensor) -> None:
+        """Move the averages towards this batch's, over all workers: sums of x and of x squared over so many rows."""
+        total = torch.cat([sums_2C.flatten(), rows.view(1)]).double()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         any_rows = (total[-1] > 0).to(self.mean.dtype)  # a batch of empty histories has no entries
@@ -54,3 +55,34 @@ class Dice(nn.Module):
         step = any_rows * torch.clamp(1 / self.batches, min=_MOMENTUM).to(self.mean.dtype)
         self.mean.lerp_(mean_C.to(self.mean.dtype), step)
         self.var.lerp_((square_C - mean_C**2).clamp(min=0).to(self.var.dtype), step)
+
+
+def dice(x: Tensor, alpha: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Dice of x, and its p."""
+    p = torch.addcmul(shift, x, scale).sigmoid_()
+    return torch.addcmul(alpha, p, 1 - alpha).mul_(x), p
+
+
+def dice_grad(grad: Tensor, x: Tensor, p: Tensor, alpha: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to x and alpha, from that of the output."""
+    y = (1 - p).mul_(x)
+    d_alpha = (grad * y).sum(0)
+    # d/dx of alpha x + (1 - alpha) x p(x): alpha + (1 - alpha) p (1 + x (1 - p) scale)
+    slope = torch.addcmul(1 - alpha, y, (1 - alpha) * scale)
+    return torch.addcmul(alpha, slope, p).mul_(grad), d_alpha
+
+
+class _Dice(torch.autograd.Function):
+    """The two above: half the passes over memory that autograd would make of the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        alpha, scale, shift = (t.to(x.dtype) for t in (alpha, scale, shift))
+        out, p = dice(x, alpha, scale, shift)
+        ctx.save_for_backward(x, p, alpha, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        d_x, d_alpha = dice_grad(grad, *ctx.saved_tensors)
+        return d_x, d_alpha, None, None

@@ -1,10 +1,10 @@
 """Deep Interest Network: what of a user's history speaks for this candidate (Zhou et al., KDD 2018).
 
     weight of a history item k for candidate q:  a(q, k) = MLP([q, k, q - k, q * k])
-    interest = sum over the history of a(q, k) k         logit = MLP([user, context, q, interest, q * interest])
+    interest = norm(sum over the history of a(q, k) k)     logit = MLP([user, context, q, interest, q * interest])
 
-Weights are not normalised, as in the paper, so their sum says how strong the interest
-is. A user whose history is shorter than `min_history` takes the plain branch: the mean
+Vectors of items and interests are layer-normalised, without which they take many times
+the epochs to become more than noise. A user whose history is shorter than `min_history` takes the plain branch: the mean
 of the history instead of attention, row by row inside a batch.
 
 Shape legend: B rows, T history entries of all rows together, U distinct items, I item width.
@@ -39,6 +39,8 @@ class Din(nn.Module):
         self.min_history = options.min_history
         self.inputs = Inputs(options, dataset, items)
         width = self.inputs.item_width
+        self.item_norm, self.interest_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.row_norm = nn.LayerNorm(self.inputs.row_width) if self.inputs.row_width else nn.Identity()
         self.attention = TargetAttention(width, *options.attention)
         layers: list[nn.Module] = []
         size = self.inputs.row_width + 3 * width
@@ -49,10 +51,11 @@ class Din(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         items = self.inputs.items(batch)
-        v_UI = items.part_U.joined()
+        v_UI = self.item_norm(items.part_U.joined())
         q_BI = v_UI[items.target_B]
-        interest_BI = self._interest(q_BI, v_UI, items.history)
-        x = torch.cat([self.inputs.rows(batch).joined(), q_BI, interest_BI, q_BI * interest_BI], dim=1)
+        interest_BI = self.interest_norm(self._interest(q_BI, v_UI, items.history))
+        row_BW = self.row_norm(self.inputs.rows(batch).joined())
+        x = torch.cat([row_BW, q_BI, interest_BI, q_BI * interest_BI], dim=1)
         out: Tensor = self.tower(x)
         return out[:, 0]
 

@@ -1,6 +1,6 @@
 """DLRM: numbers through a bottom MLP, inner products of all pairs of embeddings, a top MLP (Naumov et al., 2019).
 
-    z = MLP(numbers)          logit = MLP([z, <e_i, e_j> for i < j])     e: z, every category, the mean of the history
+    z = MLP(numbers)          logit = MLP([z, <e_i, e_j> for i < j])     e: z, every category, the mean of the history (normalised)
 
 Shape legend: B rows, F vectors of a row, D width.
 """
@@ -40,6 +40,7 @@ class Dlrm(nn.Module):
         self.history, self.dim = options.history, options.dim
         self.inputs = Inputs(options, dataset, items)
         numbers = self.inputs.num_numbers(options.history)
+        self.norm = nn.LayerNorm(self.inputs.embedded_width(options.history))
         self.bottom = mlp(numbers, options.bottom, options.dim, 0.0) if numbers else None
         vectors = (self.inputs.width(options.history) - numbers) // options.dim + (self.bottom is not None)
         self.pairs: Tensor
@@ -50,7 +51,7 @@ class Dlrm(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         part = self.inputs.flat(batch, self.history)
-        flat_BW = part.embedded
+        flat_BW = self.norm(part.embedded)
         if self.bottom is not None:
             flat_BW = torch.cat([self.bottom(part.numbers).to(flat_BW.dtype), flat_BW], dim=1)
         e_BFD = flat_BW.view(len(flat_BW), -1, self.dim)

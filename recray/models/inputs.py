@@ -26,6 +26,10 @@ from recray.records import Feature as FeatureRecord
 
 SPARSE_ABOVE = 50_000  # rows of a table from which on only touched ones are updated; below it all of them is as fast
 
+# Small, and normalised by every model before its first layer: an optimizer's step then turns a fresh vector at once.
+# With N(0, 1/sqrt(dim)) the same models needed many times the epochs.
+_STD = 0.01
+
 
 class RankerOptions(ModelOptions):
     """What every ranker has."""
@@ -74,7 +78,9 @@ class Columns(nn.Module):
         self.numbers = [f.name for f in records if f.kind == "numeric"]
         rows = ids | {f.name: f.cardinality for f in records if f.kind != "numeric"}
         dims = {name: options.feature_dims.get(name, options.dim) for name in rows}
-        self.tables = nn.ModuleDict({f"{n}_": table(rows[n], dims[n], sparse=rows[n] > SPARSE_ABOVE) for n in rows})
+        self.tables = nn.ModuleDict(
+            {f"{n}_": table(rows[n], dims[n], std=_STD, sparse=rows[n] > SPARSE_ABOVE) for n in rows}
+        )
         self.names = list(rows)
         self.num_numbers = len(self.numbers)
         self.width = sum(dims.values()) + self.num_numbers
@@ -147,6 +153,10 @@ class Inputs(nn.Module):
     def width(self, history: Literal["mean", "none"]) -> int:
         """Of `flat`, categories and numbers together."""
         return self.row_width + self.item_width * (2 if history == "mean" else 1)
+
+    def embedded_width(self, history: Literal["mean", "none"]) -> int:
+        """Of the categories of `flat`."""
+        return self.width(history) - self.num_numbers(history)
 
     def num_numbers(self, history: Literal["mean", "none"]) -> int:
         """Of `flat`."""

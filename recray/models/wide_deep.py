@@ -5,6 +5,7 @@ logit = sum of a weight per category and number  +  MLP([embeddings, numbers, me
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from recray.models import Examples
@@ -28,11 +29,13 @@ class WideDeep(nn.Module):
         self.wide = Inputs(options.model_copy(update={"dim": 1, "feature_dims": {}}), dataset, items)
         numbers = self.wide.num_numbers(options.history)
         self.wide_numbers = nn.Linear(numbers, 1, bias=False) if numbers else None
+        self.norm = nn.LayerNorm(self.deep.embedded_width(options.history))
         self.tower = mlp(self.deep.width(options.history), options.hidden, 1, options.dropout)
 
     def logits(self, batch: Batch) -> Tensor:
         wide, deep = self.wide.flat(batch, self.history), self.deep.flat(batch, self.history)
-        out: Tensor = self.tower(deep.joined())[:, 0] + wide.embedded.sum(1)
+        x = torch.cat([self.norm(deep.embedded), deep.numbers], dim=1)
+        out: Tensor = self.tower(x)[:, 0] + wide.embedded.sum(1)
         return out if self.wide_numbers is None else out + self.wide_numbers(wide.numbers)[:, 0]
 
 

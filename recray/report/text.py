@@ -7,6 +7,7 @@ from recray.records import Interval, ReportRecord
 _TITLES = {
     "model": "model (exact search)",
     "index": "model (through index)",
+    "reranked": "ranked again",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",
     "item_filter": "item-item filter",
@@ -92,4 +93,11 @@ def _counts(report: ReportRecord) -> list[str]:
                 for name, value in report.index.items()
             )
         )
+    if report.rerank:
+        gains = [
+            f"{name.removesuffix('_added')} {v:+.4f}" for name, v in report.rerank.items() if name.endswith("_added")
+        ]
+        lines.append("ranking adds: " + ", ".join(gains))
+        cost = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in report.rerank.items() if not name.endswith("_added")]
+        lines.append("candidates: " + ", ".join(cost))
     return lines

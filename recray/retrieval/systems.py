@@ -1,4 +1,4 @@
-"""Everything that answers a question with a ranking: the model, its index, the simulator's oracle.
+"""Everything that answers a question with a ranking: the model, its index, both with a ranker behind, the oracle.
 
 The baselines are in recray.retrieval.baselines. All leave out what the user had when
 `filter_seen` says so, and fill lists that fall short with id 0.
@@ -14,14 +14,18 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.batches import Question
 from recray.data.prepared import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
-from recray.models.batch import FIRST_ID
+from recray.models.batch import FIRST_ID, Batch, Jagged
+from recray.models.parts import select
 from recray.models.scoring import top_k
 from recray.retrieval.faiss_index import ItemIndex
+
+_ROWS = 8192  # candidates scored at a time
 
 
 class System(Protocol):
@@ -58,6 +62,49 @@ class IndexSearch:
 @torch.inference_mode()
 def _queries(model: nn.Module, question: Question) -> Tensor:
     return model.query_vectors(question.batch).float()  # type: ignore[operator, no-any-return]
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """What another system finds, in the order of a ranker. history_length: of the ranker."""
+
+    search: System
+    ranker: nn.Module
+    candidates: int
+    history_length: int
+
+    def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
+        return self.scored(question, k, filter_seen)[0]
+
+    @torch.inference_mode()
+    def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(B, k) item ids, best first, and their logits; 0 and -inf where nothing is left."""
+        found = torch.from_numpy(self.search(question, self.candidates, filter_seen))
+        row, place = (found >= FIRST_ID).nonzero(as_tuple=True)
+        rows_of_history = question.seen.last(self.history_length)
+        scores_BC = torch.full(found.shape, -torch.inf)
+        for at in range(0, len(row), _ROWS):
+            part = slice(at, at + _ROWS)
+            batch = _candidates(question.batch, rows_of_history, row[part], found[row[part], place[part]])
+            scores_BC[row[part], place[part]] = self.ranker.logits(batch).float()  # type: ignore[operator]
+        best, order = scores_BC.sort(dim=1, descending=True, stable=True)
+        best, order = best[:, :k], order[:, :k]
+        ids = torch.where(best == -torch.inf, 0, found.gather(1, order))
+        short = (0, k - ids.shape[1])
+        return F.pad(ids, short).numpy(), F.pad(best, short, value=-torch.inf).numpy()
+
+
+def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor) -> Batch:
+    """One row per candidate: its user's row again, and the item."""
+    repeated = select(history, rows)
+    assert isinstance(repeated, Jagged)
+    return Batch(
+        user_B=batch.user_B[rows],
+        history=repeated,
+        target_Q=items,
+        user_features={name: select(feature, rows) for name, feature in batch.user_features.items()},
+        context={name: select(feature, rows) for name, feature in batch.context.items()},
+    )
 
 
 class Oracle:

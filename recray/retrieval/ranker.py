@@ -1,0 +1,39 @@
+"""The ranker behind a retriever: another run's checkpoint, trained on the same dataset."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from recray import checkpoint, storage
+from recray.config import Config
+from recray.data.prepared import PreparedDataset
+from recray.errors import ConfigError, LineageError
+from recray.models import Ranker
+from recray.records import CheckpointRecord
+
+
+def open_ranker(config: Config, dataset: PreparedDataset) -> tuple[nn.Module, int, int] | None:
+    """The model of `retrieval.ranker`, how many candidates it gets, and its history length; None where there is none.
+
+    Raises LineageError when it was trained on another dataset: its item ids mean other items.
+    """
+    if config.retrieval.ranker is None:
+        return None
+    folder = storage.join(config.retrieval.ranker, "checkpoint")
+    model, record = checkpoint.load_model(folder)
+    if not isinstance(model, Ranker):
+        name = record.config["model"]["name"]
+        raise ConfigError(f"retrieval.ranker = '{config.retrieval.ranker}' holds '{name}', which is no ranker")
+    if record.parents != [dataset.record.id]:
+        raise LineageError(
+            f"the ranker in {folder} was trained on {record.parents[0]}, not on {dataset.record.id} of {dataset.uri}: "
+            f"give both runs the same [data] and run.seed, and train the ranker again"
+        )
+    return model, config.retrieval.k, int(record.config["model"]["history_length"])
+
+
+def ranker_parents(config: Config) -> list[str]:
+    """Id of the ranker's checkpoint, for records."""
+    if config.retrieval.ranker is None:
+        return []
+    return [CheckpointRecord.read(storage.join(config.retrieval.ranker, "checkpoint")).id]
