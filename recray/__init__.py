@@ -24,15 +24,17 @@ _HOMES = {
     "train": "recray.training.driver",
     "index": "recray.retrieval.build",
     "evaluate": "recray.evaluation",
+    "recommend": "recray.recommendation",
     "RecrayError": "recray.errors",
 }
-__all__ = ["Config", "RecrayError", "evaluate", "index", "load_config", "prepare", "train"]
+__all__ = ["Config", "RecrayError", "evaluate", "index", "load_config", "prepare", "recommend", "train"]
 
 if TYPE_CHECKING:
     from recray.config import Config, load_config
     from recray.data.prepare import prepare
     from recray.errors import RecrayError
     from recray.evaluation import evaluate
+    from recray.recommendation import recommend
     from recray.retrieval.build import index
     from recray.training.driver import train
 

@@ -93,6 +93,22 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(render(recray.evaluate(recray.load_config(config, overrides or []))))
 
 
+@app.command()
+def recommend(
+    config: ConfigPath,
+    output: Annotated[str, typer.Option(help="folder or URI that the lists are written to, as Parquet")],
+    users: Annotated[
+        str | None, typer.Option(help="Parquet file of user keys (column data.columns.user); all users without it")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="items per user")] = 10,
+    overrides: Overrides = None,
+) -> None:
+    """Write every user's final list (user, item, rank, score): what the index finds, in the order of retrieval.ranker."""
+    import recray
+
+    recray.recommend(recray.load_config(config, overrides or []), output, users, k)
+
+
 def main() -> None:
     """Entry point: an error that recray raises on purpose is one message, not a traceback."""
     try:

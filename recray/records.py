@@ -58,7 +58,7 @@ class Record(BaseModel):
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
         stamped = self.model_copy(
             update={
-                "id": f"{self.file_name().removesuffix('.json')}-{digest}",
+                "id": f"{self.file_name().removesuffix('.json').lstrip('_')}-{digest}",
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "recray_version": metadata.version("recray"),
             }
@@ -197,3 +197,7 @@ class ListsRecord(Record):
     k: int
     counts: dict[str, int]  # users asked for, with a list of their own, with popular items
     files: list[str]
+
+    @classmethod
+    def file_name(cls) -> str:
+        return "_lists.json"  # readers of a folder of Parquet skip names that begin with '_'

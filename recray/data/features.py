@@ -2,7 +2,8 @@
 
 categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value
                     hashed: 0 missing, 2 + hash of the value modulo hash_buckets; nothing is unknown
-numeric             float32, (x - mean) / std with both from the fitted data; null, NaN and infinite become 0, the mean
+numeric             float32, (x - mean) / std with both from the fitted data, cut off at +-10; null, NaN and infinite
+                    become 0, the mean
                     log: the same of sign(x) log(1 + |x|)
                     quantiles: int32 ids, 0 missing (null, NaN, infinite), 2 + number of fitted edges <= x
 """
@@ -21,6 +22,7 @@ from recray.errors import DataError
 from recray.records import Feature
 
 _MAX_POINTS = 4096  # a distribution of numbers is kept as at most so many weighted points
+_LARGEST = 10.0  # standard deviations; one absurd value must not overflow a model that multiplies its inputs
 _MAX_INFERRED = 10_000  # distinct values up to which a column of strings or integers is taken for a category
 
 
@@ -136,7 +138,7 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
     if feature.kind == "numeric":
         x = _numbers(column)
         x = _log(x) if feature.log else x
-        scaled = (x - feature.mean) / feature.std
+        scaled = np.clip((x - feature.mean) / feature.std, -_LARGEST, _LARGEST)
         return pa.array(np.where(np.isfinite(x), scaled, 0.0).astype(np.float32))
     if feature.kind == "categorical":
         return _lookup(column, feature)

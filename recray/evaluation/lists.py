@@ -26,12 +26,13 @@ from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import duration
-from recray.errors import DataError, LineageError
+from recray.errors import DataError
 from recray.evaluation.shards import share_out
 from recray.metrics import ranked
 from recray.metrics.lists import ListCounts
 from recray.records import CheckpointRecord, IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
+from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
 from recray.retrieval.ranker import open_ranker, ranker_parents
 from recray.retrieval.systems import ExactSearch, IndexSearch, Oracle, Reranked, System
@@ -61,7 +62,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     started = time.perf_counter()
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
     record = CheckpointRecord.read(storage.join(config.run_uri, "checkpoint"))
-    index = _index_record(config, record)
+    index = index_of(config, record)
     if index is None:
         print(f"evaluate: there is no index in {config.run_uri}/index; exact search only", flush=True)
     if "item_filter" in config.evaluation.baselines and not _filter_fits(dataset):
@@ -86,18 +87,6 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         seconds=time.perf_counter() - started,
     )
     return report.write(storage.join(config.run_uri, "report"))
-
-
-def _index_record(config: Config, record: CheckpointRecord) -> IndexRecord | None:
-    uri = storage.join(config.run_uri, "index")
-    if not storage.exists(storage.join(uri, "index.json")):
-        return None
-    index = IndexRecord.read(uri)
-    if record.id not in index.parents:
-        raise LineageError(
-            f"the index in {uri} was built from {index.parents[0]}, not from {record.id}: run `recray index` on this checkpoint first"
-        )
-    return index
 
 
 def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:

@@ -14,7 +14,7 @@ from recray import checkpoint, runtime, storage
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.errors import ConfigError, LineageError
-from recray.records import IndexRecord
+from recray.records import CheckpointRecord, IndexRecord
 from recray.retrieval import embed, faiss_index
 from recray.retrieval.sweep import sweep
 
@@ -92,3 +92,16 @@ def index(config: Config) -> IndexRecord:
         flush=True,
     )
     return made
+
+
+def index_of(config: Config, record: CheckpointRecord) -> IndexRecord | None:
+    """The record of <run>/index, None where there is none. Raises LineageError when it is of another checkpoint."""
+    uri = storage.join(config.run_uri, "index")
+    if not storage.exists(storage.join(uri, "index.json")):
+        return None
+    index = IndexRecord.read(uri)
+    if record.id not in index.parents:
+        raise LineageError(
+            f"the index in {uri} was built from {index.parents[0]}, not from {record.id}: run `recray index` on this checkpoint first"
+        )
+    return index

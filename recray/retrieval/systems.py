@@ -34,6 +34,12 @@ class System(Protocol):
         ...
 
 
+class Scorer(System, Protocol):
+    def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The same, and (B, k) scores; -inf where nothing is left."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExactSearch:
     """Exact search with the model's vectors. vectors_ND: all items, row i is item id i."""
@@ -42,9 +48,12 @@ class ExactSearch:
     vectors_ND: Tensor
 
     def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
-        return top_k(_queries(self.model, question), self.vectors_ND, k, question.seen if filter_seen else None)[
-            0
-        ].numpy()
+        return self.scored(question, k, filter_seen)[0]
+
+    def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        exclude = question.seen if filter_seen else None
+        ids, scores = top_k(_queries(self.model, question), self.vectors_ND, k, exclude)
+        return ids.numpy(), scores.numpy()
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,11 @@ class IndexSearch:
     index: ItemIndex
 
     def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
+        return self.scored(question, k, filter_seen)[0]
+
+    def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
         exclude = (question.seen.values.numpy(), question.seen.offsets.numpy()) if filter_seen else None
-        return self.index.search(_queries(self.model, question).numpy(), k, exclude)[0]
+        return self.index.search(_queries(self.model, question).numpy(), k, exclude)
 
 
 @torch.inference_mode()

@@ -1,0 +1,73 @@
+"""Columns and rows that break other people's trainers: they train and score, or are refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import recray
+from recray.config import parse_config
+from recray.data.prepared import PreparedDataset
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+EVENTS = 900
+
+
+def _log(seed: int = 0) -> pa.Table:
+    """Impressions with a list column of 0 and of 10,000 entries, and numbers that are constant, all null, or infinite."""
+    rng = np.random.default_rng(seed)
+    tags = [rng.integers(0, 50, 3).tolist() for _ in range(EVENTS)]
+    tags[5], tags[6], tags[700] = [], None, rng.integers(0, 50, 10_000).tolist()
+    price = rng.normal(size=EVENTS)
+    price[[3, 4, 800, 801]] = [np.inf, -np.inf, np.nan, 1e30]
+    return pa.table(
+        {
+            "user_id": rng.integers(0, 60, EVENTS),
+            "item_id": rng.integers(0, 40, EVENTS),
+            "timestamp": np.sort(rng.integers(0, 10_000_000, EVENTS)) + 1_600_000_000,
+            "label": rng.integers(0, 2, EVENTS),
+            "tags": pa.array(tags, pa.list_(pa.int64())),
+            "price": price,
+            "constant": np.full(EVENTS, 7.0),
+            "nothing": pa.array([None] * EVENTS, pa.float64()),
+            "amount": rng.lognormal(size=EVENTS),
+        }
+    )
+
+
+@pytest.mark.parametrize("model", ["din", "dlrm", "dcn_v2", "wide_deep"])
+def test_odd_columns_train_and_score(model: str, tmp_path: Path) -> None:
+    pq.write_table(_log(), tmp_path / "log.parquet")
+    context = ["tags", "price", "constant", "nothing", "amount"]
+    table = {
+        "run": {"output": str(tmp_path)},
+        "data": {
+            "path": str(tmp_path / "log.parquet"),
+            "columns": {"timestamp": "timestamp", "label": "label", "context": context},
+            "context_features": {
+                "tags": {"kind": "list", "hash_buckets": 32},
+                "amount": {"kind": "numeric", "scale": "quantiles", "quantiles": 8},
+            },
+            "split": {"valid": 0.2, "test": 0.2},
+        },
+        "model": {"name": model, "dim": 4, "hidden": [8]},
+        "training": {"epochs": 1, "global_batch_size": 64},
+        "scaling": {"num_workers": 0},
+        "evaluation": {"bootstrap": 0},
+    }
+    config = parse_config(table)
+    recray.prepare(config)
+    dataset = PreparedDataset.open(f"{config.run_uri}/dataset")
+    features = {feature.name: feature for feature in dataset.record.features}
+    assert features["constant"].std == 1.0 and features["nothing"].mean == 0.0
+    assert features["price"].mean < 1e6, "a value of 1e30 lies in the test period; train alone is fitted on"
+    record = recray.train(config)
+    assert all(np.isfinite(entry["loss"]) for entry in record.history)
+    report = recray.evaluate(config)
+    assert np.isfinite(report.metrics["model"]["log_loss"].value)
+    # A user and an item that training never saw are among those scored.
+    assert (
+        report.counts["impressions"] == dataset.record.counts["events_test"] + dataset.record.counts["negatives_test"]
+    )
