@@ -5,9 +5,8 @@ The first layer over [q, k, q - k, q * k] is linear in k once q is given, so eac
     W [q, k, q - k, q * k] + b  =  c + M' k,     c = (Wq + Wd) q + b     M' = (Wk - Wd) + Wp diag(q)
 
 which is the same function for a quarter of the products. On a CPU rows go through in
-chunks of about equal lengths that stay in its cache, and backward makes a chunk's
-activations again: a batch's activations would be hundreds of megabytes, and fresh
-memory costs more than the arithmetic.
+chunks of about equal lengths that stay in its cache. Activations of the first chunks
+are kept for backward; those of a larger batch are made again, so memory stays bounded.
 
 Shape legend: B rows, U distinct items, I item width, C and H channels of the two
 layers, R rows of a chunk, L entries of its longest row, T entries of all rows.
@@ -26,6 +25,7 @@ from recray.models.batch import Jagged
 from recray.models.dice import Dice, dice, dice_grad
 
 _CHUNK = 8_192  # entries; two or three tensors of 64 channels fit a core's share of the cache
+_KEPT = 32  # chunks whose activations wait for backward, 11 MB each with 64 and 32 channels
 _SAMPLED = 6  # chunks that Dice learns its averages from, spread over all lengths
 
 
@@ -131,10 +131,15 @@ class _Chunked(torch.autograd.Function):
         out = torch.zeros_like(q)
         sums_1, sums_2 = q.new_zeros(2, len(layers.key_CI)), q.new_zeros(2, len(layers.w2_HC))
         sampled = q.new_zeros(())
+        ctx.kept = []
+        num_kept = _KEPT if any(ctx.needs_input_grad) else 0
         stride = -(-len(chunks) // _SAMPLED)
         for number, chunk in enumerate(chunks):
             rows = chunk.rows_R
-            k, _, x1, _, _, x2, _, _, w = layers.activations(chunk, q[rows], c[rows], v)
+            made = layers.activations(chunk, q[rows], c[rows], v)
+            k, _, x1, _, _, x2, _, _, w = made
+            if number < num_kept:
+                ctx.kept.append(made)
             out[rows] = torch.bmm(w[:, None], k)[:, 0]
             if number % stride == 0:
                 real = chunk.real_RL.view(-1)
@@ -158,7 +163,8 @@ class _Chunked(torch.autograd.Function):
         for chunk in ctx.chunks:
             rows = chunk.rows_R
             q_RI, g_RI = q[rows], grad_out[rows]
-            k, m, x1, p1, a1, x2, p2, a2, w = layers.activations(chunk, q_RI, c[rows], v)
+            made = ctx.kept.pop(0) if ctx.kept else layers.activations(chunk, q_RI, c[rows], v)
+            k, m, x1, p1, a1, x2, p2, a2, w = made
             dw = (k * g_RI[:, None]).sum(2).mul_(chunk.real_RL).view(-1)
             db3 += dw.sum()
             dw3[0] += dw @ a2

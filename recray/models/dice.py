@@ -65,7 +65,7 @@ def dice(x: Tensor, alpha: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor
 
 def dice_grad(grad: Tensor, x: Tensor, p: Tensor, alpha: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients with respect to x and alpha, from that of the output."""
-    y = (1 - p).mul_(x)
+    y = torch.addcmul(x, p, x, value=-1)
     d_alpha = (grad * y).sum(0)
     # d/dx of alpha x + (1 - alpha) x p(x): alpha + (1 - alpha) p (1 + x (1 - p) scale)
     slope = torch.addcmul(1 - alpha, y, (1 - alpha) * scale)

@@ -31,7 +31,7 @@ from recray.models.batch import Batch
 from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
 from recray.training import optim
-from recray.training.context import Context
+from recray.training.context import Context, keep_memory
 from recray.training.position import Phase, Position, refit_phase
 from recray.training.progress import Progress
 from recray.training.validation import validate, validate_clicks
@@ -39,6 +39,7 @@ from recray.training.validation import validate, validate_clicks
 
 def fit(config: Config, context: Context, losses: list[float] | None = None) -> None:
     """Train on <run>/dataset until the best epoch is known, then refit where the configuration says so."""
+    keep_memory()
     select = Phase("train", config.training.epochs)
     run(config, context, select, losses)
     if config.training.refit:

@@ -1,6 +1,5 @@
 """Two workers with half a batch each take the steps that one worker takes with all of it, for every model."""
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -94,9 +93,9 @@ def _trained(name: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
-def _work(rank: int, port: int, folder: str) -> None:
+def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name in MODELS:
         state = _trained(name, rank, 2)
         if rank == 0:
@@ -107,10 +106,7 @@ def _work(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    mp.spawn(_work, (port, str(folder)), nprocs=2)
+    mp.spawn(_work, (str(folder),), nprocs=2)
     return folder
 
 
