@@ -100,6 +100,7 @@ def _work(rank: int, folder: str) -> None:
         state = _trained(name, rank, 2)
         if rank == 0:
             torch.save(state, f"{folder}/{name}.pt")
+    dist.barrier()  # nobody leaves while the other still works
     dist.destroy_process_group()
 
 
