@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from recray import registry, storage
 from recray.config import Config
+from recray.data.prepared import PreparedDataset
+from recray.errors import LineageError
 from recray.models.batch import Feature, ItemTable, Jagged
 from recray.records import CheckpointRecord, DatasetRecord
 
@@ -40,6 +42,17 @@ def save(
         torch.save(state, buffer)
         storage.write_bytes(storage.join(folder, "state.pt"), buffer.getvalue())
     return record.write(folder)
+
+
+def record_of(folder: str, dataset: PreparedDataset) -> CheckpointRecord:
+    """The record of a checkpoint that was trained on this dataset. Raises LineageError where it was another."""
+    record = CheckpointRecord.read(folder)
+    if record.parents != [dataset.record.id]:
+        raise LineageError(
+            f"{folder} was trained on {', '.join(record.parents)}, but {dataset.uri} is {dataset.record.id}, whose ids mean "
+            f"other items: train again, or prepare with the [data] and run.seed of that training"
+        )
+    return record
 
 
 def load_state(folder: str) -> dict[str, Any]:

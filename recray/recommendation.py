@@ -27,7 +27,7 @@ from recray.data.split import SPLITS
 from recray.errors import DataError
 from recray.evaluation.shards import share_out
 from recray.models.batch import FIRST_ID
-from recray.records import CheckpointRecord, ListsRecord
+from recray.records import ListsRecord
 from recray.retrieval import embed
 from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
@@ -44,10 +44,10 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
     """
     started = time.perf_counter()
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
-    record = CheckpointRecord.read(storage.join(config.run_uri, "checkpoint"))
+    record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     index = index_of(config, record)
     wanted = None if users is None else _keys(users, config.data.columns.user, dataset)
-    storage.delete_folder(output)
+    _clear(output)
     names = [info.uri.rpartition("/")[2] for info in storage.list_files(storage.join(dataset.uri, "users"))]
     work = partial(_recommend_parts, config, output, names, wanted, k)
     parts = share_out("recommend", work, config, len(names))
@@ -69,6 +69,17 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
         flush=True,
     )
     return lists
+
+
+def _clear(output: str) -> None:
+    """Make room for the lists. Raises DataError where the folder holds anything but lists of an earlier call."""
+    if not storage.exists(output):
+        return
+    if not storage.exists(storage.join(output, ListsRecord.file_name())):
+        raise DataError(
+            f"{output} is there and holds no lists of recray: give --output a folder that does not exist yet"
+        )
+    storage.delete_folder(output)
 
 
 def _keys(uri: str, column: str, dataset: PreparedDataset) -> pa.Array:

@@ -6,6 +6,7 @@ and what an error quotes. Nothing here touches a file, Ray or torch.
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,12 @@ class RunConfig(Section):
     name: str = Field("run", description="name of the run; its artefacts live in <output>/<name>/")
     output: str = Field("runs", description="folder or URI (local, s3://, gs://) under which runs are written")
     seed: int = Field(1, ge=0, description="seed of every random choice")
+
+    @field_validator("output")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        # A worker starts in a folder of its own, where a relative path means another place.
+        return value if "://" in value else os.path.abspath(value)
 
 
 class ColumnsConfig(Section):
@@ -187,7 +194,9 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     clip_norm: float = Field(0.0, ge=0, description="largest global gradient norm; 0 = no clipping")
     embedding_decay: float = Field(
-        0.0, ge=0, description="weight decay of embedding tables; of large ones, of the rows a batch touches"
+        0.0,
+        ge=0,
+        description="weight decay of embedding tables, of large ones the rows a batch touches; 0 = as weight_decay, none for large ones",
     )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0 = off")
 

@@ -8,6 +8,7 @@ chooses in a later split may be, because not to draw it would tell of the future
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -32,11 +33,15 @@ class Sampler:
     item_S: np.ndarray | None = None
     share: float = 1.0
 
+    @cached_property
+    def _cumulative_N(self) -> np.ndarray:
+        return np.cumsum(self.counts_N)
+
     def items(self, rng: np.random.Generator, time_M: np.ndarray) -> np.ndarray:
         """(M,) ids for negatives at these times."""
         if self.config.draw == "uniform":
             return rng.integers(_FIRST, _FIRST + len(self.counts_N), len(time_M))
-        total = np.cumsum(self.counts_N)
+        total = self._cumulative_N
         popular = np.searchsorted(total, rng.integers(0, total[-1], len(time_M)), side="right") + _FIRST
         if self.config.draw == "popularity" or self.time_S is None or self.item_S is None:
             return popular
@@ -83,4 +88,6 @@ def draw(
 
 def sampled(order_E: np.ndarray, share: float) -> np.ndarray:
     """(E,) bool: a sample by the unique order of events, the same on every run."""
+    if not share:
+        return np.zeros(len(order_E), bool)
     return np.asarray(mix(order_E.astype(np.int64).view(np.uint64)).astype(np.float64) / 2.0**64 < share)

@@ -165,6 +165,12 @@ class _Work:
         keys = items["item"].combine_chunks()
         encoders = buckets.Encoders(keys, context, user, users, sampler, self.config.min_history, self.seed)
         shards = self._write(stats, counts, boundaries, draw, encoders)
+        for name in SPLITS:
+            if not shards[name]:
+                raise DataError(
+                    f"no event of the {name} split has {self.config.min_history} earlier ones of its user: "
+                    f"lower data.min_history ({self.config.min_history}), or check data.split"
+                )
         schema, _ = storage.read_schema(storage.join(self.uri, shards["train"][0].file))
         return DatasetRecord(
             config=wanted,

@@ -21,7 +21,7 @@ from recray.errors import DataError
 from recray.evaluation.shards import share_out
 from recray.metrics.clicks import NAMES, RANKING, Clicks
 from recray.models import Ranker
-from recray.records import CheckpointRecord, Interval, ReliabilityBin, ReportRecord
+from recray.records import Interval, ReliabilityBin, ReportRecord
 
 _BATCH = 8192
 _Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logit
@@ -31,7 +31,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     """Evaluate <run>/checkpoint on a split; writes <run>/report/report.json."""
     started = time.perf_counter()
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
-    record = CheckpointRecord.read(storage.join(config.run_uri, "checkpoint"))
+    record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     parts = share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     if not parts:
         raise DataError(f"the {split} split has no impressions: check data.split and data.min_history")

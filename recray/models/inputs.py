@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recray.config import ModelOptions
 from recray.errors import ConfigError
 from recray.models.batch import Batch, Feature, ItemTable, Jagged
-from recray.models.parts import mean_pool, select, table
+from recray.models.parts import ItemFeatures, mean_pool, table
 from recray.records import DatasetRecord
 from recray.records import Feature as FeatureRecord
 
@@ -117,13 +117,7 @@ class Inputs(nn.Module):
         self.context = Columns(by_role["context"], {}, options)
         self.item = Columns(by_role["item"], {"item": dataset.num_items}, options)
         self.num_items = dataset.num_items
-        self._features = list(items.features)
-        for name, feature in items.features.items():
-            if isinstance(feature, Jagged):
-                self.register_buffer(f"item_{name}_values", feature.values)
-                self.register_buffer(f"item_{name}_offsets", feature.offsets)
-            else:
-                self.register_buffer(f"item_{name}", feature)
+        self.item_features = ItemFeatures(items)
 
     @property
     def item_width(self) -> int:
@@ -170,12 +164,7 @@ class Inputs(nn.Module):
             distinct, index = torch.arange(self.num_items, device=ids.device), ids
         else:
             distinct, index = torch.unique(ids, return_inverse=True)
-        features = {name: select(self._feature(name), distinct) for name in self._features}
-        part = self.item({"item": distinct} | features, distinct)
+        ids_and_features: dict[str, Feature] = {"item": distinct} | self.item_features(distinct)
+        part = self.item(ids_and_features, distinct)
         num = len(batch.target_Q)
         return Items(part, index[:num], Jagged(index[num:], batch.history.offsets))
-
-    def _feature(self, name: str) -> Feature:
-        if f"item_{name}" in self._buffers:
-            return self.get_buffer(f"item_{name}")
-        return Jagged(self.get_buffer(f"item_{name}_values"), self.get_buffer(f"item_{name}_offsets"))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recray.models.batch import PAD, Feature, Jagged
+from recray.models.batch import PAD, Feature, ItemTable, Jagged
 from recray.records import Feature as FeatureRecord
 
 
@@ -53,6 +53,28 @@ class FeatureEncoder(nn.Module):
             else:
                 parts.append(self.tables[record.name](value))
         return torch.cat(parts, dim=1)
+
+
+class ItemFeatures(nn.Module):
+    """The features of the item table as buffers on the model's device; ids -> their rows."""
+
+    def __init__(self, items: ItemTable) -> None:
+        super().__init__()
+        self._names = list(items.features)
+        for name, feature in items.features.items():
+            if isinstance(feature, Jagged):
+                self.register_buffer(f"{name}_values", feature.values)
+                self.register_buffer(f"{name}_offsets", feature.offsets)
+            else:
+                self.register_buffer(f"{name}_column", feature)
+
+    def forward(self, item_ids: Tensor) -> dict[str, Feature]:
+        return {name: select(self._feature(name), item_ids) for name in self._names}
+
+    def _feature(self, name: str) -> Feature:
+        if f"{name}_column" in self._buffers:
+            return self.get_buffer(f"{name}_column")
+        return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
 
 
 def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequential:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from recray.config import ModelOptions
 from recray.models import Examples
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.parts import FeatureEncoder, mean_pool, mlp, select, table
+from recray.models.batch import Batch, ItemTable
+from recray.models.parts import FeatureEncoder, ItemFeatures, mean_pool, mlp, table
 from recray.records import DatasetRecord
 
 
@@ -65,13 +65,7 @@ class TwoTower(nn.Module):
         self.item_mlp = (
             mlp(dim + item_side, options.hidden, dim, options.dropout) if item_side or options.hidden else None
         )
-        self._feature_names = list(items.features)
-        for name, feature in items.features.items():
-            if isinstance(feature, Jagged):
-                self.register_buffer(f"item_{name}_values", feature.values)
-                self.register_buffer(f"item_{name}_offsets", feature.offsets)
-            else:
-                self.register_buffer(f"item_{name}", feature)
+        self.item_rows = ItemFeatures(items)
 
     def query_vectors(self, batch: Batch) -> Tensor:
         q_BD = torch.zeros(batch.num_rows, self.options.dim, device=batch.user_B.device)
@@ -94,16 +88,10 @@ class TwoTower(nn.Module):
         if self.item_mlp is not None:
             parts = [v_ND]
             if self.item_features is not None:
-                features = {name: select(self._feature(name), item_ids) for name in self._feature_names}
-                parts.append(self.item_features(features))
+                parts.append(self.item_features(self.item_rows(item_ids)))
             v_ND = v_ND + self.item_mlp(torch.cat(parts, dim=1))
         v_ND = F.normalize(v_ND, dim=-1) if self.options.normalize else v_ND
         return v_ND if self.bias is None else torch.cat([v_ND, self.bias(item_ids)], dim=1)
-
-    def _feature(self, name: str) -> Tensor | Jagged:
-        if f"item_{name}" in self._buffers:
-            return self.get_buffer(f"item_{name}")
-        return Jagged(self.get_buffer(f"item_{name}_values"), self.get_buffer(f"item_{name}_offsets"))
 
 
 def build(options: Options, dataset: DatasetRecord, items: ItemTable) -> TwoTower:

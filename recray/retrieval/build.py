@@ -29,11 +29,8 @@ def index(config: Config) -> IndexRecord:
         )
     source, target = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
     dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
-    model, record = checkpoint.load_model(source)
-    if record.parents != [dataset.record.id]:
-        raise LineageError(
-            f"{source} was trained on {record.parents}, but {dataset.uri} is {dataset.record.id}: train again, or prepare the old dataset"
-        )
+    record = checkpoint.record_of(source, dataset)
+    model, _ = checkpoint.load_model(source)
     if storage.exists(storage.join(target, "index.json")):
         old = IndexRecord.read(target)
         wanted = config.model_dump(mode="json")["retrieval"]

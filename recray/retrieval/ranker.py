@@ -7,7 +7,7 @@ from torch import nn
 from recray import checkpoint, storage
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
-from recray.errors import ConfigError, LineageError
+from recray.errors import ConfigError
 from recray.models import Ranker
 from recray.records import CheckpointRecord
 
@@ -20,15 +20,11 @@ def open_ranker(config: Config, dataset: PreparedDataset) -> tuple[nn.Module, in
     if config.retrieval.ranker is None:
         return None
     folder = storage.join(config.retrieval.ranker, "checkpoint")
-    model, record = checkpoint.load_model(folder)
+    record = checkpoint.record_of(folder, dataset)
+    model, _ = checkpoint.load_model(folder)
     if not isinstance(model, Ranker):
         name = record.config["model"]["name"]
         raise ConfigError(f"retrieval.ranker = '{config.retrieval.ranker}' holds '{name}', which is no ranker")
-    if record.parents != [dataset.record.id]:
-        raise LineageError(
-            f"the ranker in {folder} was trained on {record.parents[0]}, not on {dataset.record.id} of {dataset.uri}: "
-            f"give both runs the same [data] and run.seed, and train the ranker again"
-        )
     return model, config.retrieval.k, int(record.config["model"]["history_length"])
 
 

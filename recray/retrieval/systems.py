@@ -88,10 +88,13 @@ class Reranked:
     def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
         return self.scored(question, k, filter_seen)[0]
 
-    @torch.inference_mode()
     def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(B, k) item ids, best first, and their logits; 0 and -inf where nothing is left."""
-        found = torch.from_numpy(self.search(question, self.candidates, filter_seen))
+        return self.order(question, self.search(question, self.candidates, filter_seen), k)
+
+    @torch.inference_mode()
+    def order(self, question: Question, found_BC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of the candidates found, and their logits; 0 and -inf where nothing is left."""
+        found = torch.from_numpy(found_BC)
         row, place = (found >= FIRST_ID).nonzero(as_tuple=True)
         rows_of_history = question.seen.last(self.history_length)
         scores_BC = torch.full(found.shape, -torch.inf)

@@ -118,8 +118,7 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
                     f"set optim.clip_norm = 1.0, or training.precision = 'fp32'"
                 )
             if config.optim.clip_norm:
-                optimizer.unscale(scaler)
-                nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+                optimizer.clip(scaler, config.optim.clip_norm)
             optimizer.step(scaler)
             ema.update()
             position.step += 1

@@ -36,7 +36,8 @@ class Optimizers:
         self._sparse = [m.weight for m in embeddings if m.sparse]
         sparse_ids = {id(p) for p in self._sparse}
         table_ids = {id(m.weight) for m in embeddings} - sparse_ids
-        dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        dense = [p for p in self._parameters if id(p) not in sparse_ids]
         groups = [
             {"params": [p for p in dense if id(p) not in table_ids], "weight_decay": config.weight_decay},
             {
@@ -61,9 +62,21 @@ class Optimizers:
             for group in part.param_groups:
                 group["lr"] = value
 
-    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+    @torch.no_grad()
+    def clip(self, scaler: torch.amp.GradScaler, largest: float) -> None:
+        """Scale all gradients so that their global norm is at most `largest` (torch's own clips no sparse ones)."""
         for part in self._parts:
             scaler.unscale_(part)
+        gradients = []
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+                gradients.append(parameter.grad._values())
+            elif parameter.grad is not None:
+                gradients.append(parameter.grad)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        for gradient in gradients:
+            gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
         """Update, and forget the gradients."""

@@ -10,6 +10,7 @@ from torch import nn
 from recray.batches import impressions, questions
 from recray.config import EvaluationConfig
 from recray.data.prepared import PreparedDataset
+from recray.errors import DataError
 from recray.metrics import ranked
 from recray.metrics.clicks import Clicks
 from recray.models import Ranker, Retriever
@@ -71,4 +72,11 @@ def validate_clicks(
     model.train()  # type: ignore[attr-defined]
     gathered = context.all_gather(torch.cat(scored).to(context.device))
     user, logit, label, weight = np.asarray(gathered.cpu()).T
-    return Clicks(user, logit, label, weight).metrics()[metric]
+    value = Clicks(user, logit, label, weight).metrics()[metric]
+    if not np.isfinite(value):
+        raise DataError(
+            f"{metric} needs clicks and non-clicks, and the validation split has {int((label > 0).sum()):,} clicks in "
+            f"{len(label):,} impressions{' and no user with both' if metric.startswith('gauc') else ''}: "
+            f"set training.metric = 'log_loss', or check data.columns.label and data.split"
+        )
+    return value

@@ -10,7 +10,7 @@ import recray
 from recray import checkpoint, storage
 from recray.config import Config, parse_config
 from recray.data.prepared import PreparedDataset
-from recray.errors import ConfigError
+from recray.errors import ConfigError, DataError, LineageError
 from recray.report.text import render
 
 
@@ -121,3 +121,17 @@ def test_what_does_not_fit_is_refused(run: Config, tmp_path: Path) -> None:
     recray.prepare(plain)
     with pytest.raises(ConfigError, match=r"has no labels: set data.columns.label, or data.negatives"):
         recray.train(plain)
+
+
+def test_a_split_without_targets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no event of the train split has 5000 earlier ones .* lower data.min_history"):
+        recray.prepare(_config(tmp_path, "data.min_history=5000"))
+    assert not (tmp_path / "clicks" / "dataset").exists()
+
+
+def test_a_checkpoint_of_another_dataset_is_refused(run: Config, tmp_path: Path) -> None:
+    other = _config(tmp_path, "run.seed=2", "scaling.num_workers=0")
+    recray.prepare(other)
+    shutil.copytree(f"{run.run_uri}/checkpoint", f"{other.run_uri}/checkpoint")
+    with pytest.raises(LineageError, match=r"was trained on dataset-.*whose ids mean other items"):
+        recray.evaluate(other)

@@ -187,3 +187,17 @@ def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
     assert [int(entry["epoch"]) for entry in record.history][-1] <= done + 2
     state = checkpoint.load_state(last_epoch(shorter))
     assert state["step"] == (done + 2) * checkpoint.load_state(last_epoch(run))["step"] // 3
+
+
+def test_a_relative_output_means_the_same_folder_to_a_worker(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    config = _config(Path("runs"), "training.epochs=1", "scaling.num_workers=1")
+    assert config.run_uri == str(tmp_path / "runs" / "small")
+    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset")
+    monkeypatch.chdir("/")  # as a worker, which starts in a folder of its own
+    recray.train(config)
+    assert (tmp_path / "runs" / "small" / "checkpoint" / "checkpoint.json").exists()

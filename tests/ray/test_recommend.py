@@ -124,5 +124,15 @@ def test_what_does_not_fit_is_refused(run: Config, tmp_path: Path) -> None:
     other = _config(tmp_path, "dlrm", "run.seed=2")
     recray.prepare(other)
     recray.train(other)
-    with pytest.raises(LineageError, match=r"was trained on dataset-.*give both runs the same \[data\]"):
+    with pytest.raises(LineageError, match=r"was trained on dataset-.*prepare with the \[data\] and run.seed of that"):
         recray.evaluate(parse_config(run.model_dump(mode="json"), [f"retrieval.ranker={other.run_uri}"]))
+
+
+def test_a_folder_of_the_users_is_never_emptied(run: Config, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(DataError, match="is there and holds no lists of recray"):
+        recray.recommend(run, str(tmp_path / "thesis"))
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    for _ in range(2):  # lists of an earlier call make room
+        recray.recommend(run, str(tmp_path / "lists"), k=3)

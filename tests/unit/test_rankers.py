@@ -256,3 +256,21 @@ def test_click_loss_by_hand() -> None:
     for pair in pairs:  # the rows are paired with each other or with themselves
         assert pair.tolist() == pytest.approx([2 * 0.2410084] * 2, rel=1e-4) or not pair.any()
     assert any(pair.any() for pair in pairs)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_clipping_equals_torchs_on_dense_gradients(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sparse:
+        monkeypatch.setattr(inputs, "SPARSE_ABOVE", 4)
+    model, batch = _model("dcn_v2"), _batch(True)
+    loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
+    loss.backward()
+    dense = [parameter.grad.to_dense().clone() for parameter in model.parameters() if parameter.grad is not None]
+    holders = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in dense]
+    for holder, gradient in zip(holders, dense, strict=True):
+        holder.grad = gradient
+    torch.nn.utils.clip_grad_norm_(holders, 0.01)
+    Optimizers(OptimConfig(), model).clip(torch.amp.GradScaler("cpu", enabled=False), 0.01)
+    mine = [parameter.grad.to_dense() for parameter in model.parameters() if parameter.grad is not None]
+    for found, holder in zip(mine, holders, strict=True):
+        assert holder.grad is not None and torch.allclose(found, holder.grad, atol=1e-7)
