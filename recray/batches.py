@@ -1,8 +1,4 @@
-"""Prepared rows to batches: numpy and torch, no Ray.
-
-The plan of an epoch is arithmetic: from (seed, epoch, rank, world size) every worker
-knows which examples are its own, equal to within one over the workers, so nobody
-waits for anybody at the end and nothing is dropped.
+"""Prepared rows to batches: numpy and torch, no Ray. Which rows are whose says recray.plan.
 
 An example is a training event ("events": its history is the window before it, cut
 from the user's list by offsets; "others": it is the rest of the list), a user
@@ -23,17 +19,7 @@ import torch
 from recray.data.prepared import PreparedDataset
 from recray.models import Examples
 from recray.models.batch import FIRST_ID, Batch, Feature, ItemTable, Jagged
-from recray.records import Shard
-
-
-@dataclass(frozen=True)
-class ShardSlice:
-    """Examples start:stop of a shard in the order of its epoch's permutation."""
-
-    epoch: int
-    shard: int
-    start: int
-    stop: int
+from recray.plan import ShardSlice
 
 
 @dataclass(frozen=True)
@@ -49,55 +35,6 @@ class Decay:
     def __call__(self, time: np.ndarray) -> np.ndarray:
         weight = np.exp2(np.minimum(time - self.until, 0) / self.half_life)
         return np.where(weight < 2.0**-20, 0.0, weight)
-
-
-@dataclass(frozen=True)
-class ShardGroup:
-    """Files whose rows are read and shuffled as one table."""
-
-    files: tuple[str, ...]
-    rows: int
-    events: int
-    impressions: int
-
-    @staticmethod
-    def of(*shards: Shard) -> ShardGroup:
-        return ShardGroup(
-            tuple(s.file for s in shards),
-            sum(s.rows for s in shards),
-            sum(s.events for s in shards),
-            sum(s.impressions for s in shards),
-        )
-
-
-def num_examples(shard: ShardGroup, examples: Examples) -> int:
-    if examples == "impressions":
-        return shard.impressions
-    return shard.rows if examples == "sequences" else shard.events
-
-
-def plan(
-    shards: list[ShardGroup], seed: int, epoch: int, rank: int, world_size: int, examples: Examples
-) -> list[ShardSlice]:
-    """This worker's part of an epoch: a contiguous share of the shuffled shards."""
-    order = np.random.default_rng([seed, epoch, 1]).permutation(len(shards))
-    total = sum(num_examples(shard, examples) for shard in shards)
-    begin, end = rank * total // world_size, (rank + 1) * total // world_size
-    slices, at = [], 0
-    for index in order.tolist():
-        size = num_examples(shards[index], examples)
-        start, stop = max(begin - at, 0), min(end - at, size)
-        if start < stop:
-            slices.append(ShardSlice(epoch, index, start, stop))
-        at += size
-    return slices
-
-
-def steps_per_epoch(shards: list[ShardGroup], world_size: int, batch_size: int, examples: Examples) -> int:
-    """Batches of the worker with most examples; the others pad with a batch of weight 0."""
-    total = sum(num_examples(shard, examples) for shard in shards)
-    largest = -(-total // world_size)
-    return -(-largest // batch_size)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from recray import storage
-from recray.batches import ShardGroup, ShardSlice
 from recray.config import ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import ResourceError
+from recray.plan import ShardGroup, ShardSlice
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 

@@ -11,17 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recray import registry, storage
-from recray.batches import (
-    Decay,
-    ShardGroup,
-    ShardSlice,
-    cut,
-    item_table,
-    num_examples,
-    padding_like,
-    plan,
-    steps_per_epoch,
-)
+from recray.batches import Decay, cut, item_table, padding_like
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.split import duration
@@ -30,6 +20,7 @@ from recray.models import Examples, Ranker
 from recray.models.batch import Batch
 from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
+from recray.plan import ShardGroup, ShardSlice, num_examples, plan, steps_per_epoch
 from recray.training import optim
 from recray.training.context import Context, keep_memory
 from recray.training.position import Phase, Position, refit_phase

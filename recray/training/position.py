@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from recray import checkpoint, storage
-from recray.batches import ShardGroup
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.metrics.clicks import LOWER_IS_BETTER
+from recray.plan import ShardGroup
 from recray.records import CheckpointRecord, Shard
 from recray.training import optim
 

@@ -5,18 +5,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.batches import (
-    Decay,
-    ShardGroup,
-    ShardSlice,
-    cut,
-    impressions,
-    padding_like,
-    plan,
-    questions,
-    steps_per_epoch,
-)
+from recray.batches import Decay, cut, impressions, padding_like, questions
 from recray.models.batch import Jagged
+from recray.plan import ShardGroup, ShardSlice, plan, steps_per_epoch
 
 
 def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table:

@@ -120,7 +120,8 @@ def test_sasrec_jagged_equals_one_row_at_a_time() -> None:
 def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
     import pyarrow as pa
 
-    from recray.batches import ShardSlice, cut
+    from recray.batches import cut
+    from recray.plan import ShardSlice
 
     table = pa.table(
         {
