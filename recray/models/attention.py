@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.models.batch import Jagged
-from recray.models.dice import Dice, dice, dice_grad
+from recray.models.dice import Dice, dice, dice_grad, dice_slope
 
 _CHUNK = 8_192  # entries; two or three tensors of 64 channels fit a core's share of the cache
 _KEPT = 32  # chunks whose activations wait for backward, 11 MB each with 64 and 32 channels
@@ -40,6 +40,9 @@ class TargetAttention(nn.Module):
         self.dice_1, self.dice_2 = Dice(first), Dice(second)
         self.second = nn.Linear(first, second)
         self.out = nn.Linear(second, 1)
+        # Every entry weighs 1 at first: attention begins as mean pooling and departs from it where the data says so.
+        nn.init.zeros_(self.out.weight)
+        nn.init.ones_(self.out.bias)
 
     def forward(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
         """(B, I). history: indices into v_UI, oldest first. An empty history gives zeros."""
@@ -165,11 +168,13 @@ class _Chunked(torch.autograd.Function):
             q_RI, g_RI = q[rows], grad_out[rows]
             made = ctx.kept.pop(0) if ctx.kept else layers.activations(chunk, q_RI, c[rows], v)
             k, m, x1, p1, a1, x2, p2, a2, w = made
-            dw = (k * g_RI[:, None]).sum(2).mul_(chunk.real_RL).view(-1)
+            dw = torch.bmm(k, g_RI[:, :, None]).view(w.shape).mul_(chunk.real_RL).view(-1)
             db3 += dw.sum()
             dw3[0] += dw @ a2
-            dx2, d_alpha = dice_grad(torch.outer(dw, layers.w3_1H[0]), x2, p2, layers.alpha_2, scale_2)
-            d_alpha_2 += d_alpha
+            # The gradient of a2 is dw (x) w3: never made, w3 goes into the channels' factors.
+            slope, y2 = dice_slope(x2, p2, layers.alpha_2, scale_2, layers.w3_1H[0])
+            d_alpha_2 += layers.w3_1H[0] * (dw @ y2)
+            dx2 = slope.mul_(dw[:, None])
             db2 += dx2.sum(0)
             dw2.addmm_(dx2.T, a1)
             dx1, d_alpha = dice_grad(dx2 @ layers.w2_HC, x1, p1, layers.alpha_1, scale_1)
@@ -180,6 +185,6 @@ class _Chunked(torch.autograd.Function):
             d_key += dm.sum(0)
             dq[rows] = (dm * layers.product_CI).sum(1)
             d_product += dm.mul_(q_RI[:, None]).sum(0)
-            dk = torch.baddbmm(w[:, :, None] * g_RI[:, None], dx1, m)
+            dk = torch.bmm(dx1, m).baddbmm_(w[:, :, None], g_RI[:, None])
             dv.index_add_(0, chunk.index_RL.view(-1), dk.view(-1, dk.shape[2]))
         return (dq, dv, dc, *grads, None, None)

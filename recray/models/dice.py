@@ -63,13 +63,18 @@ def dice(x: Tensor, alpha: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor
     return torch.addcmul(alpha, p, 1 - alpha).mul_(x), p
 
 
+def dice_slope(x: Tensor, p: Tensor, alpha: Tensor, scale: Tensor, factor: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Dice's derivative with respect to x, times `factor` of each channel; and that with respect to alpha."""
+    y = torch.addcmul(x, p, x, value=-1)
+    # d/dx of alpha x + (1 - alpha) x p(x): alpha + (1 - alpha) p (1 + x (1 - p) scale)
+    slope = torch.addcmul((1 - alpha) * factor, y, (1 - alpha) * scale * factor)
+    return torch.addcmul(alpha * factor, slope, p), y
+
+
 def dice_grad(grad: Tensor, x: Tensor, p: Tensor, alpha: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients with respect to x and alpha, from that of the output."""
-    y = torch.addcmul(x, p, x, value=-1)
-    d_alpha = (grad * y).sum(0)
-    # d/dx of alpha x + (1 - alpha) x p(x): alpha + (1 - alpha) p (1 + x (1 - p) scale)
-    slope = torch.addcmul(1 - alpha, y, (1 - alpha) * scale)
-    return torch.addcmul(alpha, slope, p).mul_(grad), d_alpha
+    slope, y = dice_slope(x, p, alpha, scale, 1.0)
+    return slope.mul_(grad), y.mul_(grad).sum(0)
 
 
 class _Dice(torch.autograd.Function):

@@ -213,9 +213,13 @@ def test_dice_averages_what_it_saw() -> None:
 
 
 def test_din_averages_short_histories() -> None:
-    short, never = _model("din", min_history=4).eval(), _model("din", min_history=100).eval()
+    models = [_model("din", min_history=n).eval() for n in (4, 100, 1)]
     batch = _batch(True)
-    both = [model.logits(batch) for model in (short, never, _model("din").eval())]  # type: ignore[operator]
+    fresh = [model.logits(batch) for model in models]  # type: ignore[operator]
+    assert torch.allclose(fresh[0], fresh[1], atol=1e-4), "attention begins as mean pooling"
+    for model in models:
+        model.attention.out.weight.data.fill_(0.5)  # type: ignore[union-attr, operator]
+    both = [model.logits(batch) for model in models]  # type: ignore[operator]
     long = batch.history.lengths() >= 4
     assert torch.allclose(both[0][~long], both[1][~long], atol=1e-6)
     assert torch.allclose(both[0][long], both[2][long], atol=1e-6)
