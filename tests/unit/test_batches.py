@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.batches import Decay, cut, impressions, padding_like, questions
+from recray.batches import cut, impressions, padding_like, questions
+from recray.examples import Decay
 from recray.models.batch import Jagged
 from recray.plan import ShardGroup, ShardSlice, plan, steps_per_epoch
 
