@@ -1,16 +1,19 @@
 """Exact search: the best items of a query by inner product, over the whole catalogue.
 
-Chunked matrix product and top-k in fp32; the ground truth of every index and metric.
+Matrix products of some queries with all items, in fp32, and the best of each row; the ground truth of every index and
+metric.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recray.models.batch import FIRST_ID, Jagged
 
 _SCORES = 1 << 25  # scores alive at a time (128 MB)
+_TILE = 32  # columns of which only the largest is looked at first
 
 
 def top_k(q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
@@ -20,9 +23,12 @@ def top_k(q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None = None) -> 
     come back. A row with fewer than k items left ends in id 0 and score -inf.
     """
     rows_at_once = max(1, _SCORES // max(len(v_ND), 1))
+    q_BD, v_ND = q_BD.float(), v_ND.float()
+    buffer = q_BD.new_empty(min(rows_at_once, len(q_BD)), len(v_ND))
     ids, scores = [], []
     for at in range(0, len(q_BD), rows_at_once):
-        score = q_BD[at : at + rows_at_once].float() @ v_ND.float().T
+        part_BD = q_BD[at : at + rows_at_once]
+        score = torch.mm(part_BD, v_ND.T, out=buffer[: len(part_BD)])
         score[:, :FIRST_ID] = -torch.inf
         if exclude is not None:
             begin, end = exclude.offsets[at], exclude.offsets[min(at + rows_at_once, len(q_BD))]
@@ -37,12 +43,43 @@ def top_k(q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None = None) -> 
 
 def best_of(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best columns of every row and their scores, ties by lower column; 0 and -inf where only -inf is left."""
-    best, found = scores_BN.topk(min(k, scores_BN.shape[1]), dim=1)
+    wanted = min(k, scores_BN.shape[1])
+    best, found = _largest(scores_BN, min(wanted + 1, scores_BN.shape[1]))
+    if best.shape[1] > wanted:
+        # Where the next one scores the same as the last, any of those could have been found.
+        tied = (best[:, wanted - 1] == best[:, wanted]) & (best[:, wanted] > -torch.inf)
+        best, found = best[:, :wanted], found[:, :wanted]
+        if bool(tied.any()):
+            found[tied] = _lowest_of_ties(scores_BN[tied], best[tied, -1:], wanted)
+            best = scores_BN.gather(1, found)
     # Stable by id first, then by score: equal scores stand in order of id.
-    by_id = found.argsort(dim=1)
-    best, found = best.gather(1, by_id), found.gather(1, by_id)
-    by_score = best.argsort(dim=1, descending=True, stable=True)
-    best, found = best.gather(1, by_score), found.gather(1, by_score)
-    found = torch.where(best == -torch.inf, 0, found)
-    short = k - found.shape[1]
-    return torch.nn.functional.pad(found, (0, short)), torch.nn.functional.pad(best, (0, short), value=-torch.inf)
+    found, _ = found.sort(dim=1)
+    best, by_score = scores_BN.gather(1, found).sort(dim=1, descending=True, stable=True)
+    found = torch.where(best == -torch.inf, 0, found.gather(1, by_score))
+    short = (0, k - wanted)
+    return F.pad(found, short), F.pad(best, short, value=-torch.inf)
+
+
+def _largest(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row, best first, and their columns; of equal ones any.
+
+    Of many columns the tiles with the k largest maxima are chosen first: they hold the k largest columns.
+    """
+    width = scores_BN.shape[1]
+    tiles = width // _TILE
+    if tiles <= 4 * k:
+        return tuple(scores_BN.topk(k, dim=1))  # type: ignore[return-value]
+    whole = tiles * _TILE
+    _, tile_BK = scores_BN[:, :whole].view(-1, tiles, _TILE).amax(2).topk(k, dim=1, sorted=False)
+    column = tile_BK[:, :, None] * _TILE + torch.arange(_TILE, device=tile_BK.device)
+    rest = torch.arange(whole, width, device=tile_BK.device).expand(len(tile_BK), -1)
+    candidates = torch.cat([column.flatten(1), rest], dim=1)
+    best, place = scores_BN.gather(1, candidates).topk(k, dim=1)
+    return best, candidates.gather(1, place)
+
+
+def _lowest_of_ties(scores_RN: Tensor, last_R1: Tensor, k: int) -> Tensor:
+    """(R, k) columns that score more than the k-th best, and the lowest of those that score the same."""
+    above, equal = scores_RN > last_R1, scores_RN == last_R1
+    kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return kept.nonzero()[:, 1].view(-1, k)

@@ -29,10 +29,10 @@ def sweep(
     tune_QD, report_QD = queries_QD[:half], queries_QD[half:] if len(queries_QD) > 1 else queries_QD
     k = min(k, len(vectors_ND) - FIRST_ID)
     curve = []
-    exact = _exact(tune_QD, vectors_ND, k)
+    exact = exact_scores(tune_QD, vectors_ND, k)
     for setting in faiss_index.settings(index):
         faiss_index.apply(index, setting)
-        recall, at_10, missing, milliseconds = _measure(index, tune_QD, exact, k)
+        recall, at_10, missing, milliseconds = measure(index, tune_QD, exact, k)
         curve.append(
             SweepPoint(
                 setting=setting, recall=recall, recall_at_10=at_10, milliseconds=milliseconds, missing_share=missing
@@ -41,17 +41,17 @@ def sweep(
     good = [point for point in curve if point.recall >= target]
     chosen = min(good, key=lambda p: p.milliseconds) if good else max(curve, key=lambda p: p.recall)
     faiss_index.apply(index, chosen.setting)
-    recall, *_ = _measure(index, report_QD, _exact(report_QD, vectors_ND, k), k)
+    recall, *_ = measure(index, report_QD, exact_scores(report_QD, vectors_ND, k), k)
     return chosen, recall, curve
 
 
-def _exact(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> np.ndarray:
+def exact_scores(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> np.ndarray:
     """(Q, k) exact scores, best first."""
     _, scores = top_k(torch.from_numpy(queries_QD), torch.from_numpy(vectors_ND), k)
     return scores.numpy()
 
 
-def _measure(index: Any, queries_QD: np.ndarray, exact_QK: np.ndarray, k: int) -> tuple[float, float, float, float]:
+def measure(index: Any, queries_QD: np.ndarray, exact_QK: np.ndarray, k: int) -> tuple[float, float, float, float]:
     """recall@k, recall@10, share of results missing, milliseconds per query. A result counts as right when its
     score reaches the exact k-th score."""
     started = time.perf_counter()
