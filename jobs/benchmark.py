@@ -7,11 +7,12 @@ Each peer runs in an environment of its own in that folder, which `python jobs/b
 """
 
 import typer
-from benchmarks import peers, ranking, sequence, startup
+from benchmarks import ingest, loader, memory, peers, ranking, scaling, search, sequence, startup
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-for name, module in {"sequence": sequence, "ranking": ranking, "startup": startup, "peers": peers}.items():
-    app.command(name)(module.run)
+modules = (ingest, loader, sequence, ranking, search, startup, scaling, memory, peers)
+for module in modules:
+    app.command(module.__name__.rpartition(".")[2])(module.run)
 
 if __name__ == "__main__":
     app()

@@ -230,6 +230,13 @@ class ScalingConfig(Section):
     num_workers: int = Field(1, ge=0, description="training workers; 0 = this process, without Ray")
     use_gpu: bool = False
     cpus_per_worker: int = Field(1, ge=1)
+    threads_per_worker: int = Field(
+        0, ge=0, description="threads of a worker's arithmetic; 0 = this machine's cores divided by the workers"
+    )
+    reader: Literal["auto", "ray_data", "worker"] = Field(
+        "auto",
+        description="what reads shards while training: tasks of Ray Data on any node, or each worker itself, which costs less where disk and cores are its own; auto: ray_data for several nodes or a dataset that is not local",
+    )
 
 
 class RetrievalConfig(Section):

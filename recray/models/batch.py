@@ -6,7 +6,9 @@ N items, F entries of a list feature.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,10 +36,15 @@ class Jagged:
         within = torch.arange(int(offsets[-1]), device=kept.device) - torch.repeat_interleave(offsets[:-1], kept)
         return Jagged(self.values[torch.repeat_interleave(self.offsets[1:] - kept, kept) + within], offsets)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Jagged:
-        return Jagged(
-            self.values.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)
-        )
+    def rows(self, start: int, stop: int) -> Jagged:
+        offsets = self.offsets[start : stop + 1]
+        return Jagged(self.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Jagged:
+        return Jagged(function(self.values), function(self.offsets))
+
+    def to(self, device: torch.device) -> Jagged:
+        return self.each(lambda x: x.to(device))
 
     def padded(self, length: int) -> Tensor:
         """(B, length) with row b's last entries at the right end and PAD before them."""
@@ -78,15 +85,55 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.user_B)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        moved: dict[str, object] = {}
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor replaced."""
+
+        def of(value: Feature) -> Feature:
+            return value.each(function) if isinstance(value, Jagged) else function(value)
+
+        replaced: dict[str, object] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, dict):
-                moved[entry.name] = {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
+                replaced[entry.name] = {name: of(one) for name, one in value.items()}
             elif value is not None:
-                moved[entry.name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, **moved)  # type: ignore[arg-type]
+                replaced[entry.name] = of(value)
+        return replace(self, **replaced)  # type: ignore[arg-type]
+
+    def split(self, parts: int) -> list[Batch]:
+        """The rows in order, in `parts` batches or as many as there are rows."""
+        parts = min(parts, self.num_rows)
+        if parts <= 1:
+            return [self]
+        ends = [self.num_rows * part // parts for part in range(parts + 1)]
+        return [self._rows(start, stop) for start, stop in pairwise(ends)]
+
+    def _rows(self, start: int, stop: int) -> Batch:
+        begin, end = int(self.history.offsets[start]), int(self.history.offsets[stop])
+        first, last = start, stop
+        position_Q = self.position_Q
+        if position_Q is not None:
+            first, last = (int(x) for x in torch.searchsorted(position_Q, position_Q.new_tensor([begin, end])))
+            position_Q = position_Q[first:last] - begin
+
+        def part(feature: Feature) -> Feature:
+            return feature.rows(start, stop) if isinstance(feature, Jagged) else feature[start:stop]
+
+        return Batch(
+            user_B=self.user_B[start:stop],
+            history=self.history.rows(start, stop),
+            target_Q=None if self.target_Q is None else self.target_Q[first:last],
+            weight_Q=None if self.weight_Q is None else self.weight_Q[first:last],
+            position_Q=position_Q,
+            label_Q=None if self.label_Q is None else self.label_Q[first:last],
+            user_features={name: part(feature) for name, feature in self.user_features.items()},
+            context={name: part(feature) for name, feature in self.context.items()},
+            shard_B=None if self.shard_B is None else self.shard_B[start:stop],
+            row_B=None if self.row_B is None else self.row_B[start:stop],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return self.each(lambda x: x.to(device))
 
 
 @dataclass(frozen=True)

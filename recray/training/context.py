@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import queue
-import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import pyarrow as pa
@@ -64,8 +62,7 @@ class LocalContext:
     def tables(
         self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
-        for part in slices:
-            yield part, _read(dataset, shards[part.shard])
+        return read_shards(dataset, shards, slices)
 
     def sum(self, values: Tensor) -> Tensor:
         return values
@@ -78,12 +75,12 @@ class LocalContext:
 
 
 class RayContext:
-    """One worker of a TorchTrainer. Its shards come through a Ray Data pipeline of its own.
+    """One worker of a TorchTrainer.
 
-    The pipeline runs over all remaining epochs at once, in the order of the plan, so
-    that the first shard of an epoch is read while the one before is trained on; and
-    no coordinator hands out shards, so no worker can wait for another's. The very first
-    shard does not wait for the pipeline, which takes seconds to start.
+    On several nodes its shards come through a Ray Data pipeline of its own, so that nodes without a GPU read for those
+    that have one. The pipeline runs over all remaining epochs at once, in the order of the plan, and no coordinator
+    hands out shards, so no worker can wait for another's. The very first shard does not wait for the pipeline, which
+    takes seconds to start. On one node the worker reads for itself, which costs less of the same cores.
     """
 
     def __init__(self, scaling: ScalingConfig) -> None:
@@ -98,38 +95,16 @@ class RayContext:
     def tables(
         self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
-        import ray.data
+        import ray
 
-        if not slices:
-            return
-        context = ray.data.DataContext.get_current()
-        options = context.execution_options
-        options.preserve_order = True
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        local = nodes == 1 and "://" not in dataset.uri
+        if self._scaling.reader == "worker" or (self._scaling.reader == "auto" and local):
+            return read_shards(dataset, shards, slices)
         free = ray.cluster_resources().get("CPU", 1) - self.world_size * self._scaling.cpus_per_worker
-        options.resource_limits = options.resource_limits.copy(cpu=max(1, free // self.world_size))
         # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
-        cpus = 1 if free >= self.world_size else 0
-        later = slices[1:]
-        uris = [[dataset.file_uri(file) for file in shards[part.shard].files] for part in later]
-        rows = [shards[part.shard].rows for part in later]
-        if not later:
-            yield slices[0], _read(dataset, shards[slices[0].shard])
-            return
-        work = ray.data.from_items([{"uris": group} for group in uris], override_num_blocks=len(uris))
-        read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
-        blocks = _Ahead(read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-        try:
-            yield slices[0], _read(dataset, shards[slices[0].shard])
-            held: list[pa.Table] = []
-            at = 0
-            # A large shard may come in several blocks; blocks keep the order.
-            for block in blocks:
-                held.append(block)
-                if sum(map(len, held)) == rows[at]:
-                    yield later[at], pa.concat_tables(held)
-                    held, at = [], at + 1
-        finally:
-            blocks.stop()
+        task_cpus = 1 if free >= self.world_size else 0
+        return stream_shards(dataset, shards, slices, max(1, int(free) // self.world_size), task_cpus)
 
     def sum(self, values: Tensor) -> Tensor:
         if self.world_size == 1:
@@ -169,44 +144,47 @@ class RayContext:
             return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
-class _Ahead:
-    """Takes tables from an iterable in a thread, one ahead; it begins at once."""
+def stream_shards(
+    dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice], cpus: int = 1, task_cpus: int = 1
+) -> Iterator[tuple[ShardSlice, pa.Table]]:
+    """The shard of every slice, in order, read by tasks of Ray Data, one CPU each or none, on `cpus` at a time."""
+    import ray.data
 
-    def __init__(self, tables: Iterable[pa.Table]) -> None:
-        self._queue: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=1)
-        self._stopped = threading.Event()
-        threading.Thread(target=self._pull, args=(tables,), daemon=True).start()
-
-    def _pull(self, tables: Iterable[pa.Table]) -> None:
-        try:
-            for table in tables:
-                self._put(table)
-                if self._stopped.is_set():
-                    return
-            self._put(None)
-        except BaseException as error:  # raised again where the tables are taken
-            self._put(error)
-
-    def _put(self, entry: pa.Table | BaseException | None) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._queue.put(entry, timeout=0.5)
-            except queue.Full:
-                continue
-
-    def __iter__(self) -> Iterator[pa.Table]:
-        while (entry := self._queue.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            yield entry
-
-    def stop(self) -> None:
-        self._stopped.set()
+    if not slices:
+        return
+    options = ray.data.DataContext.get_current().execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(cpu=cpus)
+    later = slices[1:]
+    uris = [[dataset.file_uri(file) for file in shards[part.shard].files] for part in later]
+    rows = [shards[part.shard].rows for part in later]
+    if not later:
+        yield slices[0], _read(dataset, shards[slices[0].shard])
+        return
+    work = ray.data.from_items([{"uris": group} for group in uris], override_num_blocks=len(uris))
+    read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow", num_cpus=task_cpus)
+    yield slices[0], _read(dataset, shards[slices[0].shard])
+    held: list[pa.Table] = []
+    at = 0
+    # A large shard may come in several blocks; blocks keep the order.
+    for block in read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        held.append(block)
+        if sum(map(len, held)) == rows[at]:
+            yield later[at], pa.concat_tables(held)
+            held, at = [], at + 1
 
 
 def _read_shard(batch: pa.Table) -> pa.Table:
     (uris,) = batch["uris"].to_pylist()
     return pa.concat_tables([storage.read_table(uri) for uri in uris])
+
+
+def read_shards(
+    dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
+) -> Iterator[tuple[ShardSlice, pa.Table]]:
+    """The shard of every slice, in order, read by this process."""
+    for part in slices:
+        yield part, _read(dataset, shards[part.shard])
 
 
 def _read(dataset: PreparedDataset, shard: ShardGroup) -> pa.Table:
@@ -221,9 +199,10 @@ def _device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def set_threads(workers_here: int) -> None:
-    """Share this machine's cores between its workers."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers_here)))
+def set_threads(scaling: ScalingConfig) -> None:
+    """This worker's threads: as configured, or its share of this machine's cores."""
+    share = (os.cpu_count() or 1) // max(1, scaling.num_workers)
+    torch.set_num_threads(scaling.threads_per_worker or max(1, share))
 
 
 def keep_memory() -> None:

@@ -94,7 +94,7 @@ def _run_workers(config: Config) -> None:
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
-    set_threads(config.scaling.num_workers)
+    set_threads(config.scaling)
     runtime.quieten_data()
     loop.fit(config, RayContext(config.scaling))
 

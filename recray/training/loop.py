@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from recray import registry, storage
-from recray.batches import Decay, cut, item_table, padding_like
+from recray.batches import cut, item_table, padding_like
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.split import duration
 from recray.errors import ConfigError, RecrayError
+from recray.examples import Decay
 from recray.models import Examples, Ranker
 from recray.models.batch import Batch
 from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
 from recray.plan import ShardGroup, ShardSlice, num_examples, plan, steps_per_epoch
 from recray.training import optim
+from recray.training.accumulate import Accumulation
 from recray.training.context import Context, keep_memory
+from recray.training.feed import Feed
 from recray.training.position import Phase, Position, refit_phase
 from recray.training.progress import Progress
 from recray.training.validation import validate, validate_clicks
@@ -39,6 +43,14 @@ def fit(config: Config, context: Context, losses: list[float] | None = None) -> 
 
 
 def run(config: Config, context: Context, phase: Phase, losses: list[float] | None = None) -> None:
+    """Train a phase; the threads that feed it end with it, however it ends."""
+    with contextlib.ExitStack() as closing:
+        _run(config, context, phase, losses, closing)
+
+
+def _run(
+    config: Config, context: Context, phase: Phase, losses: list[float] | None, closing: contextlib.ExitStack
+) -> None:
     """Train on <run>/dataset. `losses` collects each step's global loss.
 
     Every epoch ends in a folder <run>/<phase>/epoch-NNNN that training can go on from.
@@ -64,6 +76,8 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
     optimizer = optim.Optimizers(config.optim, model)
     dtype = optim.precision(config.training.precision, context.device)
     scaler = torch.amp.GradScaler(context.device.type, enabled=dtype is torch.float16)
+    together = context.world_size > 1 and config.loss.name == "sampled_softmax" and config.loss.in_batch
+    accumulate = Accumulation(objective, forward, scaler, dtype, context, together)
     ema = optim.Ema(model, config.optim.ema_decay)
     parts = config.training.accumulation_steps
     batch_size = config.training.global_batch_size // (context.world_size * parts)
@@ -72,9 +86,10 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
     # Workers draw different negatives; one worker draws as the loop without Ray does.
     torch.manual_seed(config.run.seed * 1_000_003 + position.epoch * 1009 + context.rank)
     epochs = range(position.epoch, phase.epochs)
-    batches = _batches(
-        config, dataset, shards, context, examples, epochs, batch_size, epoch_batches, _decay(config, dataset, phase)
-    )
+    plans = {e: plan(shards, config.run.seed, e, context.rank, context.world_size, examples) for e in epochs}
+    tables = context.tables(dataset, shards, [part for parts in plans.values() for part in parts])
+    make = _Batches(config, dataset, shards, plans, examples, batch_size, epoch_batches, _decay(config, dataset, phase))
+    batches = closing.enter_context(Feed(tables, make, context.device))
     progress = Progress(phase.name, phase.epochs, epoch_batches // parts, enabled=context.rank == 0)
     for epoch in epochs:
         if phase.name == "train" and position.stopped(config):
@@ -86,22 +101,12 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
             waited = time.perf_counter()
             micro = [next(batches) for _ in range(parts)]
             waited = time.perf_counter() - waited
-            micro = [(batch.to(context.device, non_blocking=True), real) for batch, real in micro]
             rows += sum(batch.num_rows for batch, real in micro if real)
             weight, events = context.sum(_amounts(micro).to(context.device))
             weight = torch.where(weight > 0, weight, torch.ones_like(weight))
             total_steps = phase.epochs * (epoch_batches // parts)
             optimizer.set_learning_rate(optim.learning_rate(config.optim, position.step, total_steps))
-            total = torch.zeros(1, device=context.device)
-            for at, (batch, _) in enumerate(micro):
-                with (
-                    _synced(objective, at == parts - 1),
-                    torch.autocast(context.device.type, dtype, enabled=dtype is not torch.float32),
-                ):
-                    loss, _ = forward(batch)
-                # DDP averages over workers: times world_size over the global weight gives the global mean.
-                scaler.scale(loss * (context.world_size / weight)).backward()
-                total += loss.detach()
+            total = accumulate([batch for batch, _ in micro], weight)
             total = context.sum(total) / weight
             if not torch.isfinite(total):
                 raise RecrayError(
@@ -120,7 +125,11 @@ def run(config: Config, context: Context, phase: Phase, losses: list[float] | No
         seen = int(context.sum(torch.tensor([float(rows)], dtype=torch.float64)))
         expected = sum(num_examples(shard, examples) for shard in shards)
         assert seen == expected, f"epoch {epoch} consumed {seen} rows of {expected}"
-        entry = {"epoch": epoch + 1.0, "loss": float(loss_sum[0] / loss_sum[1]), **progress.end_epoch()}
+        entry = {
+            "epoch": epoch + 1.0,
+            "loss": float(loss_sum[0] / loss_sum[1]),
+            **progress.end_epoch(batches.seconds()),
+        }
         due = (epoch + 1) % config.training.validate_every == 0 or epoch + 1 == phase.epochs
         if due and phase.name == "train":
             entry[config.training.metric] = _validate(config, model, ema, dataset, context)
@@ -162,38 +171,32 @@ def _validate(config: Config, model: nn.Module, ema: optim.Ema, dataset: Prepare
     return value
 
 
-def _synced(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients cross workers only with the last part of an accumulated batch."""
-    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
-        return module.no_sync()
-    return contextlib.nullcontext()
+@dataclass(frozen=True)
+class _Batches:
+    """Tables to exactly `epoch_batches` batches an epoch; False marks one that only pads."""
 
+    config: Config
+    dataset: PreparedDataset
+    shards: list[ShardGroup]
+    plans: dict[int, list[ShardSlice]]  # by epoch
+    examples: Examples
+    batch_size: int
+    epoch_batches: int
+    decay: Decay | None
 
-def _batches(
-    config: Config,
-    dataset: PreparedDataset,
-    shards: list[ShardGroup],
-    context: Context,
-    examples: Examples,
-    epochs: range,
-    batch_size: int,
-    epoch_batches: int,
-    decay: Decay | None,
-) -> Iterator[tuple[Batch, bool]]:
-    """Exactly `epoch_batches` batches an epoch; False marks one that only pads."""
-    seed = config.run.seed
-    plans = {e: plan(shards, seed, e, context.rank, context.world_size, examples) for e in epochs}
-    tables = context.tables(dataset, shards, [part for e in epochs for part in plans[e]])
-    batch: Batch | None = None
-    for epoch in epochs:
-        mine: Iterator[tuple[ShardSlice, Any]] = (next(tables) for _ in plans[epoch])
-        made = 0
-        for batch in cut(mine, batch_size, examples, config.model.history_length, seed, decay):
-            yield batch, True
-            made += 1
-        while made < epoch_batches:
-            if batch is None:  # this worker has no examples at all
-                one = storage.read_table(dataset.file_uri(shards[0].files[0])).slice(0, 1)
-                batch = next(cut([(ShardSlice(0, 0, 0, 1), one)], 1, examples, config.model.history_length, seed))
-            yield padding_like(batch), False
-            made += 1
+    def __call__(self, tables: Iterator[tuple[ShardSlice, pa.Table]]) -> Iterator[tuple[Batch, bool]]:
+        batch: Batch | None = None
+        for parts in self.plans.values():
+            made = 0
+            for batch in self._cut(next(tables) for _ in parts):
+                yield batch, True
+                made += 1
+            for _ in range(made, self.epoch_batches):
+                if batch is None:  # this worker has no examples at all
+                    one = storage.read_table(self.dataset.file_uri(self.shards[0].files[0])).slice(0, 1)
+                    batch = next(self._cut([(ShardSlice(0, 0, 0, 1), one)]))
+                yield padding_like(batch), False
+
+    def _cut(self, tables: Iterable[tuple[ShardSlice, pa.Table]]) -> Iterator[Batch]:
+        length, seed = self.config.model.history_length, self.config.run.seed
+        return cut(tables, self.batch_size, self.examples, length, seed, self.decay)
