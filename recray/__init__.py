@@ -22,12 +22,13 @@ _HOMES = {
     "load_config": "recray.config",
     "prepare": "recray.data.prepare",
     "train": "recray.training.driver",
+    "tune": "recray.tuning.driver",
     "index": "recray.retrieval.build",
     "evaluate": "recray.evaluation",
     "recommend": "recray.recommendation",
     "RecrayError": "recray.errors",
 }
-__all__ = ["Config", "RecrayError", "evaluate", "index", "load_config", "prepare", "recommend", "train"]
+__all__ = ["Config", "RecrayError", "evaluate", "index", "load_config", "prepare", "recommend", "train", "tune"]
 
 if TYPE_CHECKING:
     from recray.config import Config, load_config
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from recray.recommendation import recommend
     from recray.retrieval.build import index
     from recray.training.driver import train
+    from recray.tuning.driver import tune
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = recray.load_config(config, overrides or [])
     record = recray.prepare(settings)
-    typer.echo(f"{settings.run_uri}/dataset  {record.id}")
+    typer.echo(f"{settings.dataset_uri}  {record.id}")
 
 
 @app.command()
@@ -72,6 +72,19 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     settings = recray.load_config(config, overrides or [])
     record = recray.train(settings)
     typer.echo(f"{settings.run_uri}/checkpoint  {record.id}  {record.metric} = {record.value:.4f} (validation)")
+
+
+@app.command()
+def tune(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Search the values of [tune.space] by many trains on one prepared dataset; goes on with a sweep that was ended.
+
+    Validation decides. Writes <run>/tune/: tune.json, tune.html (pictures), best.toml (the winner, for `recray run`).
+    """
+    import recray
+    from recray.tuning.terminal import summary
+
+    settings = recray.load_config(config, overrides or [])
+    typer.echo(summary(recray.tune(settings), f"{settings.run_uri}/tune"))
 
 
 @app.command()

@@ -43,7 +43,7 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
     users: Parquet file or folder whose column `data.columns.user` holds the keys. Raises DataError when it has none.
     """
     started = time.perf_counter()
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     index = index_of(config, record)
     wanted = None if users is None else _keys(users, config.data.columns.user, dataset)
@@ -102,7 +102,7 @@ def _recommend_parts(
     config: Config, output: str, names: list[str], wanted: pa.Array | None, k: int, numbers: Iterable[int]
 ) -> Iterator[int]:
     """Write the lists of these parts of users; how many users each has."""
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     system = _system(config, dataset)
     items = dataset.items()["item"].combine_chunks()
     for number in numbers:

@@ -201,3 +201,59 @@ class ListsRecord(Record):
     @classmethod
     def file_name(cls) -> str:
         return "_lists.json"  # readers of a folder of Parquet skip names that begin with '_'
+
+
+class TrialEpoch(Part):
+    """What a trial reported after an epoch."""
+
+    epoch: int
+    value: float  # of the metric
+    loss: float
+    seconds: float  # trained and validated by the trial so far
+    at: float  # seconds since 1970
+
+
+class Trial(Part):
+    """One train of a sweep."""
+
+    number: int
+    values: dict[str, Any]  # dotted key -> value; of pbt the last ones
+    seed: int
+    status: Literal["done", "pruned", "failed", "cut"]  # cut: the budget was used up while it ran
+    reason: str = ""  # of a failure
+    best: float | None = None  # best value over its epochs
+    epochs: int = 0
+    seconds: float = 0.0
+    curve: list[TrialEpoch] = []
+    switches: list[dict[str, Any]] = []  # pbt: epoch at which another member was taken over, and the values since
+
+
+class TrialRecord(Record):
+    """A trial that ended, beside its checkpoint; `config` is the whole configuration that it trained with."""
+
+    trial: Trial
+
+
+class Finalist(Part):
+    """One of the best trials, trained again on other seeds."""
+
+    number: int
+    values: dict[str, Any]
+    seeds: list[int]
+    results: list[float]  # best value of each seed
+    mean: float
+    std: float  # of the results, n - 1 in the denominator
+
+
+class TuneRecord(Record):
+    """A sweep: what was tried and what came of it."""
+
+    metric: str
+    mode: Literal["max", "min"]
+    trials: list[Trial]
+    retrained: list[Trial] = []  # the finalists' trains on other seeds
+    finalists: list[Finalist] = []  # best first
+    winner: int | None  # number of a trial
+    importance: dict[str, float] = {}  # key -> share of the rank variance that it explains alone
+    cpu_hours: float  # of all trains, those on other seeds too
+    dataset_uri: str

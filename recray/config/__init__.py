@@ -1,6 +1,7 @@
 """The configuration: typed sections, and loading them from TOML with overrides."""
 
-from recray.config.load import load_config, parse_config
+from recray.config.load import load_config, parse_config, with_values
+from recray.config.section import Section
 from recray.config.sections import (
     ColumnsConfig,
     Config,
@@ -15,13 +16,14 @@ from recray.config.sections import (
     RetrievalConfig,
     RunConfig,
     ScalingConfig,
-    Section,
     SimulatedConfig,
     SplitConfig,
     TrainingConfig,
 )
+from recray.config.tune import Axis, TuneConfig
 
 __all__ = [
+    "Axis",
     "ColumnsConfig",
     "Config",
     "DataConfig",
@@ -39,6 +41,8 @@ __all__ = [
     "SimulatedConfig",
     "SplitConfig",
     "TrainingConfig",
+    "TuneConfig",
     "load_config",
     "parse_config",
+    "with_values",
 ]

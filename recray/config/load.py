@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -48,6 +48,14 @@ def parse_config(table: dict[str, Any], overrides: Sequence[str] = (), where: st
         raise
     except RecrayError as error:
         raise ConfigError(str(error)) from error
+
+
+def with_values(config: Config, values: Mapping[str, Any], where: str = "the values") -> Config:
+    """`config` with other values of some dotted keys, checked as if they stood in its file. Raises ConfigError."""
+    table = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        _assign(table, key, value)
+    return parse_config(table, where=where)
 
 
 def _copy(value: Any) -> Any:

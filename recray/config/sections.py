@@ -10,28 +10,27 @@ import os
 from datetime import datetime
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from recray import registry
+from recray.config.section import Section
+from recray.config.tune import TuneConfig
 from recray.metrics import clicks, ranked
-
-
-class Section(BaseModel):
-    """Base of every table: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     name: str = Field("run", description="name of the run; its artefacts live in <output>/<name>/")
     output: str = Field("runs", description="folder or URI (local, s3://, gs://) under which runs are written")
     seed: int = Field(1, ge=0, description="seed of every random choice")
+    dataset: str | None = Field(
+        None, description="prepared dataset to use, <output>/<name>/dataset when unset; several runs may share one"
+    )
 
-    @field_validator("output")
+    @field_validator("output", "dataset")
     @classmethod
-    def _absolute(cls, value: str) -> str:
+    def _absolute(cls, value: str | None) -> str | None:
         # A worker starts in a folder of its own, where a relative path means another place.
-        return value if "://" in value else os.path.abspath(value)
+        return value if value is None or "://" in value else os.path.abspath(value)
 
 
 class ColumnsConfig(Section):
@@ -293,6 +292,7 @@ class Config(Section):
     scaling: ScalingConfig = ScalingConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tune: TuneConfig = TuneConfig()
 
     @field_validator("model", mode="before")
     @classmethod
@@ -351,3 +351,8 @@ class Config(Section):
     def run_uri(self) -> str:
         """<output>/<name>: where the run's stages write."""
         return f"{self.run.output.rstrip('/')}/{self.run.name}"
+
+    @property
+    def dataset_uri(self) -> str:
+        """Where `prepare` writes, and what the other stages read."""
+        return self.run.dataset or f"{self.run_uri}/dataset"

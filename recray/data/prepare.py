@@ -42,7 +42,7 @@ from recray.data import buckets, features, negatives, split, vocab
 from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.data.split import SPLITS
-from recray.errors import ConfigError, DataError, RecrayError
+from recray.errors import ConfigError, DataError, LineageError, RecrayError
 from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
@@ -54,10 +54,10 @@ _PARTITION_BUCKETS = 16  # buckets in one partition of the shuffle, at most
 
 
 def prepare(config: Config) -> DatasetRecord:
-    """Prepare `config.data` into <run>/dataset; a dataset already there for the same input is returned as it is."""
+    """Prepare `config.data` into config.dataset_uri; a dataset already there for the same input is returned as it is."""
     started = time.perf_counter()
     runtime.start(config.scaling)
-    uri = storage.join(config.run_uri, "dataset")
+    uri = config.dataset_uri
     with base.plain_errors():
         source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
         wanted = {"data": config.data.model_dump(mode="json"), "seed": config.run.seed}
@@ -66,6 +66,11 @@ def prepare(config: Config) -> DatasetRecord:
             if record.config == wanted and record.fingerprint == source.fingerprint:
                 _say(f"{uri} is there for this input and configuration ({record.id}); reused")
                 return record
+            if config.run.dataset:
+                raise LineageError(
+                    f"run.dataset = {uri} was prepared from another input, [data] or run.seed, and other runs may need it: "
+                    f"leave run.dataset out, or delete that folder"
+                )
         storage.delete_folder(uri)
         work = _Work(config.data, config.run.seed, source, uri, storage.join(uri, "_sorted"))
         try:

@@ -30,7 +30,7 @@ _Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logi
 def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     """Evaluate <run>/checkpoint on a split; writes <run>/report/report.json."""
     started = time.perf_counter()
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     parts = share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     if not parts:
@@ -63,7 +63,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
 
 @torch.inference_mode()
 def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     model, _ = checkpoint.load_model(storage.join(config.run_uri, "checkpoint"))
     assert isinstance(model, Ranker)
     for number in numbers:

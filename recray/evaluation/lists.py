@@ -60,7 +60,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     Raises LineageError when the index was built from another checkpoint.
     """
     started = time.perf_counter()
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     index = index_of(config, record)
     if index is None:
@@ -90,7 +90,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
 
 
 def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     systems, vectors_ND = _systems(config, dataset, split)
     for number in numbers:
         table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))

@@ -28,7 +28,7 @@ def index(config: Config) -> IndexRecord:
             f"(two_tower, sasrec), and let the ranker order what it finds (retrieval.ranker)"
         )
     source, target = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(source, dataset)
     model, _ = checkpoint.load_model(source)
     if storage.exists(storage.join(target, "index.json")):

@@ -16,14 +16,16 @@ from recray.training.context import LocalContext, RayContext, set_threads
 from recray.training.position import Phase, best_epoch, last_epoch, same_training
 
 
-def train(config: Config) -> CheckpointRecord:
-    """Train the model on <run>/dataset; the best epoch becomes <run>/checkpoint.
+def train(config: Config, on_epoch: loop.OnEpoch | None = None, callback: Any = None) -> CheckpointRecord:
+    """Train the model on config.dataset_uri; the best epoch becomes <run>/checkpoint.
 
     A run that was ended goes on from its last complete epoch; one that is complete
-    for this configuration is returned as it is.
+    for this configuration is returned as it is. Who watches gets every epoch's entry
+    of the history: `on_epoch` where training is in this process, else `callback`
+    (a ray.train.UserCallback), to which the workers report.
     """
     started = time.perf_counter()
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     target = storage.join(config.run_uri, "checkpoint")
     if config.training.resume and storage.exists(storage.join(target, "checkpoint.json")):
         record = CheckpointRecord.read(target)
@@ -39,9 +41,9 @@ def train(config: Config) -> CheckpointRecord:
         for phase in ("train", "refit"):
             storage.delete_folder(storage.join(config.run_uri, phase))
     if config.scaling.num_workers == 0:
-        loop.fit(config, LocalContext(config.scaling.use_gpu))
+        loop.fit(config, LocalContext(config.scaling.use_gpu), on_epoch=on_epoch)
     else:
-        _run_workers(config)
+        _run_workers(config, [callback] if callback is not None else [])
     chosen = best_epoch(config, dataset)
     best = CheckpointRecord.read(select.folder(config, chosen))
     published = Phase("refit", chosen) if config.training.refit else select
@@ -63,7 +65,7 @@ def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -
     return CheckpointRecord.read(folder).model_copy(update=update).write(target)
 
 
-def _run_workers(config: Config) -> None:
+def _run_workers(config: Config, callbacks: list[Any]) -> None:
     runtime.start(config.scaling)
     from ray.train import LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -73,13 +75,14 @@ def _run_workers(config: Config) -> None:
     resources: dict[str, float] = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
     trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"config": config.model_dump(mode="json")},
+        train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks)},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
             name="ray",
+            callbacks=callbacks,
             logging_config=LoggingConfig(log_level="WARNING"),
             storage_path=os.path.abspath(storage.join(config.run_uri, "train"))
             if local
@@ -96,7 +99,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     set_threads(config.scaling)
     runtime.quieten_data()
-    loop.fit(config, RayContext(config.scaling))
+    import ray.train
+
+    loop.fit(config, RayContext(config.scaling), on_epoch=ray.train.report if settings["report"] else None)
 
 
 def _root(error: Exception) -> Exception:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -31,31 +31,47 @@ from recray.training.position import Phase, Position, refit_phase
 from recray.training.progress import Progress
 from recray.training.validation import validate, validate_clicks
 
+OnEpoch = Callable[[dict[str, float]], None]
 
-def fit(config: Config, context: Context, losses: list[float] | None = None) -> None:
-    """Train on <run>/dataset until the best epoch is known, then refit where the configuration says so."""
+
+def fit(config: Config, context: Context, losses: list[float] | None = None, on_epoch: OnEpoch | None = None) -> None:
+    """Train on config.dataset_uri until the best epoch is known, then refit where the configuration says so.
+
+    `on_epoch` is called with each epoch's entry of the history, once the epoch is on disk, on every worker alike.
+    """
     keep_memory()
     select = Phase("train", config.training.epochs)
-    run(config, context, select, losses)
+    run(config, context, select, losses, on_epoch)
     if config.training.refit:
-        dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+        dataset = PreparedDataset.open(config.dataset_uri)
         run(config, context, refit_phase(config, dataset), losses)
 
 
-def run(config: Config, context: Context, phase: Phase, losses: list[float] | None = None) -> None:
+def run(
+    config: Config,
+    context: Context,
+    phase: Phase,
+    losses: list[float] | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> None:
     """Train a phase; the threads that feed it end with it, however it ends."""
     with contextlib.ExitStack() as closing:
-        _run(config, context, phase, losses, closing)
+        _run(config, context, phase, losses, on_epoch, closing)
 
 
 def _run(
-    config: Config, context: Context, phase: Phase, losses: list[float] | None, closing: contextlib.ExitStack
+    config: Config,
+    context: Context,
+    phase: Phase,
+    losses: list[float] | None,
+    on_epoch: OnEpoch | None,
+    closing: contextlib.ExitStack,
 ) -> None:
-    """Train on <run>/dataset. `losses` collects each step's global loss.
+    """Train on config.dataset_uri. `losses` collects each step's global loss.
 
     Every epoch ends in a folder <run>/<phase>/epoch-NNNN that training can go on from.
     """
-    dataset = PreparedDataset.open(storage.join(config.run_uri, "dataset"))
+    dataset = PreparedDataset.open(config.dataset_uri)
     if config.model.family == "ranker" and not dataset.record.labelled:
         raise ConfigError(
             f"model.name = '{config.model.name}' learns from what was chosen and what was not, and {dataset.uri} has no labels: "
@@ -132,12 +148,16 @@ def _run(
         }
         due = (epoch + 1) % config.training.validate_every == 0 or epoch + 1 == phase.epochs
         if due and phase.name == "train":
+            started = time.perf_counter()
             entry[config.training.metric] = _validate(config, model, ema, dataset, context)
+            entry["validation_seconds"] = time.perf_counter() - started
         progress.report(entry)
         position.end_epoch(entry, seen, config.training.metric)
         if context.rank == 0:
             position.save(config, phase, dataset, model, optimizer, scaler, ema, items)
         context.sum(torch.zeros(1, device=context.device))  # nobody goes on, or away, before the epoch is on disk
+        if on_epoch is not None:
+            on_epoch(entry)
 
 
 def _amounts(micro: list[tuple[Batch, bool]]) -> Tensor:

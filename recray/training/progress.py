@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 _TIMES = (
     *("epoch", "loss", "seconds", "events_per_second", "waiting_share", "first_batch_seconds", "first_step_at"),
-    *("read_seconds", "cut_seconds", "copy_seconds"),
+    *("read_seconds", "cut_seconds", "copy_seconds", "validation_seconds"),
 )
 _SLOW = 0.1  # share of an epoch spent waiting for batches that is worth a line
 _ADVICE = {

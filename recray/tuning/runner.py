@@ -1,0 +1,332 @@
+"""Jobs through Ray Tune: its scheduler ends trials early, its actors run them. Records are ours, not Tune's.
+
+Tune's own snapshots come every few seconds and hold pickles, so a sweep that was killed goes on from its ledger
+instead: a trial that ended has its record, one that did not has its epochs on disk and reports them again first.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from recray import storage
+from recray.config import Config
+from recray.records import Trial, TrialEpoch
+from recray.tuning.check import metric_of
+from recray.tuning.ledger import Job, Ledger
+from recray.tuning.resources import Share
+from recray.tuning.space import Space
+from recray.tuning.terminal import Board
+from recray.tuning.trial import run_trial
+
+_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails in its first epoch reports none
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ctrl-c ends the sweep, and the same command goes on with it
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",
+}
+
+
+class Budget(tune.Stopper):  # type: ignore[misc]
+    """Wall time and epochs that the search may still use."""
+
+    def __init__(self, seconds: float | None, epochs: int | None) -> None:
+        self._until = time.monotonic() + seconds if seconds is not None else math.inf
+        self._epochs = epochs if epochs is not None else math.inf
+        self._seen: dict[str, int] = {}
+        self.over = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self._seen[trial_id] = max(self._seen.get(trial_id, 0), int(result.get("epoch", 0)))
+        return False
+
+    def stop_all(self) -> bool:
+        self.over = self.over or time.monotonic() > self._until or sum(self._seen.values()) >= self._epochs
+        return self.over
+
+
+def run_jobs(
+    ledger: Ledger,
+    next_job: Callable[[], Job | None],
+    share: Share,
+    scheduler: TrialScheduler,
+    budget: Budget,
+    board: Board,
+    ended: Callable[[Trial], None],
+) -> list[Trial]:
+    """Do jobs until there are no more or the budget is used up. Each that ends is written to the ledger.
+
+    Returns the ones that the budget cut; the next start goes on with them.
+    """
+    os.environ.update(_ENVIRONMENT)
+    config = ledger.config
+    watch = _Watch(ledger, board, ended)
+    folder = storage.join(ledger.uri, "ray")
+    base = config.model_dump(mode="json", exclude_unset=True)
+    trainable = tune.with_resources(
+        tune.with_parameters(_trainable, base=base, cpus=share.cpus), {"cpu": share.cpus, "gpu": share.gpus}
+    )
+    population = isinstance(scheduler, PopulationBasedTraining)
+    jobs: list[Job] = []
+    while population and (job := next_job()) is not None:  # PBT wants its members, and no search
+        jobs.append(job)
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"job": tune.grid_search([asdict(job) for job in jobs])} if population else None,
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler,
+            search_alg=None if population else _Queue(next_job),
+            num_samples=1 if population else -1,
+            max_concurrent_trials=share.concurrent,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"sweep-{int(time.time())}",
+            storage_path=folder,
+            callbacks=[watch],
+            stop=budget,
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4) if population else None,
+        ),
+    )
+    if not population or jobs:
+        tuner.fit()
+    storage.delete_folder(folder)
+    return watch.cut()
+
+
+def _name(trial: Any) -> str:
+    settings = trial.config["job"]
+    return Job(**settings).name
+
+
+def _trainable(config: dict[str, Any], base: dict[str, Any], cpus: int) -> None:
+    run_trial(config["job"], base, cpus)
+
+
+class _Queue(Searcher):  # type: ignore[misc]
+    """Hands jobs to Tune, one when it asks."""
+
+    def __init__(self, next_job: Callable[[], Job | None]) -> None:
+        super().__init__()
+        self._next_job = next_job
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes itself down; nothing is read from that
+
+    def suggest(self, trial_id: str) -> Any:
+        job = self._next_job()
+        return Searcher.FINISHED if job is None else {"job": asdict(job)}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass  # the ledger is what a sweep goes on from
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+
+class _State:
+    """What is known of a trial while it runs."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.curve: list[TrialEpoch] = []
+        self.switches: list[dict[str, Any]] = []
+        self.seconds, self.epochs, self.ended, self.pruned, self.reason = 0.0, 0, False, False, ""
+
+    def trial(self, status: Any, mode: str) -> Trial:
+        values = [one.value for one in self.curve]
+        best = (max(values) if mode == "max" else min(values)) if values else None
+        return Trial(
+            number=self.job.number,
+            values=self.job.values,
+            seed=self.job.seed,
+            status=status,
+            reason=self.reason,
+            best=best,
+            epochs=self.epochs,
+            seconds=self.seconds,
+            curve=self.curve,
+            switches=self.switches,
+        )
+
+
+class _Watch(tune.Callback):  # type: ignore[misc]
+    """Follows trials, writes the record of each that ends, and tells the board."""
+
+    def __init__(self, ledger: Ledger, board: Board, ended: Callable[[Trial], None]) -> None:
+        self._ledger, self._board, self._ended = ledger, board, ended
+        self._metric, self._mode = metric_of(ledger.config)
+        self._states: dict[str, _State] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as above
+
+    def _state(self, trial: Any) -> _State:
+        job = Job.of(str(trial), trial.config["job"])
+        state = self._states.setdefault(trial.trial_id, _State(job))
+        if job.values != state.job.values:  # PBT gave it another member's weights and new values
+            state.job = job
+            state.switches.append({"epoch": state.epochs, **job.values})
+            self._ledger.begin(job)
+        return state
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        state = self._state(trial)
+        self._board.epoch(state.job.number, state.job.values, state.curve[-1] if state.curve else None)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        state = self._state(trial)
+        state.ended, state.reason = "ended" in result, str(result.get("failed", ""))
+        state.pruned = bool(result.get("done"))  # set where the scheduler decided to stop it
+        epoch = int(result["epoch"])
+        known = {one.epoch for one in state.curve}
+        if "failed" not in result and epoch not in known:
+            state.epochs = epoch
+            state.seconds += float(result["seconds"]) + float(result.get("validation_seconds", 0.0))
+            if self._metric in result:
+                value, loss = float(result[self._metric]), float(result["loss"])
+                state.curve.append(
+                    TrialEpoch(epoch=epoch, value=value, loss=loss, seconds=state.seconds, at=time.time())
+                )
+        self._board.epoch(state.job.number, state.job.values, state.curve[-1] if state.curve else None)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        state = self._state(trial)
+        if state.reason:
+            self._end(trial, "failed")
+        elif state.ended:
+            self._end(trial, "done")
+        elif state.pruned:
+            self._end(trial, "pruned")
+        # else the budget cut it, or something ended the whole sweep
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        state = self._state(trial)
+        error = trial.get_pickled_error() or trial.get_error()
+        state.reason = _reason(error)
+        self._end(trial, "failed")
+
+    def _end(self, trial: Any, status: str) -> None:
+        state = self._states.pop(trial.trial_id)
+        made = state.trial(status, self._mode)
+        self._ledger.end(state.job, made)
+        self._board.end(made)
+        self._ended(made)
+
+    def cut(self) -> list[Trial]:
+        """The trials that the budget cut, written down with what they had reached."""
+        made = [(state.job, state.trial("cut", self._mode)) for state in self._states.values()]
+        for job, trial in made:
+            self._ledger.end(job, trial)
+        return [trial for _, trial in made]
+
+
+def _reason(error: Any) -> str:
+    """Why a trial's process ended without a word."""
+    text = str(error)
+    if "OutOfMemory" in type(error).__name__:
+        return "its process was killed: the machine ran out of memory"
+    if "ActorDied" in type(error).__name__ or "actor died" in text.lower() or "died unexpectedly" in text:
+        return "its process was killed (by hand, or by the system where memory ran out)"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+class _Past:
+    """Stands for a trial of an earlier start, and for a controller that has none running."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
+def make_scheduler(config: Config, space: Space, metric: str, mode: str, past: list[Trial]) -> TrialScheduler:
+    """The scheduler of the configuration, which knows the curves of trials that ended before."""
+    options = config.tune
+    scheduler: TrialScheduler
+    if options.search == "pbt":
+        return _population(space, metric, mode)
+    if options.scheduler == "none":
+        return FIFOScheduler()
+    if options.scheduler == "median":
+        scheduler = MedianStoppingRule(
+            time_attr="epoch", metric=metric, mode=mode, grace_period=options.grace_epochs, min_samples_required=3
+        )
+    else:
+        longest = config.training.epochs
+        if "training.epochs" in space.axes:
+            axis = space.axes["training.epochs"]
+            longest = int(max(axis.choices or [axis.high]))
+        # Nobody is stopped after its last epoch, which would only keep it from being published.
+        scheduler = ASHAScheduler(
+            time_attr="epoch",
+            metric=metric,
+            mode=mode,
+            max_t=longest + 1,
+            grace_period=options.grace_epochs,
+            reduction_factor=options.reduction_factor,
+        )
+    for trial in past:
+        stub = _Past(f"past-{trial.number}")
+        scheduler.on_trial_add(stub, stub)
+        for one in trial.curve:
+            scheduler.on_trial_result(stub, stub, {"epoch": one.epoch, metric: one.value})
+    return scheduler
+
+
+def _population(space: Space, metric: str, mode: str) -> TrialScheduler:
+    mutations: dict[str, Any] = {}
+    for key, axis in space.axes.items():
+        values = space.values(key)
+        if values is not None:
+            mutations[key] = values
+        else:
+            mutations[key] = (tune.loguniform if axis.log else tune.uniform)(axis.low, axis.high)
+
+    def inside(config: dict[str, Any]) -> dict[str, Any]:
+        """Tune multiplies by 0.8 or 1.2 without a look at the range."""
+        own = config["job"]["values"]
+        config["job"]["values"] = {key: space.clip(key, value) for key, value in own.items()}
+        return config
+
+    return PopulationBasedTraining(
+        time_attr="epoch",
+        metric=metric,
+        mode=mode,
+        perturbation_interval=space.base.tune.perturb_epochs,
+        hyperparam_mutations={"job": {"values": mutations}},
+        custom_explore_fn=inside,
+        log_config=False,
+    )

@@ -1,0 +1,124 @@
+"""One trial, in the process that Tune gave it: an ordinary train that reports every epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import tempfile
+from typing import Any
+
+import torch
+
+from recray import storage
+from recray.checkpoint import load_state
+from recray.config import Config
+from recray.data.prepared import PreparedDataset
+from recray.records import CheckpointRecord
+from recray.training.driver import train
+from recray.training.position import Phase, last_epoch
+from recray.tuning.ledger import Job, trial_config
+
+
+def run_trial(settings: dict[str, Any], base: dict[str, Any], cpus: int) -> None:
+    """Train the Job in `settings`. Reports every epoch's entry of the history, at the end with "ended" or "failed".
+
+    A failure is reported, not raised: the process lives on for the next trial.
+    """
+    from ray import tune
+
+    torch.set_num_threads(cpus)
+    started = Config.model_validate(base)
+    last: dict[str, Any] = {"epoch": 0.0, started.training.metric: float("nan")}
+    try:
+        config = trial_config(started, Job.of(tune.get_context().get_trial_name(), settings))
+        reporter = _Reporter(config, last, started.tune.search == "pbt")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            reporter.go_on()
+            train(config, on_epoch=reporter.epoch, callback=_callback(config))
+        reporter.end()
+    except Exception as error:
+        lines = f"{type(error).__name__}: {error}".strip().splitlines()
+        error.__traceback__ = None  # its frames hold the model, and the next trial needs the memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tune.report({**last, "failed": lines[0]})
+
+
+class _Reporter:
+    """Passes epochs to Tune. The last one goes with the news that the trial ended, so that nobody stops it before."""
+
+    def __init__(self, config: Config, last: dict[str, Any], population: bool) -> None:
+        self._config, self._last, self._population = config, last, population
+        self._dataset = PreparedDataset.open(config.dataset_uri)
+        self._select = Phase("train", config.training.epochs)
+
+    def go_on(self) -> None:
+        """Take over another's weights where Tune says so; else report what an interrupted trial has on disk already."""
+        from ray import tune
+
+        checkpoint = tune.get_checkpoint() if self._population else None
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self._take_over(folder)
+            return
+        done = last_epoch(self._config, self._select, self._dataset)
+        published = storage.join(self._config.run_uri, "checkpoint")
+        if done:
+            self._again(CheckpointRecord.read(self._select.folder(self._config, done)))
+        elif storage.exists(storage.join(published, CheckpointRecord.file_name())):
+            self._again(CheckpointRecord.read(published))
+
+    def _again(self, record: CheckpointRecord) -> None:
+        for entry in record.history:
+            self._report(entry)
+
+    def epoch(self, entry: dict[str, float]) -> None:
+        self._last.update(entry)
+        if int(entry["epoch"]) < self._config.training.epochs:
+            self._report(entry)
+
+    def _report(self, entry: dict[str, float]) -> None:
+        from ray import tune
+
+        self._last.update(entry)
+        if not self._population:
+            tune.report(dict(entry))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            last = int(entry["epoch"])
+            best = int(load_state(self._select.folder(self._config, last))["best_epoch"])
+            for number in {last, best} - {0}:
+                name = f"epoch-{number:04d}"
+                storage.download_folder(self._select.folder(self._config, number), os.path.join(folder, name))
+            tune.report(dict(entry), checkpoint=tune.Checkpoint.from_directory(folder))
+
+    def end(self) -> None:
+        from ray import tune
+
+        history = CheckpointRecord.read(storage.join(self._config.run_uri, "checkpoint")).history
+        # The checkpoint's own history ends at its best epoch; workers of a trainer reported the others themselves.
+        tune.report({**(self._last if self._last["epoch"] else history[-1]), "ended": True})
+
+    def _take_over(self, folder: str) -> None:
+        """Epochs of the member that Tune chose become this trial's own, under this trial's configuration."""
+        names = sorted(os.listdir(folder))
+        epoch = int(names[-1].removeprefix("epoch-"))
+        if last_epoch(self._config, self._select, self._dataset) == epoch:
+            return  # it was only paused
+        storage.delete_folder(self._select.root(self._config))
+        for name in names:
+            target = storage.join(self._select.root(self._config), name)
+            storage.upload_folder(os.path.join(folder, name), target)
+            record = CheckpointRecord.read(target)
+            record.model_copy(update={"config": self._config.model_dump(mode="json")}).write(target)
+
+
+def _callback(config: Config) -> Any:
+    """What carries the epochs of a trainer's workers here; none where training is in this process."""
+    if config.scaling.num_workers == 0:
+        return None
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    return TuneReportCallback()
