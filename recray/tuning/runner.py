@@ -262,6 +262,23 @@ def _reason(error: Any) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+class _Asha(ASHAScheduler):  # type: ignore[misc]
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """What an interrupted trial reports again was decided before: it went on."""
+        action = super().on_trial_result(controller, trial, result)
+        return str(TrialScheduler.CONTINUE if result.get("again") else action)
+
+
+class _Median(MedianStoppingRule):  # type: ignore[misc]
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """As above."""
+        action = super().on_trial_result(controller, trial, result)
+        if result.get("again"):
+            self._stopped_trials.discard(trial)
+            return str(TrialScheduler.CONTINUE)
+        return str(action)
+
+
 class _Past:
     """Stands for a trial of an earlier start, and for a controller that has none running."""
 
@@ -281,8 +298,13 @@ def make_scheduler(config: Config, space: Space, metric: str, mode: str, past: l
     if options.scheduler == "none":
         return FIFOScheduler()
     if options.scheduler == "median":
-        scheduler = MedianStoppingRule(
-            time_attr="epoch", metric=metric, mode=mode, grace_period=options.grace_epochs, min_samples_required=3
+        scheduler = _Median(
+            time_attr="epoch",
+            metric=metric,
+            mode=mode,
+            grace_period=options.grace_epochs,
+            min_samples_required=3,
+            min_time_slice=math.inf,  # nobody is paused for others
         )
     else:
         longest = config.training.epochs
@@ -290,7 +312,7 @@ def make_scheduler(config: Config, space: Space, metric: str, mode: str, past: l
             axis = space.axes["training.epochs"]
             longest = int(max(axis.choices or [axis.high]))
         # Nobody is stopped after its last epoch, which would only keep it from being published.
-        scheduler = ASHAScheduler(
+        scheduler = _Asha(
             time_attr="epoch",
             metric=metric,
             mode=mode,
@@ -302,7 +324,7 @@ def make_scheduler(config: Config, space: Space, metric: str, mode: str, past: l
         stub = _Past(f"past-{trial.number}")
         scheduler.on_trial_add(stub, stub)
         for one in trial.curve:
-            scheduler.on_trial_result(stub, stub, {"epoch": one.epoch, metric: one.value})
+            scheduler.on_trial_result(stub, stub, {"epoch": one.epoch, metric: one.value, "again": True})
     return scheduler
 
 

@@ -72,19 +72,19 @@ class _Reporter:
 
     def _again(self, record: CheckpointRecord) -> None:
         for entry in record.history:
-            self._report(entry)
+            self._report(entry, again=True)
 
     def epoch(self, entry: dict[str, float]) -> None:
         self._last.update(entry)
         if int(entry["epoch"]) < self._config.training.epochs:
             self._report(entry)
 
-    def _report(self, entry: dict[str, float]) -> None:
+    def _report(self, entry: dict[str, float], again: bool = False) -> None:
         from ray import tune
 
         self._last.update(entry)
         if not self._population:
-            tune.report(dict(entry))
+            tune.report({**entry, "again": again})
             return
         with tempfile.TemporaryDirectory() as folder:
             last = int(entry["epoch"])
@@ -92,7 +92,7 @@ class _Reporter:
             for number in {last, best} - {0}:
                 name = f"epoch-{number:04d}"
                 storage.download_folder(self._select.folder(self._config, number), os.path.join(folder, name))
-            tune.report(dict(entry), checkpoint=tune.Checkpoint.from_directory(folder))
+            tune.report({**entry, "again": again}, checkpoint=tune.Checkpoint.from_directory(folder))
 
     def end(self) -> None:
         from ray import tune
