@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import tempfile
@@ -14,7 +15,7 @@ from recray import storage
 from recray.checkpoint import load_state
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
-from recray.records import CheckpointRecord
+from recray.records import CheckpointRecord, DatasetRecord
 from recray.training.driver import train
 from recray.training.position import Phase, last_epoch
 from recray.tuning.ledger import Job, trial_config
@@ -31,7 +32,7 @@ def run_trial(settings: dict[str, Any], base: dict[str, Any], cpus: int) -> None
     started = Config.model_validate(base)
     last: dict[str, Any] = {"epoch": 0.0, started.training.metric: float("nan")}
     try:
-        config = trial_config(started, Job.of(tune.get_context().get_trial_name(), settings))
+        config = on_this_node(trial_config(started, Job.of(tune.get_context().get_trial_name(), settings)))
         reporter = _Reporter(config, last, started.tune.search == "pbt")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             reporter.go_on()
@@ -44,6 +45,22 @@ def run_trial(settings: dict[str, Any], base: dict[str, Any], cpus: int) -> None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         tune.report({**last, "failed": lines[0]})
+
+
+def on_this_node(config: Config) -> Config:
+    """A dataset on an object store is fetched once for all trials of a node, without its test split."""
+    if "://" not in config.dataset_uri or config.scaling.num_workers:
+        return config
+    dataset = PreparedDataset.open(config.dataset_uri)
+    here = os.path.join(tempfile.gettempdir(), f"recray-{dataset.record.id}")
+    with open(f"{here}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not storage.exists(storage.join(here, DatasetRecord.file_name())):
+            shards = dataset.record.shards
+            for file in ("items.parquet", *(shard.file for split in ("train", "valid") for shard in shards[split])):
+                storage.write_bytes(storage.join(here, file), storage.read_bytes(dataset.file_uri(file)))
+            storage.write_json(storage.join(here, DatasetRecord.file_name()), dataset.record.model_dump(mode="json"))
+    return config.model_copy(update={"run": config.run.model_copy(update={"dataset": here})})
 
 
 class _Reporter:

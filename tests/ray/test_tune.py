@@ -1,0 +1,180 @@
+"""Sweeps under Ray Tune: end to end, ended early, failed, killed and gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import recray
+from recray import storage
+from recray.config import Config, load_config, parse_config
+from recray.errors import LineageError
+from recray.records import CheckpointRecord, TrialRecord, TuneRecord
+
+SPACE = {
+    "optim.learning_rate": {"choices": [1e-2, 1e-5, 1e30, 5e-3]},
+    "model.dim": {"choices": [16]},
+}
+
+
+def _table(folder: Path, space: dict[str, Any] = SPACE, **tune: Any) -> dict[str, Any]:
+    return {
+        "run": {"name": "small", "output": str(folder)},
+        "data": {
+            "source": "simulated",
+            "shard_events": 4000,
+            "simulated": {"events": 6000, "users": 200, "items": 100},
+        },
+        "model": {"name": "two_tower", "dim": 8},
+        "training": {"epochs": 4, "global_batch_size": 256},
+        "scaling": {"num_workers": 0},
+        "tune": {"search": "grid", "top": 1, "seeds": 2, "space": space, **tune},
+    }
+
+
+@pytest.fixture(scope="module")
+def sweep(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, TuneRecord]:
+    """A sweep to its end, over a dataset whose test split is gone before it starts."""
+    config = parse_config(_table(tmp_path_factory.mktemp("sweep")))
+    recray.prepare(config)
+    storage.delete_folder(f"{config.dataset_uri}/test")
+    return config, recray.tune(config)
+
+
+def test_every_trial_has_a_record_and_the_best_a_checkpoint(sweep: tuple[Config, TuneRecord]) -> None:
+    config, record = sweep
+    assert [trial.number for trial in record.trials] == [1, 2, 3, 4]
+    for trial in record.trials:
+        own = TrialRecord.read(f"{config.run_uri}/tune/trials/{trial.number:04d}")
+        assert own.trial == trial
+        assert own.config["optim"]["learning_rate"] == trial.values["optim.learning_rate"]
+        assert (own.config["model"]["dim"], own.config["run"]["dataset"]) == (16, config.dataset_uri)
+        assert not storage.exists(f"{config.run_uri}/tune/trials/{trial.number:04d}/dataset")
+    first = record.trials[0]
+    assert (first.status, [one.epoch for one in first.curve]) == ("done", [1, 2, 3, 4])
+    checkpoint = CheckpointRecord.read(f"{config.run_uri}/tune/trials/0001/checkpoint")
+    assert checkpoint.value == first.best == max(one.value for one in first.curve)
+
+
+def test_a_trial_that_diverges_is_recorded_with_its_reason(sweep: tuple[Config, TuneRecord]) -> None:
+    failed = sweep[1].trials[2]
+    assert failed.status == "failed" and failed.best is None
+    assert failed.reason.startswith("RecrayError: the loss is ") and "lower optim.learning_rate" in failed.reason
+
+
+def test_a_trial_that_learns_nothing_is_ended_early(sweep: tuple[Config, TuneRecord]) -> None:
+    config, record = sweep
+    slow = record.trials[1]
+    assert slow.status == "pruned" and slow.epochs < 4
+    assert not storage.exists(f"{config.run_uri}/tune/trials/0002/checkpoint")
+
+
+def test_the_winner_is_trained_on_other_seeds_and_written_as_a_configuration(sweep: tuple[Config, TuneRecord]) -> None:
+    config, record = sweep
+    (finalist,) = record.finalists
+    assert finalist.seeds == [2, 3] and finalist.number == record.winner
+    assert finalist.mean == pytest.approx(sum(finalist.results) / 2)
+    best = load_config(f"{config.run_uri}/tune/best.toml")
+    assert best.optim.learning_rate == finalist.values["optim.learning_rate"]
+    assert (best.run.dataset, best.run.name) == (config.dataset_uri, "small-best")
+    assert "tune" not in tomllib.loads(Path(f"{config.run_uri}/tune/best.toml").read_text())
+    winner = next(trial for trial in record.trials if trial.number == record.winner)
+    assert recray.train(best).value == winner.best
+    assert "<svg" in Path(f"{config.run_uri}/tune/tune.html").read_text()
+
+
+def test_a_sweep_that_is_complete_trains_nothing_again(sweep: tuple[Config, TuneRecord]) -> None:
+    config, record = sweep
+    files = sorted(Path(config.run_uri).rglob("tr*.json"))
+    before = [file.stat().st_mtime_ns for file in files]
+    again = recray.tune(config)
+    assert (again.trials, again.retrained) == (record.trials, record.retrained)
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_another_sweep_in_the_same_folder_is_refused(sweep: tuple[Config, TuneRecord]) -> None:
+    other = parse_config(_table(Path(sweep[0].run.output), scheduler="none"), ["optim.weight_decay=0.1"])
+    with pytest.raises(LineageError, match=r"another configuration \(scheduler, optim differ\): set another run.name"):
+        recray.tune(other)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_epochs_are_a_budget_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    space = {"optim.learning_rate": {"choices": [1e-2, 5e-3, 2e-3]}}
+    options = {"scheduler": "none", "top": 0, "concurrent": 1}
+    short = recray.tune(parse_config(_table(tmp_path, space, epochs=6, **options)))
+    assert [(trial.status, trial.epochs) for trial in short.trials] == [("done", 4), ("cut", 2)]
+    whole = recray.tune(parse_config(_table(tmp_path, space, **options)))
+    assert [(trial.status, trial.epochs) for trial in whole.trials] == [("done", 4)] * 3
+    assert whole.trials[1].curve[:2] == [
+        one.model_copy(update={"at": whole.trials[1].curve[at].at}) for at, one in enumerate(short.trials[1].curve)
+    ]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_population_takes_over_weights_and_stays_inside_its_ranges(tmp_path: Path) -> None:
+    space = {
+        "optim.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        "model.dropout": {"low": 0.0, "high": 0.5},
+    }
+    table = _table(tmp_path, space, search="pbt", trials=4, perturb_epochs=1, top=0)
+    record = recray.tune(parse_config(table, ["training.epochs=8"]))
+    assert [trial.status for trial in record.trials] == ["done"] * 4
+    assert all(trial.epochs == 8 for trial in record.trials)
+    switches = [switch for trial in record.trials for switch in trial.switches]
+    assert switches
+    for values in [*switches, *(trial.values for trial in record.trials)]:
+        assert 1e-5 <= values["optim.learning_rate"] <= 1e-2 and 0 <= values["model.dropout"] <= 0.5
+
+
+ODD = """
+import os
+from recray.models import two_tower
+
+class Options(two_tower.Options):
+    name: str = "odd_model"
+
+def build(options, dataset, items):
+    if options.dim == 5:
+        os.kill(os.getpid(), 9)
+    if options.dim == 6:
+        raise MemoryError("cannot allocate")
+    return two_tower.build(options, dataset, items)
+"""
+
+
+def test_a_killed_sweep_goes_on_and_a_killed_trial_does_not_end_it(tmp_path: Path) -> None:
+    """kill -9 on the driver once two trials have ended; the next start runs the others, each to its end, none again."""
+    (tmp_path / "odd_models").mkdir()
+    (tmp_path / "odd_models" / "odd.py").write_text(ODD)
+    space = {"model.dim": {"choices": [16, 5, 12, 6, 8, 10]}}
+    table = _table(tmp_path, space, top=0, scheduler="none")
+    table["model"]["name"], table["training"]["epochs"] = "odd_models.odd", 12
+    (tmp_path / "sweep.json").write_text(json.dumps(table))
+    code = "import json, sys, recray; from recray.config import parse_config\nrecray.tune(parse_config(json.load(open(sys.argv[1]))))"
+    command = [sys.executable, "-c", code, str(tmp_path / "sweep.json")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as child:
+        assert child.stdout is not None
+        ended = 0
+        for line in child.stdout:
+            ended += line.startswith("tune: ")
+            if ended == 2:
+                child.kill()
+    trials = tmp_path / "small" / "tune" / "trials"
+    first = {path: path.stat().st_mtime_ns for path in trials.glob("*/trial.json")}
+    assert 2 <= len(first) < 6
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert all(path.stat().st_mtime_ns == at for path, at in first.items())
+    record = TuneRecord.read(str(tmp_path / "small" / "tune"))
+    assert [trial.values["model.dim"] for trial in record.trials] == [16, 5, 12, 6, 8, 10]
+    assert [trial.status for trial in record.trials] == ["done", "failed", "done", "failed", "done", "done"]
+    assert "its process was killed" in record.trials[1].reason
+    assert record.trials[3].reason == "MemoryError: cannot allocate"
+    for trial in record.trials:
+        assert [one.epoch for one in trial.curve] == (list(range(1, 13)) if trial.status == "done" else [])

@@ -1,0 +1,77 @@
+"""Schedulers and budgets of a sweep, without a cluster."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray.tune")
+
+from recray.config import Config, parse_config
+from recray.records import Trial, TrialEpoch
+from recray.tuning.check import check
+from recray.tuning.runner import Budget, make_scheduler
+
+
+class _Running:
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
+def _config(scheduler: str) -> Config:
+    tune = {"scheduler": scheduler, "space": {"model.dim": {"choices": [8, 16]}}}
+    return parse_config({"data": {"source": "simulated"}, "tune": tune, "training": {"epochs": 9}})
+
+
+def _past(number: int, values: list[float]) -> Trial:
+    curve = [TrialEpoch(epoch=i + 1, value=v, loss=1.0, seconds=1.0, at=0.0) for i, v in enumerate(values)]
+    return Trial(number=number, values={}, seed=1, status="done", best=max(values), epochs=len(values), curve=curve)
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_scheduler_knows_trials_of_earlier_starts(name: str, mode: str) -> None:
+    config = _config(name)
+    sign = 1.0 if mode == "max" else -1.0
+    past = [_past(n, [sign * (0.1 * n + 0.01 * epoch) for epoch in range(9)]) for n in range(1, 5)]
+    for value, stops in ((0.05, True), (0.9, False)):
+        scheduler = make_scheduler(config, check(config, []), "ndcg@10", mode, past)
+        trial = _Running("new")
+        scheduler.on_trial_add(trial, trial)
+        first = {"epoch": 1, "ndcg@10": sign * value}
+        assert (scheduler.on_trial_result(trial, trial, first) == "STOP") is stops
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_what_was_reported_before_an_interruption_is_not_judged_again(name: str) -> None:
+    config = _config(name)
+    past = [_past(n, [0.5] * 9) for n in range(1, 5)]
+    scheduler = make_scheduler(config, check(config, []), "ndcg@10", "max", past)
+    trial = _Running("old")
+    scheduler.on_trial_add(trial, trial)
+    for epoch in range(1, 6):
+        assert scheduler.on_trial_result(trial, trial, {"epoch": epoch, "ndcg@10": 0.1, "again": True}) == "CONTINUE"
+    later = ({"epoch": epoch, "ndcg@10": 0.1} for epoch in range(6, 10))
+    assert any(scheduler.on_trial_result(trial, trial, one) == "STOP" for one in later)
+
+
+def test_nobody_is_stopped_after_its_last_epoch() -> None:
+    config = _config("asha")
+    past = [_past(n, [0.5] * 9) for n in range(1, 5)]
+    scheduler = make_scheduler(config, check(config, []), "ndcg@10", "max", past)
+    trial = _Running("good")
+    scheduler.on_trial_add(trial, trial)
+    reports = [{"epoch": epoch, "ndcg@10": 0.6} for epoch in range(1, 10)]
+    assert [scheduler.on_trial_result(trial, trial, one) for one in reports] == ["CONTINUE"] * 9
+
+
+def test_a_budget_counts_epochs_once() -> None:
+    budget = Budget(None, 5)
+    for trial, epoch in (("a", 1), ("a", 2), ("b", 1), ("b", 1), ("a", 1), ("a", 2)):
+        budget(trial, {"epoch": epoch})
+        assert not budget.stop_all()
+    budget("a", {"epoch": 4})
+    assert budget.stop_all()
+    assert Budget(0.0, None).stop_all()
