@@ -76,9 +76,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def tune(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Search the values of [tune.space] by many trains on one prepared dataset; goes on with a sweep that was ended.
+    """Search values for keys by many trains on one prepared dataset (section tune); goes on with a sweep that was ended.
 
-    Validation decides. Writes <run>/tune/: tune.json, tune.html (pictures), best.toml (the winner, for `recray run`).
+    Validation decides, the test split stays closed. Writes <output>/<name>/tune/: tune.json, tune.html (pictures) and
+    best.toml, the winner for `recray run`.
     """
     import recray
     from recray.tuning.terminal import summary

@@ -6,6 +6,7 @@ instead: a trial that ended has its record, one that did not has its epochs on d
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -37,6 +38,7 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails in its first epoch reports none
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the board tells of them
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ctrl-c ends the sweep, and the same command goes on with it
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "600",
@@ -75,6 +77,7 @@ def run_jobs(
     Returns the ones that the budget cut; the next start goes on with them.
     """
     os.environ.update(_ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = ledger.config
     watch = _Watch(ledger, board, ended)
     folder = storage.join(ledger.uri, "ray")
@@ -232,8 +235,8 @@ class _Watch(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         state = self._state(trial)
-        error = trial.get_pickled_error() or trial.get_error()
-        state.reason = _reason(error)
+        with open(trial.error_file) as file:
+            state.reason = _reason(file.read())
         self._end(trial, "failed")
 
     def _end(self, trial: Any, status: str) -> None:
@@ -251,15 +254,13 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         return [trial for _, trial in made]
 
 
-def _reason(error: Any) -> str:
-    """Why a trial's process ended without a word."""
-    text = str(error)
-    if "OutOfMemory" in type(error).__name__:
+def _reason(text: str) -> str:
+    """Why a trial's process ended without a word, from what Ray says of it."""
+    if "running low on memory" in text:
         return "its process was killed: the machine ran out of memory"
-    if "ActorDied" in type(error).__name__ or "actor died" in text.lower() or "died unexpectedly" in text:
+    if "died" in text:
         return "its process was killed (by hand, or by the system where memory ran out)"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return text.strip().splitlines()[-1]
 
 
 class _Asha(ASHAScheduler):  # type: ignore[misc]
