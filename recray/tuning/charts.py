@@ -10,6 +10,7 @@ from typing import Any
 _WIDTH, _HEIGHT = 960, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 16, 46
 _GRID = "#e3e8ed"
+_LETTER = 7  # width of one
 _NO_VALUE = "-"  # of a key whose condition did not hold
 
 
@@ -81,7 +82,8 @@ def parallel(axes: list[Axis], rows: list[tuple[int, str, bool]]) -> str:
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="#8895a3"/>')
         # Names would run into each other on one line.
         labels.append(_text(x, top - 26 + 13 * (at % 2), axis.name, "middle"))
-        labels += [_text(x + 5, bottom - place * (bottom - top) + 4, mark, "start") for place, mark in marks]
+        fit = max(3, int((gap - 8) / _LETTER))
+        labels += [_text(x + 5, bottom - place * (bottom - top) + 4, mark[:fit], "start") for place, mark in marks]
     for place, colour, wide in rows:
         points = " ".join(f"{left + at * gap:.1f},{ys[place]:.1f}" for at, ys in enumerate(heights))
         look = 'stroke-width="2.6"' if wide else 'stroke-width="1.2" opacity="0.75"'

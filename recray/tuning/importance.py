@@ -9,7 +9,7 @@ import numpy as np
 from recray.records import Trial
 
 _BINS = 4
-_FEWEST = 6  # trials with a key below which nothing is said of it
+_FEWEST = 8  # trials with a key below which nothing is said of it
 
 
 def importance(trials: list[Trial]) -> dict[str, float]:
@@ -17,7 +17,7 @@ def importance(trials: list[Trial]) -> dict[str, float]:
 
         epsilon^2 = (SS_between - (g - 1) MS_within) / SS_total            (Kelley 1935)
 
-    over g groups of trials: a choice each, or quarters of a range by the values that were drawn. Unlike eta^2 it expects 0
+    over g groups of trials: a choice each, or quarters (halves, of few trials) of the values drawn from a range. Unlike eta^2 it expects 0
     of a key that does nothing. Ranks, as one diverged trial would else be all the variance. A trial without the key is
     left out for it. Interactions between keys are not seen.
     """
@@ -44,7 +44,8 @@ def _groups(values: list[Any]) -> np.ndarray:
     """A group's number for every value."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     distinct = sorted({repr(value) for value in values})
+    bins = max(2, min(_BINS, len(values) // 4))
     if not numbers or len(distinct) <= _BINS:
         return np.array([distinct.index(repr(value)) for value in values])
-    edges = np.quantile(values, np.arange(1, _BINS) / _BINS)
+    edges = np.quantile(values, np.arange(1, bins) / bins)
     return np.searchsorted(edges, values, side="left")

@@ -47,8 +47,8 @@ def render(record: TuneRecord) -> str:
         ),
         _section(
             "Importance",
-            "Share of the variance of the trials' ranks that lies between values of a key (epsilon squared, Kelley 1935; quarters "
-            "of a range). A key alone: interactions are not seen, and trials that were ended early count with what they had reached.",
+            "Share of the variance of the trials' ranks that lies between values of a key (epsilon squared, Kelley 1935; a range "
+            "in quarters). A key alone: interactions are not seen, and trials that were ended early count with what they had reached.",
             importance_bars(record.importance),
         ),
         _section("Curves", _curves_text(counts), _curves(record)),
