@@ -8,20 +8,31 @@ import os
 from recray.config import ScalingConfig
 from recray.errors import ResourceError
 
+_QUIET = {  # one line a message, no progress bars, no warnings about what nobody asked for
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Its actor warns at every start; recray goes on from the last epoch on disk without it.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # How soon the end of training is seen.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
 
-def start(scaling: ScalingConfig) -> None:
+_own = False
+
+
+def start(scaling: ScalingConfig, tasks: bool = True) -> None:
     """Make sure that Ray runs and has what `scaling` asks for. Safe to call again.
+
+    `tasks`: work for Ray's own processes follows at once, so a local Ray starts some ahead; training's are others.
 
     Raises ResourceError when the training workers ask for more GPUs than this Ray has.
     """
-    # These only quieten Ray: one line a message, no progress bars, no warnings about what nobody asked for.
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # Its actor warns at every start; recray goes on from the last epoch on disk without it.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    global _own
     import ray
 
     if not ray.is_initialized():
@@ -30,15 +41,23 @@ def start(scaling: ScalingConfig) -> None:
         else:
             # Data tasks need a CPU beside the training workers, or reading would wait for training for ever.
             wanted = max(os.cpu_count() or 1, scaling.num_workers * scaling.cpus_per_worker + 2)
-            # Without a dashboard, Ray Train's cleaner warns every few seconds that it cannot ask it; only errors are shown.
+            if not tasks:
+                os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             ray.init(
                 num_cpus=wanted,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 logging_config=ray.LoggingConfig(log_level="ERROR"),
             )
+            _own = True
     _check(scaling, ray.cluster_resources())
-    quieten_data()
+    if tasks:
+        quieten_data()
+
+
+def is_own() -> bool:
+    """Whether this process started the Ray that runs: on one machine, for nobody else."""
+    return _own
 
 
 def _check(scaling: ScalingConfig, there: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from recray import storage
+from recray import runtime, storage
 from recray.config import ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import ResourceError
@@ -101,6 +101,7 @@ class RayContext:
         local = nodes == 1 and "://" not in dataset.uri
         if self._scaling.reader == "worker" or (self._scaling.reader == "auto" and local):
             return read_shards(dataset, shards, slices)
+        runtime.quieten_data()
         free = ray.cluster_resources().get("CPU", 1) - self.world_size * self._scaling.cpus_per_worker
         # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
         task_cpus = 1 if free >= self.world_size else 0

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from recray import runtime, storage
-from recray.config import Config
+from recray.config import Config, ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import RecrayError
 from recray.records import CheckpointRecord
@@ -66,24 +66,23 @@ def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -
 
 
 def _run_workers(config: Config, callbacks: list[Any]) -> None:
-    runtime.start(config.scaling)
-    from ray.train import LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    runtime.start(config.scaling, tasks=False)
+    from ray import train as ray_train
 
     scaling = config.scaling
     local = "://" not in config.run_uri
     resources: dict[str, float] = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         train_loop_per_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks)},
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        backend_config=_backend(scaling),
+        scaling_config=ray_train.ScalingConfig(
             num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(
+        run_config=ray_train.RunConfig(
             name="ray",
             callbacks=callbacks,
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
             storage_path=os.path.abspath(storage.join(config.run_uri, "train"))
             if local
             else storage.join(config.run_uri, "train"),
@@ -95,10 +94,28 @@ def _run_workers(config: Config, callbacks: list[Any]) -> None:
         raise _root(error) from error
 
 
+def _backend(scaling: ScalingConfig) -> Any:
+    """What brings workers together. One worker on a CPU has nobody to meet, and a controller without it has no torch to import."""
+    if scaling.num_workers == 1 and not scaling.use_gpu:
+        return None
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend="nccl" if scaling.use_gpu else "gloo")
+
+
+def _trainer_class() -> Any:
+    if runtime.is_own():
+        from recray.training.local_ray import LocalTrainer
+
+        return LocalTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    return DataParallelTrainer
+
+
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     set_threads(config.scaling)
-    runtime.quieten_data()
     import ray.train
 
     loop.fit(config, RayContext(config.scaling), on_epoch=ray.train.report if settings["report"] else None)

@@ -90,7 +90,7 @@ def test_two_tasks_report_what_one_process_reports(run: Config) -> None:
 
 
 def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(run: Config, tmp_path: Path) -> None:
-    config = _with_dataset(run, tmp_path, "scaling.num_workers=1")
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=1", "scaling.reader=ray_data")
     record = recray.train(config)
     assert _losses(config) == pytest.approx(_losses(run), rel=1e-5)
     assert record.metric == "auc" and record.value == pytest.approx(recray.train(run).value, abs=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import recray
-from recray import checkpoint, storage
+from recray import checkpoint, runtime, storage
 from recray.config import Config, parse_config
 from recray.data.prepared import PreparedDataset
 from recray.errors import LineageError
@@ -77,7 +77,10 @@ def test_stages_that_are_complete_are_reused(run: Config, capsys: pytest.Capture
     assert capsys.readouterr().out.count("reused") == 3
 
 
-def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(run: Config, tmp_path: Path) -> None:
+def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "is_own", lambda: True)  # as after `recray train`
     config = _with_dataset(run, tmp_path, "scaling.num_workers=1")
     record = recray.train(config)
     assert _losses(config) == pytest.approx(_losses(run), rel=1e-5)
@@ -121,7 +124,7 @@ def test_search_never_returns_padding_or_what_is_excluded(run: Config) -> None:
 def test_two_workers_consume_the_same_rows_and_learn_as_much(run: Config, tmp_path: Path) -> None:
     # The exact softmax draws nothing, so what differs is only which rows share a batch.
     one = _with_dataset(run, tmp_path / "one", "scaling.num_workers=0", "loss.name=softmax")
-    two = _with_dataset(run, tmp_path / "two", "scaling.num_workers=2", "loss.name=softmax")
+    two = _with_dataset(run, tmp_path / "two", "scaling.num_workers=2", "loss.name=softmax", "scaling.reader=ray_data")
     alone, shared = recray.train(one), recray.train(two)
     assert (shared.rows, shared.step) == (alone.rows, alone.step)
     assert _losses(two) == pytest.approx(_losses(one), rel=0.01)

@@ -19,6 +19,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(calls[0].get("num_cpus", 2))})
     monkeypatch.setattr(runtime, "quieten_data", lambda: None)
+    monkeypatch.setattr(runtime, "_own", False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return calls
 
@@ -32,13 +33,13 @@ def test_a_local_ray_has_cpus_for_reading_beside_the_workers(started: list[dict[
 def test_starting_again_does_nothing(started: list[dict[str, Any]]) -> None:
     runtime.start(ScalingConfig())
     runtime.start(ScalingConfig())
-    assert len(started) == 1
+    assert len(started) == 1 and runtime.is_own()
 
 
 def test_a_given_cluster_is_joined_not_shaped(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     runtime.start(ScalingConfig())
-    assert "num_cpus" not in started[0]
+    assert "num_cpus" not in started[0] and not runtime.is_own()
 
 
 @pytest.mark.usefixtures("started")
