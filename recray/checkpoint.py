@@ -3,6 +3,7 @@
 model.safetensors     weights and buffers
 items.safetensors     the item table that the model was built with
 dataset.json          the prepared dataset's record
+tables-*.safetensors  rows of row_sharded tables, a file a worker (recray.pieces); tables-state-* what their optimiser keeps
 state.pt              optimiser, EMA, random state (only where training may go on)
 checkpoint.json       CheckpointRecord, written last
 """
@@ -21,7 +22,9 @@ from recray import registry, storage
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.errors import LineageError
+from recray.models import embedding
 from recray.models.batch import Feature, ItemTable, Jagged
+from recray.pieces import Pieces
 from recray.records import CheckpointRecord, DatasetRecord
 
 
@@ -67,13 +70,16 @@ def load_weights(folder: str) -> dict[str, Tensor]:
 
 
 def load_model(folder: str) -> tuple[nn.Module, CheckpointRecord]:
-    """The model in evaluation mode, rebuilt from the record beside its weights."""
+    """The model in evaluation mode, rebuilt from the record beside its weights; rows of sharded tables stay on disk."""
     record = CheckpointRecord.read(folder)
     config = Config.model_validate(record.config)
     dataset = DatasetRecord.read(folder)
     items = _unpack(load_tensors(storage.read_bytes(storage.join(folder, "items.safetensors"))))
-    model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset, items)
-    model.load_state_dict(load_weights(folder))
+    with embedding.placed(embedding.Placement(stored=True)):
+        model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset, items)
+    weights = load_weights(folder)
+    embedding.load(model, weights, Pieces(folder, "tables", record.pieces))
+    model.load_state_dict(weights, assign=True)
     return model.eval(), record
 
 

@@ -133,6 +133,7 @@ class CheckpointRecord(Record):
     value: float  # validation value of `metric`, reduced over all workers
     history: list[dict[str, float]] = []  # one entry per epoch: loss, seconds, metrics
     dataset_uri: str
+    pieces: int = 0  # files that row_sharded tables lie in, one a training worker
 
 
 class SweepPoint(Part):

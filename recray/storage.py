@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from recray.errors import DataError, StorageError
 
 _GLOB = "*?["
+_PART_BYTES = 16 << 20  # copied at a time
 _TAIL_BYTES = 65_536  # a Parquet footer with its statistics lies in a file's tail
 
 
@@ -113,6 +115,34 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write whole or not at all."""
     with _atomic(uri) as (system, path), system.open_output_stream(path) as stream:
         stream.write(data)
+
+
+@contextlib.contextmanager
+def writer(uri: str) -> Iterator[pa.NativeFile]:
+    """A stream whose bytes are at `uri` when the block ends well, and nothing when it does not."""
+    with _atomic(uri) as (system, path), system.open_output_stream(path) as stream:
+        yield stream
+
+
+def copy_file(source: str, target: str) -> None:
+    """A part at a time: a file may be larger than memory."""
+    system, path = resolve(source)
+    with writer(target) as out, _errors(source, "read"), system.open_input_stream(path) as stream:
+        while part := stream.read(_PART_BYTES):
+            out.write(part)
+
+
+@contextlib.contextmanager
+def local_file(uri: str) -> Iterator[str]:
+    """A local path of the file: its own, or of a copy that lasts as long as the block."""
+    system, path = resolve(uri)
+    if isinstance(system, pafs.LocalFileSystem):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "copy")
+        copy_file(uri, copy)
+        yield copy
 
 
 def read_json(uri: str) -> Any:

@@ -149,6 +149,15 @@ class DataConfig(Section):
     simulated: SimulatedConfig = SimulatedConfig()
 
 
+class EmbeddingConfig(Section):
+    """Where the rows of embedding tables live while a model trains (recray.models.embedding)."""
+
+    mode: Literal["auto", "dense", "sparse_replicated", "row_sharded"] = Field(
+        "auto",
+        description="auto picks by table; dense: all rows on every worker, all updated; sparse_replicated: only rows that a batch touched are exchanged and updated; row_sharded: each worker holds its share of the rows",
+    )
+
+
 class ModelOptions(Section):
     """What every model has; a model's own `Options` extends it in its own file."""
 
@@ -156,6 +165,7 @@ class ModelOptions(Section):
     name: str
     dim: int = Field(64, ge=1, description="width of query and item vectors")
     history_length: int = Field(50, ge=1, description="most recent events of a user that the model sees")
+    embedding: EmbeddingConfig = EmbeddingConfig()
 
 
 class LossConfig(Section):
@@ -196,6 +206,13 @@ class OptimConfig(Section):
         0.0,
         ge=0,
         description="weight decay of embedding tables, of large ones the rows a batch touches; 0 = as weight_decay, none for large ones",
+    )
+    table_optimizer: Literal["same", "adagrad"] = Field(
+        "same",
+        description="of tables of which only touched rows are updated: as `name`, or row-wise Adagrad, which keeps 4 bytes a row instead of 8 a number",
+    )
+    table_learning_rate: float | None = Field(
+        None, gt=0, description="of the same tables, where it is another; Adagrad wants about 0.01 to 0.1"
     )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0 = off")
 
@@ -332,6 +349,23 @@ class Config(Section):
         if metric not in clicks.NAMES if self.model.family == "ranker" else not _is_list_metric(metric):
             allowed = ", ".join(clicks.NAMES if self.model.family == "ranker" else (f"{n}@K" for n in ranked.NAMES))
             raise ValueError(f"training.metric = '{metric}' does not fit a {self.model.family}: use one of {allowed}")
+        return self
+
+    @model_validator(mode="after")
+    def _sharded(self) -> Config:
+        """What needs every row of a table at every step does not go with tables of which no worker has every row."""
+        if self.model.embedding.mode != "row_sharded":
+            return self
+        if self.loss.name == "softmax":
+            raise ValueError(
+                "loss.name = 'softmax' scores every item at every step, and with model.embedding.mode = 'row_sharded' no "
+                "worker holds every item: use loss.name = 'sampled_softmax' (or gbce, cosine_contrastive, bpr), or mode = 'dense'"
+            )
+        if self.optim.ema_decay:
+            raise ValueError(
+                "optim.ema_decay averages every row at every step, which model.embedding.mode = 'row_sharded' is there to "
+                "avoid: set optim.ema_decay = 0, or mode = 'dense'"
+            )
         return self
 
     @model_validator(mode="after")

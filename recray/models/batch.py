@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -146,6 +147,11 @@ class ItemTable:
 
     counts_N: Tensor
     features: dict[str, Feature] = field(default_factory=dict)
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Sum of counts_N, at least 1."""
+        return self.counts_N.sum().clamp(min=1)
 
     @property
     def num_items(self) -> int:

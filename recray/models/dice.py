@@ -52,7 +52,7 @@ class Dice(nn.Module):
         mean_C, square_C = (total[:-1] / total[-1].clamp(min=1)).view(2, -1)
         self.batches += any_rows.to(torch.int64)
         # The first batches weigh as much as all before them, so that nothing of the start (0, 1) is left.
-        step = any_rows * torch.clamp(1 / self.batches, min=_MOMENTUM).to(self.mean.dtype)
+        step = any_rows * torch.clamp(1 / self.batches.clamp(min=1), min=_MOMENTUM).to(self.mean.dtype)
         self.mean.lerp_(mean_C.to(self.mean.dtype), step)
         self.var.lerp_((square_C - mean_C**2).clamp(min=0).to(self.var.dtype), step)
 

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from recray.config import ModelOptions
 from recray.errors import ConfigError
 from recray.models.batch import Batch, Feature, ItemTable, Jagged
-from recray.models.parts import ItemFeatures, mean_pool, table
+from recray.models.embedding import Ids, Table
+from recray.models.parts import ItemFeatures, mean_pool
 from recray.records import DatasetRecord
 from recray.records import Feature as FeatureRecord
-
-SPARSE_ABOVE = 50_000  # rows of a table from which on only touched ones are updated; below it all of them is as fast
 
 # Small, and normalised by every model before its first layer: an optimizer's step then turns a fresh vector at once.
 # With N(0, 1/sqrt(dim)) the same models needed many times the epochs.
@@ -73,13 +72,15 @@ class Items:
 class Columns(nn.Module):
     """Embeds the columns of one part."""
 
-    def __init__(self, records: list[FeatureRecord], ids: dict[str, int], options: RankerOptions) -> None:
+    def __init__(self, records: list[FeatureRecord], ids: dict[Ids, int], options: RankerOptions) -> None:
         super().__init__()
         self.numbers = [f.name for f in records if f.kind == "numeric"]
-        rows = ids | {f.name: f.cardinality for f in records if f.kind != "numeric"}
+        rows: dict[str, int] = {name: count for name, count in ids.items()}
+        rows |= {f.name: f.cardinality for f in records if f.kind != "numeric"}
+        kinds: dict[str, Ids] = {name: name for name in ids}
         dims = {name: options.feature_dims.get(name, options.dim) for name in rows}
         self.tables = nn.ModuleDict(
-            {f"{n}_": table(rows[n], dims[n], std=_STD, sparse=rows[n] > SPARSE_ABOVE) for n in rows}
+            {f"{n}_": Table(rows[n], dims[n], std=_STD, ids=kinds.get(n, "feature")) for n in rows}
         )
         self.names = list(rows)
         self.num_numbers = len(self.numbers)
@@ -94,9 +95,9 @@ class Columns(nn.Module):
 
     def _embed(self, name: str, feature: Feature) -> Tensor:
         embedding = self.tables[f"{name}_"]
-        assert isinstance(embedding, nn.Embedding)
+        assert isinstance(embedding, Table)
         if isinstance(feature, Jagged):
-            return mean_pool(embedding.weight, feature, sparse=embedding.sparse)
+            return mean_pool(embedding, feature)
         out: Tensor = embedding(feature)
         return out
 
@@ -112,7 +113,7 @@ class Inputs(nn.Module):
                 raise ConfigError(f"model.feature_dims names '{name}'; columns there: {', '.join(sorted(known))}")
         self.user_embedding = options.user_embedding
         by_role = {role: [f for f in dataset.features if f.role == role] for role in ("user", "context", "item")}
-        ids = {"user": dataset.num_users} if options.user_embedding else {}
+        ids: dict[Ids, int] = {"user": dataset.num_users} if options.user_embedding else {}
         self.user = Columns(by_role["user"], ids, options)
         self.context = Columns(by_role["context"], {}, options)
         self.item = Columns(by_role["item"], {"item": dataset.num_items}, options)

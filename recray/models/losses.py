@@ -102,7 +102,7 @@ def _sampled_softmax(
     logits_QC = (q_QD @ v_CD.T).float() / config.temperature
     if config.logq:
         # How often the item is expected among the candidates: both draws add up, whichever brought it.
-        share_C = items.counts_N[candidate_C] / items.counts_N.sum().clamp(min=1)
+        share_C = items.counts_N[candidate_C] / items.total
         uniform = len(negative_M) / max(items.num_items - FIRST_ID, 1)
         logits_QC = logits_QC - torch.log(in_batch * share_C + uniform)
     excluded_QC = (candidate_C[None] == batch.target_Q[:, None]) | (present_C[None] == 0)

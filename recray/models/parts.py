@@ -6,29 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recray.models.batch import PAD, Feature, ItemTable, Jagged
+from recray.models.batch import Feature, ItemTable, Jagged
+from recray.models.embedding import Table
 from recray.records import Feature as FeatureRecord
 
 
-def table(rows: int, dim: int, std: float | None = None, sparse: bool = False) -> nn.Embedding:
-    """Ids to vectors; N(0, 1/sqrt(dim)) so that inner products of fresh vectors have unit variance. Row PAD stays 0.
-
-    sparse: gradients hold touched rows only, and the optimizer updates only those.
-    """
-    embedding = nn.Embedding(rows, dim, padding_idx=PAD, sparse=sparse)
-    nn.init.normal_(embedding.weight, std=std if std is not None else dim**-0.5)
-    with torch.no_grad():
-        embedding.weight[PAD] = 0
-    return embedding
-
-
-def mean_pool(weight: Tensor, history: Jagged, sparse: bool = False) -> Tensor:
+def mean_pool(vectors: Tensor | Table, history: Jagged) -> Tensor:
     """(B, D): mean of each row's vectors; zero for an empty row."""
-    if not len(history.values):
-        # Still a function of the weight: DDP waits for every parameter's gradient.
-        nothing = F.embedding(history.offsets[:1], weight, sparse=sparse) * 0
+    sparse = isinstance(vectors, Table) and vectors.sparse
+    rows, index = vectors.look_up(history.values) if isinstance(vectors, Table) else (vectors, history.values)
+    if not len(index):
+        nothing = rows.new_zeros(1, rows.shape[1])
+        if len(rows) and not sparse:
+            # Still a function of the weight: DDP waits for every parameter's gradient.
+            nothing = F.embedding(history.offsets[:1], rows) * 0
         return nothing.expand(len(history.offsets) - 1, -1)
-    return F.embedding_bag(history.values, weight, history.offsets[:-1], mode="mean", sparse=sparse)
+    return F.embedding_bag(index, rows, history.offsets[:-1], mode="mean", sparse=sparse)
 
 
 class FeatureEncoder(nn.Module):
@@ -38,7 +31,7 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self._records = records
         self.tables = nn.ModuleDict(
-            {f.name: table(f.cardinality, dim) for f in records if f.kind in ("categorical", "list")}
+            {f.name: Table(f.cardinality, dim) for f in records if f.kind in ("categorical", "list")}
         )
         self.width = sum(dim if f.kind != "numeric" else 1 for f in records)
 
@@ -47,7 +40,7 @@ class FeatureEncoder(nn.Module):
         for record in self._records:
             value = features[record.name]
             if isinstance(value, Jagged):
-                parts.append(mean_pool(self.tables[record.name].weight, value))  # type: ignore[arg-type]
+                parts.append(mean_pool(self.tables[record.name], value))  # type: ignore[arg-type]
             elif record.kind == "numeric":
                 parts.append(value.float()[:, None])
             else:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recray.config import ModelOptions
 from recray.models import Examples
 from recray.models.batch import Batch, ItemTable
-from recray.models.parts import table
+from recray.models.embedding import Table
 from recray.records import DatasetRecord
 
 _GROUPS = 4  # groups of rows by length: more waste less padding but start more small kernels
@@ -99,7 +99,7 @@ class SASRec(nn.Module):
         if options.dim % options.heads:
             raise ValueError(f"model.dim = {options.dim} does not divide by model.heads = {options.heads}")
         self.options = options
-        self.item_table = table(dataset.num_items, options.dim, std=0.02)
+        self.item_table = Table(dataset.num_items, options.dim, std=0.02, ids="item")
         # Counted from the end: the most recent event always has position 0, as with SASRec's left padding.
         self.position = nn.Parameter(torch.randn(options.history_length, options.dim) * 0.02)
         self.blocks = nn.ModuleList(_Block(options) for _ in range(options.layers))

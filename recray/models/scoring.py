@@ -16,12 +16,15 @@ _SCORES = 1 << 25  # scores alive at a time (128 MB)
 _TILE = 32  # columns of which only the largest is looked at first
 
 
-def top_k(q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
+def top_k(
+    q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None = None, share: tuple[int, int] = (0, 1)
+) -> tuple[Tensor, Tensor]:
     """Item ids (B, k) int64 and scores (B, k), best first, ties by lower id.
 
-    Row i of v_ND is item id i; ids below FIRST_ID and those in `exclude` never
-    come back. A row with fewer than k items left ends in id 0 and score -inf.
+    Row i of v_ND is item id i, or first + i * step where it holds only the share (first, step) of items. Ids below
+    FIRST_ID and those in `exclude` never come back. A row with fewer than k items left ends in id 0 and score -inf.
     """
+    first, step = share
     rows_at_once = max(1, _SCORES // max(len(v_ND), 1))
     q_BD, v_ND = q_BD.float(), v_ND.float()
     buffer = q_BD.new_empty(min(rows_at_once, len(q_BD)), len(v_ND))
@@ -29,16 +32,25 @@ def top_k(q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None = None) -> 
     for at in range(0, len(q_BD), rows_at_once):
         part_BD = q_BD[at : at + rows_at_once]
         score = torch.mm(part_BD, v_ND.T, out=buffer[: len(part_BD)])
-        score[:, :FIRST_ID] = -torch.inf
+        score[:, : len(range(first, FIRST_ID, step))] = -torch.inf
         if exclude is not None:
             begin, end = exclude.offsets[at], exclude.offsets[min(at + rows_at_once, len(q_BD))]
             lengths = exclude.lengths()[at : at + rows_at_once]
             row = torch.repeat_interleave(torch.arange(len(score), device=score.device), lengths)
-            score[row, exclude.values[begin:end]] = -torch.inf
+            values = exclude.values[begin:end]
+            here = values % step == first
+            score[row[here], values[here] // step] = -torch.inf
         found, best = best_of(score, k)
-        ids.append(found)
+        ids.append(torch.where(best == -torch.inf, 0, first + found * step))
         scores.append(best)
     return torch.cat(ids), torch.cat(scores)
+
+
+def merge(ids_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of what was found in several shares, side by side."""
+    by_id = ids_BK.argsort(dim=1)
+    best, place = scores_BK.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return ids_BK.gather(1, by_id).gather(1, place)[:, :k], best[:, :k]
 
 
 def best_of(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:

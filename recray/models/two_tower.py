@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from recray.config import ModelOptions
 from recray.models import Examples
 from recray.models.batch import Batch, ItemTable
-from recray.models.parts import FeatureEncoder, ItemFeatures, mean_pool, mlp, table
+from recray.models.embedding import Table
+from recray.models.parts import FeatureEncoder, ItemFeatures, mean_pool, mlp
 from recray.records import DatasetRecord
 
 
@@ -50,11 +51,9 @@ class TwoTower(nn.Module):
         self.options = options
         self.examples: Examples = "others" if options.history == "others" else "events"
         dim = options.dim
-        self.item_table = table(dataset.num_items, dim)
-        self.user_table = table(dataset.num_users, dim) if options.user_embedding else None
-        self.bias = nn.Embedding(dataset.num_items, 1) if options.item_bias else None
-        if self.bias is not None:
-            nn.init.zeros_(self.bias.weight)
+        self.item_table = Table(dataset.num_items, dim, ids="item")
+        self.user_table = Table(dataset.num_users, dim, ids="user") if options.user_embedding else None
+        self.bias = Table(dataset.num_items, 1, std=0.0, ids="item") if options.item_bias else None
         by_role = {role: [f for f in dataset.features if f.role == role] for role in ("user", "item", "context")}
         self.user_features = FeatureEncoder(by_role["user"], options.feature_dim) if by_role["user"] else None
         self.context_features = FeatureEncoder(by_role["context"], options.feature_dim) if by_role["context"] else None
@@ -72,7 +71,7 @@ class TwoTower(nn.Module):
         if self.user_table is not None:
             q_BD = q_BD + self.user_table(batch.user_B)
         if self.options.pooling == "mean":
-            q_BD = q_BD + mean_pool(self.item_table.weight, batch.history)
+            q_BD = q_BD + mean_pool(self.item_table, batch.history)
         if self.query_mlp is not None:
             parts = [q_BD]
             if self.user_features is not None:

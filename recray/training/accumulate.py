@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recray.batches import padding_like
+from recray.models import embedding
 from recray.models.batch import Batch
 from recray.training.context import Context
 
@@ -84,6 +85,7 @@ class Accumulation:
         self.parts *= 2
         for parameter in self._objective.parameters():
             parameter.grad = None
+        embedding.forget(self._objective)
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
         if self._context.rank == 0:

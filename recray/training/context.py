@@ -21,6 +21,7 @@ from recray import runtime, storage
 from recray.config import ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import ResourceError
+from recray.models import embedding, exchange
 from recray.plan import ShardGroup, ShardSlice
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -29,6 +30,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 class Context(Protocol):
     rank: int
     world_size: int
+    local_size: int  # workers on this machine
     device: torch.device
 
     def tables(
@@ -55,6 +57,7 @@ class LocalContext:
 
     rank = 0
     world_size = 1
+    local_size = 1
 
     def __init__(self, use_gpu: bool = False) -> None:
         self.device = _device(use_gpu)
@@ -89,6 +92,7 @@ class RayContext:
 
         train = ray.train.get_context()
         self.rank, self.world_size = train.get_world_rank(), train.get_world_size()
+        self.local_size = train.get_local_world_size()
         self.device = ray.train.torch.get_device() if scaling.use_gpu else torch.device("cpu")
         self._scaling = scaling
 
@@ -136,13 +140,23 @@ class RayContext:
         return [int(one) for one in sizes]
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        module = module.to(self.device)
-        if self.world_size == 1:
-            return module
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the new name of the option is not there before torch 2.13
-            # Buffers are item features, the same everywhere and as large as the catalogue.
-            return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return module.to(self.device) if self.world_size == 1 else data_parallel(module.to(self.device))
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """DDP around all that has dense gradients; `embedding.sync` brings those of tables together."""
+    outside = embedding.tables(module)
+    for table in outside.values():
+        if table.mode == "sparse_replicated":
+            exchange.from_first(table.weight.data)
+    if len(outside) == sum(1 for _ in module.parameters()):
+        return module
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(module, list(outside))  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name of the option is not there before torch 2.13
+        # Buffers are item features, the same everywhere and as large as the catalogue.
+        return ddp(module, broadcast_buffers=False)
 
 
 def stream_shards(

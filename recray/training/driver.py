@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from recray import runtime, storage
+from recray import pieces, runtime, storage
 from recray.config import Config, ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import RecrayError
@@ -59,10 +59,12 @@ def train(config: Config, on_epoch: loop.OnEpoch | None = None, callback: Any = 
 def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -> CheckpointRecord:
     """Copy weights to <run>/checkpoint, the record last; its metric is that of the best epoch of selection."""
     storage.delete_folder(target)
-    for name in ("model.safetensors", "items.safetensors", "dataset.json"):
-        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(folder, name)))
+    made = CheckpointRecord.read(folder)
+    tables = [pieces.file_name("tables", piece, made.pieces) for piece in range(made.pieces)]
+    for name in ("model.safetensors", "items.safetensors", "dataset.json", *tables):
+        storage.copy_file(storage.join(folder, name), storage.join(target, name))
     update = {"seconds": seconds, "value": best.value, "history": best.history}
-    return CheckpointRecord.read(folder).model_copy(update=update).write(target)
+    return made.model_copy(update=update).write(target)
 
 
 def _run_workers(config: Config, callbacks: list[Any]) -> None:

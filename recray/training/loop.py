@@ -18,7 +18,7 @@ from recray.data.prepared import PreparedDataset
 from recray.data.split import duration
 from recray.errors import ConfigError, RecrayError
 from recray.examples import Decay
-from recray.models import Examples, Ranker
+from recray.models import Examples, Ranker, embedding
 from recray.models.batch import Batch
 from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
@@ -27,6 +27,7 @@ from recray.training import optim
 from recray.training.accumulate import Accumulation
 from recray.training.context import Context, keep_memory
 from recray.training.feed import Feed
+from recray.training.placing import placement
 from recray.training.position import Phase, Position, refit_phase
 from recray.training.progress import Progress
 from recray.training.validation import validate, validate_clicks
@@ -79,7 +80,11 @@ def _run(
         )
     shards, items = phase.shards(dataset), item_table(dataset)
     torch.manual_seed(config.run.seed)
-    model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset.record, items)
+    places = placement(config, context, items.num_items)
+    with embedding.placed(places):
+        model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset.record, items)
+    if places.reasons and context.rank == 0 and phase.name == "train":
+        print(f"train: tables of {'; '.join(places.reasons)}", flush=True)
     examples: Examples = model.examples  # type: ignore[assignment]
     moved_items = type(items)(items.counts_N.to(context.device), {})
     whole = (
@@ -92,7 +97,8 @@ def _run(
     optimizer = optim.Optimizers(config.optim, model)
     dtype = optim.precision(config.training.precision, context.device)
     scaler = torch.amp.GradScaler(context.device.type, enabled=dtype is torch.float16)
-    together = context.world_size > 1 and config.loss.name == "sampled_softmax" and config.loss.in_batch
+    in_batch = config.loss.name == "sampled_softmax" and config.loss.in_batch
+    together = context.world_size > 1 and (in_batch or embedding.waits_in_forward(model))
     accumulate = Accumulation(objective, forward, scaler, dtype, context, together)
     ema = optim.Ema(model, config.optim.ema_decay)
     parts = config.training.accumulation_steps
@@ -123,6 +129,7 @@ def _run(
             total_steps = phase.epochs * (epoch_batches // parts)
             optimizer.set_learning_rate(optim.learning_rate(config.optim, position.step, total_steps))
             total = accumulate([batch for batch, _ in micro], weight)
+            embedding.sync(model, scaler.is_enabled())
             total = context.sum(total) / weight
             if not torch.isfinite(total):
                 raise RecrayError(
@@ -153,6 +160,7 @@ def _run(
             entry["validation_seconds"] = time.perf_counter() - started
         progress.report(entry)
         position.end_epoch(entry, seen, config.training.metric)
+        position.save_tables(config, phase, model, optimizer, context)
         if context.rank == 0:
             position.save(config, phase, dataset, model, optimizer, scaler, ema, items)
         context.sum(torch.zeros(1, device=context.device))  # nobody goes on, or away, before the epoch is on disk

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from recray.config import OptimConfig
 from recray.errors import ConfigError
+from recray.models import embedding, exchange
+from recray.training.touched import TouchedRows, Update
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
@@ -25,17 +27,20 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 class Optimizers:
-    """One step for all parameters: those with dense gradients, and tables of which only touched rows are updated.
-
-    A table with sparse gradients (`nn.Embedding(sparse=True)`) is updated by Adam on the rows that the batch touched;
-    rows that it did not keep their moments (torch.optim.SparseAdam), or by plain SGD.
-    """
+    """One step for all parameters: those with dense gradients, and tables of which only touched rows are updated."""
 
     def __init__(self, config: OptimConfig, model: nn.Module) -> None:
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        self._sparse = [m.weight for m in embeddings if m.sparse]
-        sparse_ids = {id(p) for p in self._sparse}
-        table_ids = {id(m.weight) for m in embeddings} - sparse_ids
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and module.sparse and not isinstance(module, embedding.Table):
+                raise ConfigError(
+                    f"'{name}' of the model is an nn.Embedding(sparse=True): make it a recray.models.embedding.Table, whose "
+                    f"gradients of touched rows cross workers"
+                )
+        self._tables = embedding.tables(model)
+        self._shared_out = {id(t.weight) for t in embedding.sharded(model).values() if t.world_size > 1}
+        sparse = [table.weight for table in self._tables.values()]
+        sparse_ids = {id(p) for p in sparse}
+        table_ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - sparse_ids
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         dense = [p for p in self._parameters if id(p) not in sparse_ids]
         groups = [
@@ -46,56 +51,63 @@ class Optimizers:
             },
         ]
         groups = [group for group in groups if group["params"]]
-        self._decay = config.embedding_decay
-        self._parts: list[torch.optim.Optimizer] = []
-        if config.name == "sgd":
-            self._parts += [torch.optim.SGD(groups, config.learning_rate)] if groups else []
-            self._parts += [torch.optim.SGD(self._sparse, config.learning_rate)] if self._sparse else []
-        else:
+        self._dense: torch.optim.Optimizer | None = None
+        if groups and config.name == "sgd":
+            self._dense = torch.optim.SGD(groups, config.learning_rate)
+        elif groups:
             kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-            self._parts += [kind(groups, config.learning_rate, fused=True)] if groups else []
-            self._parts += [torch.optim.SparseAdam(self._sparse, config.learning_rate)] if self._sparse else []
+            self._dense = kind(groups, config.learning_rate, fused=True)
+        update: Update = "sgd" if config.name == "sgd" else "adam"
+        update = "adagrad" if config.table_optimizer == "adagrad" else update
+        self._touched = TouchedRows(sparse, update, config.embedding_decay) if sparse else None
+        self._table_rate = (config.table_learning_rate or config.learning_rate) / config.learning_rate
+        self._parts = [part for part in (self._dense, self._touched) if part is not None]
 
     def set_learning_rate(self, value: float) -> None:
-        self._learning_rate = value
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = value
+                group["lr"] = value * (self._table_rate if part is self._touched else 1.0)
 
     @torch.no_grad()
     def clip(self, scaler: torch.amp.GradScaler, largest: float) -> None:
         """Scale all gradients so that their global norm is at most `largest` (torch's own clips no sparse ones)."""
         for part in self._parts:
             scaler.unscale_(part)
-        gradients = []
+        gradients, squares = [], [torch.zeros((), device=self._parameters[0].device) for _ in range(2)]
         for parameter in self._parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()
-                gradients.append(parameter.grad._values())
-            elif parameter.grad is not None:
-                gradients.append(parameter.grad)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+            gradients.append(gradient)
+            squares[id(parameter) in self._shared_out] += torch.linalg.vector_norm(gradient) ** 2
+        everywhere, here = squares
+        norm = (everywhere + (exchange.total(here) if self._shared_out else here)).sqrt()
         for gradient in gradients:
             gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
         """Update, and forget the gradients."""
-        for weight in self._sparse if self._decay else ():
-            if weight.grad is not None:
-                rows = weight.grad.coalesce().indices()[0]
-                weight.data[rows] *= 1 - self._learning_rate * self._decay
         for part in self._parts:
             scaler.step(part)
         scaler.update()
         for part in self._parts:
             part.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self._parts]
+    def state_dict(self) -> dict[str, Any]:
+        """Of dense parameters; tables' is `table_state`."""
+        return {} if self._dense is None else self._dense.state_dict()
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        for part, entry in zip(self._parts, state, strict=True):
-            part.load_state_dict(entry)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._dense is not None:
+            self._dense.load_state_dict(state)
+
+    def table_state(self) -> dict[str, dict[str, Any]]:
+        """By table: tensors with an entry per row that is here, and how many steps were taken."""
+        return {name: dict(self._touched.state[table.weight]) for name, table in self._tables.items() if self._touched}
+
+    def load_table_state(self, name: str, state: dict[str, Any]) -> None:
+        assert self._touched is not None
+        self._touched.state[self._tables[name].weight] = state
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from recray import checkpoint, storage
+from recray import checkpoint, pieces, storage
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
+from recray.errors import LineageError
 from recray.metrics.clicks import LOWER_IS_BETTER
+from recray.models import embedding
+from recray.pieces import Pieces
 from recray.plan import ShardGroup
 from recray.records import CheckpointRecord, Shard
 from recray.training import optim
+from recray.training.context import Context
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Position:
             return position
         folder = phase.folder(config, last)
         state = checkpoint.load_state(folder)
-        model.load_state_dict(checkpoint.load_weights(folder) if not ema.decay else state["raw"])
+        weights = checkpoint.load_weights(folder) if not ema.decay else state["raw"]
+        _load_tables(folder, state["tables"], weights, model, optimizer)
+        model.load_state_dict(weights | {name: table.weight for name, table in embedding.tables(model).items()})
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if ema.decay:
@@ -92,6 +98,20 @@ class Position:
         else:
             self.bad += 1
 
+    def save_tables(
+        self, config: Config, phase: Phase, model: nn.Module, optimizer: optim.Optimizers, context: Context
+    ) -> None:
+        """Every worker writes its rows of sharded tables, before worker 0 writes the rest."""
+        sharded = embedding.sharded(model)
+        if not sharded:
+            return
+        folder, rank, count = phase.folder(config, self.epoch), context.rank, context.world_size
+        pieces.write(folder, "tables", rank, count, {name: table.weight for name, table in sharded.items()})
+        state = optimizer.table_state()
+        kept = {f"{n}:{key}": value for n in sharded for key, value in state[n].items() if isinstance(value, Tensor)}
+        pieces.write(folder, "tables-state", rank, count, kept)
+        context.sum(torch.zeros(1, device=context.device))  # all are on disk
+
     def save(
         self,
         config: Config,
@@ -104,9 +124,14 @@ class Position:
         items: Any,
     ) -> None:
         """Write this epoch's folder, then delete the ones that are neither best nor last."""
+        sharded = embedding.sharded(model)
+        tables = optimizer.table_state()
+        for name in sharded:
+            tables[name] = {key: value for key, value in tables[name].items() if not isinstance(value, Tensor)}
         state = {
             **{n: getattr(self, n) for n in ("epoch", "step", "rows", "bad", "best_epoch", "best", "history")},
             "optimizer": optimizer.state_dict(),
+            "tables": tables,
             "scaler": scaler.state_dict(),
         }
         if ema.decay:
@@ -123,11 +148,47 @@ class Position:
             history=self.history,
             dataset_uri=dataset.uri,
             seconds=sum(entry["seconds"] for entry in self.history),
+            pieces=max((table.world_size for table in sharded.values()), default=0),
         )
-        checkpoint.save(phase.folder(config, self.epoch), ema.weights(), items, dataset.record, record, state)
+        weights = {name: tensor for name, tensor in ema.weights().items() if name not in sharded}
+        checkpoint.save(phase.folder(config, self.epoch), weights, items, dataset.record, record, state)
         for epoch in range(1, self.epoch):
             if epoch != self.best_epoch:
                 storage.delete_folder(phase.folder(config, epoch))
+
+
+def _load_tables(
+    folder: str,
+    state: dict[str, dict[str, Any]],
+    weights: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: optim.Optimizers,
+) -> None:
+    """Rows of tables and what their optimizer keeps, which may have been on another number of workers.
+
+    Takes them out of `weights`. Raises LineageError where a table had touched rows updated and now has all, or else.
+    """
+    found, count = embedding.tables(model), CheckpointRecord.read(folder).pieces
+    if found.keys() != state.keys():
+        raise LineageError(
+            f"in {folder} only touched rows of {', '.join(state) or 'no table'} are updated, now of "
+            f"{', '.join(found) or 'none'}: train with the scaling of then, or set training.resume = false to begin anew"
+        )
+    rows, kept = Pieces(folder, "tables", count), Pieces(folder, "tables-state", count)
+    for name, table in found.items():
+        first, step = (table.rank, table.world_size) if table.mode == "row_sharded" else (0, 1)
+        if name in weights:  # every worker had all rows
+            table.weight.data.copy_(weights.pop(name)[first::step])
+        else:
+            rows.fill(name, table.weight.data, first, step)
+        device = table.weight.device
+        mine = {k: v[first::step].to(device) if isinstance(v, Tensor) else v for k, v in state[name].items()}
+        for key in [key for key in kept.names() if key.startswith(f"{name}:")]:
+            wide = not key.endswith(":sum")
+            out = torch.empty_like(table.weight.data if wide else table.weight.data[:, 0])
+            kept.fill(key, out, first, step)
+            mine[key.removeprefix(f"{name}:")] = out
+        optimizer.load_table_state(name, mine)
 
 
 def same_training(config: Config, record: CheckpointRecord, dataset: PreparedDataset) -> bool:

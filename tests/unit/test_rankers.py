@@ -7,11 +7,12 @@ from torch import Tensor
 from recray import registry
 from recray.config import LossConfig, OptimConfig
 from recray.errors import ConfigError
-from recray.models import Ranker, attention, inputs
+from recray.models import Ranker, attention
 from recray.models.attention import TargetAttention
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.click_loss import ClickObjective, click_loss
 from recray.models.dice import Dice
+from recray.models.embedding import Mode, Placement, Table, placed, sync
 from recray.models.parts import select
 from recray.records import DatasetRecord, Feature
 from recray.training.optim import Optimizers
@@ -85,11 +86,13 @@ def _batch(features: bool, lengths: tuple[int, ...] = (3, 0, 8, 1, 5, 2)) -> Bat
     )
 
 
-def _model(name: str, features: bool = True, **options: object) -> torch.nn.Module:
+def _model(name: str, features: bool = True, mode: Mode = "dense", **options: object) -> torch.nn.Module:
+    """Tables of more than 4 rows live as `mode` says."""
     torch.manual_seed(0)
     module = registry.load("model", name)
     chosen = module.Options(**{"dim": 8, "history_length": 8, "hidden": [16, 8], **options})
-    return module.build(chosen, _record(FEATURES if features else []), _items(features))
+    with placed(Placement(mode, small=4)):
+        return module.build(chosen, _record(FEATURES if features else []), _items(features))
 
 
 @pytest.mark.parametrize("features", [False, True])
@@ -103,12 +106,10 @@ def test_shapes_and_protocol(name: str, features: bool) -> None:
     assert nobody.shape == (2,) and torch.isfinite(nobody).all()
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("mode", ["dense", "sparse_replicated", "row_sharded"])
 @pytest.mark.parametrize("name", MODELS)
-def test_overfits_a_small_set(name: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sparse:
-        monkeypatch.setattr(inputs, "SPARSE_ABOVE", 4)
-    model = _model(name, user_embedding=True)
+def test_overfits_a_small_set(name: str, mode: Mode) -> None:
+    model = _model(name, mode=mode, user_embedding=True)
     objective, batch = ClickObjective(model, LossConfig(name="bce")), _batch(True)
     optimizer = Optimizers(OptimConfig(learning_rate=0.02), model)
     optimizer.set_learning_rate(0.02)
@@ -117,6 +118,7 @@ def test_overfits_a_small_set(name: str, sparse: bool, monkeypatch: pytest.Monke
     for _ in range(150):
         total, weight = objective(batch)
         (total / weight).backward()
+        sync(model)
         optimizer.step(scaler)
         losses.append(float((total / weight).detach()))
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
@@ -234,16 +236,17 @@ def test_dlrm_refuses_widths_of_its_own() -> None:
     assert _model("dcn_v2", feature_dims={"brand": 4, "item": 12}).logits(_batch(True)).shape == (6,)  # type: ignore[operator]
 
 
-def test_only_touched_rows_of_a_sparse_table_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "SPARSE_ABOVE", 10)
-    model = _model("dcn_v2", history="none")
+@pytest.mark.parametrize("mode", ["sparse_replicated", "row_sharded"])
+def test_only_touched_rows_move(mode: Mode) -> None:
+    model = _model("dcn_v2", mode=mode, history="none")
     table = model.inputs.item.tables["item_"]  # type: ignore[union-attr, index]
-    assert isinstance(table, torch.nn.Embedding) and table.sparse
+    assert isinstance(table, Table) and table.mode == mode
     before, batch = table.weight.detach().clone(), _batch(True)
     optimizer = Optimizers(OptimConfig(embedding_decay=0.1), model)
     optimizer.set_learning_rate(0.1)
     loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
     loss.backward()
+    sync(model)
     optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
     moved = (table.weight.detach() != before).any(dim=1).nonzero()[:, 0].tolist()
     assert batch.target_Q is not None and moved == sorted(set(batch.target_Q.tolist()))
@@ -262,13 +265,12 @@ def test_click_loss_by_hand() -> None:
     assert any(pair.any() for pair in pairs)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_clipping_equals_torchs_on_dense_gradients(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sparse:
-        monkeypatch.setattr(inputs, "SPARSE_ABOVE", 4)
-    model, batch = _model("dcn_v2"), _batch(True)
+@pytest.mark.parametrize("mode", ["dense", "sparse_replicated", "row_sharded"])
+def test_clipping_equals_torchs_on_dense_gradients(mode: Mode) -> None:
+    model, batch = _model("dcn_v2", mode=mode), _batch(True)
     loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
     loss.backward()
+    sync(model)
     dense = [parameter.grad.to_dense().clone() for parameter in model.parameters() if parameter.grad is not None]
     holders = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in dense]
     for holder, gradient in zip(holders, dense, strict=True):

@@ -1,0 +1,161 @@
+"""Tables in one process: the rows that are drawn, updates of touched rows against torch's, and how `auto` picks."""
+
+import pytest
+import torch
+from torch import nn
+
+from recray.config import OptimConfig, parse_config
+from recray.errors import ConfigError
+from recray.models.batch import Jagged
+from recray.models.embedding import Placement, Table, placed, sync, tables
+from recray.models.parts import mean_pool
+from recray.training.context import LocalContext
+from recray.training.optim import Ema, Optimizers
+from recray.training.placing import placement
+
+ROWS, DIM = 300, 6
+
+
+def _table(placement: Placement, seed: int = 0, rows: int = ROWS) -> Table:
+    torch.manual_seed(seed)
+    with placed(placement):
+        return Table(rows, DIM)
+
+
+def _ids(step: int) -> torch.Tensor:
+    return torch.randint(0, 40, (50,), generator=torch.Generator().manual_seed(step))  # many twice, some PAD
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_a_sharded_table_has_the_same_rows_on_any_number_of_workers(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recray.models.embedding._BLOCK", 64)
+    whole = torch.zeros(ROWS, DIM)
+    for rank in range(workers):
+        whole[rank::workers] = _table(Placement("row_sharded", rank, workers)).weight.detach()
+    assert torch.equal(whole, _table(Placement("row_sharded")).weight)
+    assert not whole[0].any() and whole[1:].std() == pytest.approx(DIM**-0.5, rel=0.05)
+    assert len(torch.unique(whole, dim=0)) == ROWS
+
+
+@pytest.mark.parametrize("mode", ["sparse_replicated", "row_sharded"])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_touched_rows_are_updated_as_torch_does(name: str, mode: str) -> None:
+    table = _table(Placement(mode))  # type: ignore[arg-type]
+    reference = nn.Embedding(ROWS, DIM, padding_idx=0, sparse=True, _weight=table.weight.detach().clone())
+    ours = Optimizers(OptimConfig(name=name), table)
+    kind = torch.optim.SGD if name == "sgd" else torch.optim.SparseAdam
+    theirs = kind(reference.parameters(), 0.1)
+    ours.set_learning_rate(0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for step in range(6):
+        ids = _ids(step)
+        for part in ids.chunk(2):  # accumulated
+            for one in (table, reference):
+                (one(part).pow(2).sum() + one(part[:5]).sum()).backward()
+        sync(table)
+        ours.step(scaler)
+        theirs.step()
+        theirs.zero_grad()
+    assert torch.allclose(table.weight, reference.weight, atol=1e-6)
+    assert not table.weight[0].any()
+
+
+def test_row_wise_adagrad_by_hand() -> None:
+    table = _table(Placement("row_sharded"))
+    optimizer = Optimizers(OptimConfig(table_optimizer="adagrad", table_learning_rate=0.5, embedding_decay=0.1), table)
+    optimizer.set_learning_rate(OptimConfig().learning_rate)
+    before, total = table.weight.detach().clone(), 0.0
+    row = before[7].clone()
+    for _ in range(3):
+        (table(torch.tensor([7, 7])).sum() * 2).backward()
+        sync(table)
+        optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
+        total += 16.0  # the mean of squares of (4, 4, ...)
+        row = row * (1 - 0.5 * 0.1) - 0.5 * 4 / total**0.5
+    assert torch.allclose(table.weight[7], row, atol=1e-6)
+    others = torch.arange(ROWS) != 7
+    assert torch.equal(table.weight[others], before[others])
+    assert [tuple(v.shape) for v in optimizer.table_state()["weight"].values()] == [(ROWS,)]
+
+
+def test_rows_without_a_gradient_do_not_move_by_momentum() -> None:
+    """What only padding touched: a worker more must not change what is learned."""
+    table = _table(Placement("sparse_replicated"))
+    optimizer = Optimizers(OptimConfig(name="adam"), table)
+    optimizer.set_learning_rate(0.1)
+    for weight in (1.0, 0.0):
+        before = table.weight.detach().clone()
+        (table(torch.tensor([5])).sum() * weight).backward()
+        sync(table)
+        optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
+        assert torch.equal(before, table.weight) == (weight == 0.0)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse_replicated", "row_sharded"])
+def test_means_of_histories(mode: str) -> None:
+    table = _table(Placement(mode))  # type: ignore[arg-type]
+    history = Jagged(torch.tensor([5, 9, 9, 3]), torch.tensor([0, 3, 3, 4]))
+    w = table.weight.detach()
+    wanted = torch.stack([(w[5] + 2 * w[9]) / 3, torch.zeros(DIM), w[3]])
+    assert torch.allclose(mean_pool(table, history), wanted, atol=1e-6)
+    assert not mean_pool(table, Jagged(history.values[:0], torch.zeros(3, dtype=torch.int64))).any()
+
+
+def test_ema_of_touched_rows() -> None:
+    table = _table(Placement("sparse_replicated"))
+    ema, before = Ema(table, 0.9), table.weight.detach().clone()
+    with torch.no_grad():
+        table.weight[4] += 1
+    ema.update()
+    assert torch.allclose(ema.weights()["weight"][4], before[4] + 0.1, atol=1e-6)
+
+
+def test_auto_by_hand() -> None:
+    def chosen(rows: int, **more: object) -> str:
+        placement = Placement(world_size=2, touched={"item": 20_000}, memory=10**9, **more)  # type: ignore[arg-type]
+        return placement.choose(rows, 64, "item")
+
+    assert chosen(40_000) == "dense"  # small
+    assert chosen(159_000) == "dense"  # 4 x 20,000 x 2 rows touched cost as much as 160,000 streamed
+    assert chosen(161_000) == "sparse_replicated"
+    assert chosen(651_000) == "sparse_replicated"  # 12 x 64 bytes a row are 0.5 GB
+    assert chosen(652_000) == "row_sharded"
+    assert chosen(1_900_000, row_bytes=4) == "sparse_replicated"
+    assert Placement(touched={"item": 20_000}, memory=10**9).choose(10**7, 64, "item") == "sparse_replicated"
+    placement = Placement(touched={"user": 100})
+    for _ in range(2):
+        placement.choose(10**6, 8, "user")
+    assert placement.reasons == ["1,000,000 x 8 (user) sparse_replicated: a step touches up to 100 rows on each of 1"]
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    sharded = {"model": {"name": "sasrec", "embedding": {"mode": "row_sharded"}}}
+    with pytest.raises(ConfigError, match=r"'softmax' scores every item .* use loss.name = 'sampled_softmax'"):
+        parse_config({**sharded, "loss": {"name": "softmax"}})
+    with pytest.raises(ConfigError, match=r"optim.ema_decay averages every row .* set optim.ema_decay = 0"):
+        parse_config({**sharded, "optim": {"ema_decay": 0.99}})
+    with pytest.raises(ConfigError, match=r"model.embedding.mode: Input should be 'auto', 'dense'"):
+        parse_config({"model": {"embedding": {"mode": "sparse"}}})
+
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3, 2, sparse=True)
+
+    with pytest.raises(ConfigError, match=r"'table' of the model is an nn.Embedding\(sparse=True\): make it a"):
+        Optimizers(OptimConfig(), Foreign())
+    assert not tables(Foreign())
+
+
+def test_what_auto_goes_by() -> None:
+    config = parse_config(
+        {"model": {"history_length": 9}, "training": {"global_batch_size": 64, "accumulation_steps": 2}},
+        ["loss.negatives=100", "optim.table_optimizer=adagrad"],
+    )
+    found = placement(config, LocalContext(), 1000)
+    assert found.touched == {"user": 64, "item": 64 * 10 + 2 * 100, "feature": 64 * 10 + 2 * 100}
+    assert (found.row_bytes, found.memory, found.world_size) == (4, None, 1)
+    everything = parse_config({"model": {"name": "sasrec"}, "loss": {"name": "softmax"}})
+    assert placement(everything, LocalContext(), 1000).touched["item"] == 1000
