@@ -5,6 +5,8 @@ All workers call these in the same order, as many times. One worker alone never 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,16 +27,28 @@ def counts(send: Tensor) -> list[int]:
 
 
 def all_gather(rows: Tensor) -> Tensor:
-    """Rows of all workers in order of rank, however many each has."""
-    mine = torch.tensor([len(rows)], device=rows.device)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine)
-    sizes = [int(one) for one in found]
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    """Rows of all workers in order of rank, however many each has; gradients flow back to their worker."""
+    return _AllGather.apply(rows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # type: ignore[override]
+        mine = torch.tensor([len(rows)], device=rows.device)
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, mine)
+        sizes = [int(one) for one in found]
+        begin = sum(sizes[: dist.get_rank()])
+        ctx.own = slice(begin, begin + len(rows))
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return total(gradient.contiguous())[ctx.own]
 
 
 def total(value: Tensor) -> Tensor:

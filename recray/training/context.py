@@ -119,25 +119,7 @@ class RayContext:
         return moved.to(values.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        if self.world_size == 1:
-            return x
-        from torch.distributed.nn.functional import all_gather  # the differentiable one
-
-        sizes = self._sizes(len(x))
-        longest = max(sizes)
-        padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-        if x.is_floating_point():
-            parts = all_gather(padded)  # type: ignore[no-untyped-call]
-        else:
-            parts = [torch.empty_like(padded) for _ in sizes]
-            torch.distributed.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    def _sizes(self, size: int) -> list[int]:
-        mine = torch.tensor([size], device=self.device)
-        sizes = [torch.empty_like(mine) for _ in range(self.world_size)]
-        torch.distributed.all_gather(sizes, mine)
-        return [int(one) for one in sizes]
+        return x if self.world_size == 1 else exchange.all_gather(x)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module.to(self.device) if self.world_size == 1 else data_parallel(module.to(self.device))

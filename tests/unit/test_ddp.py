@@ -15,7 +15,7 @@ from torch import nn
 from recray import registry
 from recray.batches import padding_like
 from recray.config import LossConfig, OptimConfig
-from recray.models import Ranker
+from recray.models import Ranker, exchange
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.click_loss import ClickObjective
 from recray.models.embedding import Mode, Placement, Table, placed, sync
@@ -200,11 +200,23 @@ def _overflow(rank: int, world_size: int) -> tuple[bool, float]:
     return not torch.equal(before, table.weight), scaler.get_scale()
 
 
+def _gathered(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of all, worker r giving r + 1 of them, and the gradient of this worker's when worker r weighs row i by 10^r i."""
+    mine = torch.full((rank + 1, 2), float(rank), requires_grad=True)
+    rows = exchange.all_gather(mine)
+    (rows * torch.arange(len(rows))[:, None] * 10.0**rank).sum().backward()
+    assert mine.grad is not None
+    return rows.detach(), mine.grad
+
+
 def _work(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     found = {run: _steps(*run, rank, world_size, world_size) for run in RUNS}
-    torch.save(found | {"overflow": _overflow(rank, world_size)}, f"{folder}/{rank}.pt")
+    torch.save(
+        found | {"overflow": _overflow(rank, world_size), "gathered": _gathered(rank, world_size)},
+        f"{folder}/{rank}.pt",
+    )
     dist.barrier()  # nobody leaves while the other still works
     dist.destroy_process_group()
 
@@ -229,3 +241,14 @@ def test_many_workers_equal_one(run: tuple[str, Mode, str], workers: list[dict])
 
 def test_an_overflow_of_one_worker_is_one_for_all(workers: list[dict]) -> None:
     assert [one["overflow"] for one in workers] == [(False, 4.0)] * len(workers)
+
+
+def test_gathered_rows_and_their_gradients(workers: list[dict]) -> None:
+    count = len(workers)
+    first = 0
+    for rank, one in enumerate(workers):
+        rows, gradient = one["gathered"]
+        assert rows[:, 0].tolist() == [float(r) for r in range(count) for _ in range(r + 1)]
+        wanted = torch.arange(first, first + rank + 1) * sum(10.0**r for r in range(count))
+        assert torch.equal(gradient, wanted[:, None].expand(-1, 2))
+        first += rank + 1

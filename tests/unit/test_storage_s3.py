@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
+import torch
 
-from recray import storage
+from recray import pieces, storage
 from recray.errors import StorageError
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
@@ -58,6 +59,17 @@ def test_folders(bucket: str, tmp_path: object) -> None:
     assert storage.read_bytes(f"{tmp_path}/back/a.bin") == b"a"
     storage.delete_folder(f"{bucket}/checkpoint")
     assert not storage.exists(f"{bucket}/checkpoint/a.bin")
+
+
+def test_pieces_are_read_from_a_copy_that_need_not_stay(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_PART_BYTES", 100)
+    whole = torch.randn(50, 3)
+    for piece in range(2):
+        pieces.write(f"{bucket}/run", "tables", piece, 2, {"a": whole[piece::2]})
+        name = pieces.file_name("tables", piece, 2)
+        storage.copy_file(f"{bucket}/run/{name}", f"{bucket}/checkpoint/{name}")
+    ids = torch.tensor([49, 3, 4])
+    assert torch.equal(pieces.Pieces(f"{bucket}/checkpoint", "tables", 2).rows("a", ids), whole[ids])
 
 
 def test_what_is_not_there_is_named(bucket: str) -> None:
