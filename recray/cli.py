@@ -123,6 +123,50 @@ def recommend(
     recray.recommend(recray.load_config(config, overrides or []), output, users, k)
 
 
+@app.command()
+def submit(
+    config: ConfigPath,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="dashboard of the cluster's head")
+    ] = "http://127.0.0.1:8265",
+    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and do not wait")] = False,
+    report: Annotated[
+        str | None, typer.Option(help="file that report.json is written to when the job has ended")
+    ] = None,
+    requirements: Annotated[
+        str | None, typer.Option(help="requirements.lock, to be installed on nodes whose image lacks it")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run all stages as a job of a Ray cluster, with this code. Exit code: the job's, 3 where it was stopped.
+
+    The token is RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names.
+    """
+    from recray.config import load_config
+    from recray.submission import Jobs
+
+    jobs = Jobs(address)
+    job = jobs.submit(load_config(config, overrides or []), requirements)
+    typer.echo(f"job {job}; it goes on when this command ends: ray job stop --address {address} {job}")
+    if not detach:
+        raise typer.Exit(jobs.wait(job, report))
+
+
+@app.command()
+def doctor(
+    env: Annotated[
+        bool, typer.Option("--env", help="versions, devices and room of this machine, and of a cluster's nodes")
+    ] = False,
+) -> None:
+    """Say what is wrong and what to do. Joins the cluster that RAY_ADDRESS names. Exit code 1 where a line is red."""
+    from recray.doctor import examine, show
+
+    if not env:
+        raise typer.BadParameter("name what to look at: --env")
+    if not show(examine()):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: an error that recray raises on purpose is one message, not a traceback."""
     try:

@@ -7,6 +7,7 @@
     +-- LineageError      two artefacts that do not belong together
     +-- DependencyError   an optional package is missing
     +-- ResourceError     the machine or cluster lacks what was asked for
+    +-- ClusterError      a Ray cluster cannot be reached, or refuses
 
 A message says what is wrong, where, what is allowed and what to do next. The
 message is the only constructor argument, so every error survives pickling and
@@ -40,3 +41,7 @@ class DependencyError(RecrayError):
 
 class ResourceError(RecrayError):
     """The machine or cluster lacks what was asked for."""
+
+
+class ClusterError(RecrayError):
+    """A Ray cluster cannot be reached, or refuses."""

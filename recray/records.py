@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+import recray
 from recray import storage
 from recray.errors import LineageError
 
@@ -48,7 +48,7 @@ class Record(BaseModel):
             version = body.get("recray_version", "?") if isinstance(body, dict) else "?"
             first = error.errors()[0]
             raise LineageError(
-                f"{uri} was written by recray {version} and this is {metadata.version('recray')}: "
+                f"{uri} was written by recray {version} and this is {recray.__version__}: "
                 f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; run its stage again"
             ) from None
 
@@ -60,7 +60,7 @@ class Record(BaseModel):
             update={
                 "id": f"{self.file_name().removesuffix('.json').lstrip('_')}-{digest}",
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "recray_version": metadata.version("recray"),
+                "recray_version": recray.__version__,
             }
         )
         storage.write_json(storage.join(folder, self.file_name()), stamped.model_dump(mode="json"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 
+from recray import resources
 from recray.config import ScalingConfig
-from recray.errors import ResourceError
+from recray.errors import ClusterError
 
 _QUIET = {  # one line a message, no progress bars, no warnings about what nobody asked for
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -24,63 +25,58 @@ _own = False
 
 
 def start(scaling: ScalingConfig, tasks: bool = True) -> None:
-    """Make sure that Ray runs and has what `scaling` asks for. Safe to call again.
+    """Make sure that Ray runs and can have what `scaling` asks for. Safe to call again.
 
     `tasks`: work for Ray's own processes follows at once, so a local Ray starts some ahead; training's are others.
 
-    Raises ResourceError when the training workers ask for more GPUs than this Ray has.
+    Raises ResourceError when the training workers ask for more than this Ray can ever have.
     """
+    if not tasks:
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # Data tasks need a CPU beside the training workers, or reading would wait for training for ever.
+    connect(max(os.cpu_count() or 1, scaling.num_workers * scaling.cpus_per_worker + 2))
+    if scaling.num_workers:
+        resources.check(scaling)
+    if tasks:
+        resources.wait_for_data(scaling)
+        quieten_data()
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS names; a local Ray with `num_cpus` where there is none."""
+    global _own
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    global _own
     import ray
 
-    if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=True, logging_level=logging.WARNING)
-        else:
-            # Data tasks need a CPU beside the training workers, or reading would wait for training for ever.
-            wanted = max(os.cpu_count() or 1, scaling.num_workers * scaling.cpus_per_worker + 2)
-            if not tasks:
-                os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-            ray.init(
-                num_cpus=wanted,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                logging_config=ray.LoggingConfig(log_level="ERROR"),
-            )
-            _own = True
-    _check(scaling, ray.cluster_resources())
-    if tasks:
-        quieten_data()
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            logging_config=ray.LoggingConfig(log_level="ERROR"),
+        )
+        _own = True
+        return
+    try:
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        reason = str(error.__cause__ or error)
+        refused = (
+            "the token is not the cluster's: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to it, with RAY_AUTH_MODE=token"
+        )
+        lost = "check the address, and that the cluster runs (`ray status`)"
+        raise ClusterError(
+            f"no Ray cluster can be joined at RAY_ADDRESS = {address}: {refused if 'InvalidAuthToken' in reason else lost}"
+        ) from error
 
 
 def is_own() -> bool:
     """Whether this process started the Ray that runs: on one machine, for nobody else."""
     return _own
-
-
-def _check(scaling: ScalingConfig, there: dict[str, float]) -> None:
-    """Ray would wait for ever, in silence, for what is not there."""
-    if not scaling.num_workers:
-        return
-    gpus = int(there.get("GPU", 0))
-    if scaling.use_gpu and not gpus:
-        raise ResourceError(
-            "scaling.use_gpu = true, but this Ray cluster has no GPU: set scaling.use_gpu = false, "
-            "or run where `nvidia-smi` and torch.cuda.is_available() find one"
-        )
-    if scaling.use_gpu and scaling.num_workers > gpus:
-        raise ResourceError(
-            f"scaling.num_workers = {scaling.num_workers} with one GPU each, but this Ray cluster has {gpus}: "
-            f"set scaling.num_workers to {gpus} or fewer, or add nodes"
-        )
-    cpus, wanted = int(there.get("CPU", 0)), scaling.num_workers * scaling.cpus_per_worker
-    if wanted > cpus:
-        raise ResourceError(
-            f"scaling.num_workers ({scaling.num_workers}) x scaling.cpus_per_worker ({scaling.cpus_per_worker}) "
-            f"= {wanted} CPUs, but this Ray cluster has {cpus}: lower one of them, or add nodes"
-        )
 
 
 def quieten_data() -> None:

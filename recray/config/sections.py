@@ -17,6 +17,8 @@ from recray.config.section import Section
 from recray.config.tune import TuneConfig
 from recray.metrics import clicks, ranked
 
+_JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's --working-dir
+
 
 class RunConfig(Section):
     name: str = Field("run", description="name of the run; its artefacts live in <output>/<name>/")
@@ -253,6 +255,11 @@ class ScalingConfig(Section):
         "auto",
         description="what reads shards while training: tasks of Ray Data on any node, or each worker itself, which costs less where disk and cores are its own; auto: ray_data for several nodes or a dataset that is not local",
     )
+    wait_seconds: float = Field(
+        900,
+        ge=0,
+        description="on a cluster: how long to wait for nodes that its autoscaler adds, or for other work to end",
+    )
 
 
 class RetrievalConfig(Section):
@@ -365,6 +372,15 @@ class Config(Section):
             raise ValueError(
                 "optim.ema_decay averages every row at every step, which model.embedding.mode = 'row_sharded' is there to "
                 "avoid: set optim.ema_decay = 0, or mode = 'dense'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept(self) -> Config:
+        if _JOB_FOLDER in self.run.output:
+            raise ValueError(
+                f"run.output = '{self.run.output}' goes with the Ray job whose working folder it is in: give s3://, gs://, "
+                f"or the absolute path of a folder that all nodes share"
             )
         return self
 

@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from recray import pieces, runtime, storage
+from recray import pieces, resources, runtime, storage
 from recray.config import Config, ScalingConfig
 from recray.data.prepared import PreparedDataset
 from recray.errors import RecrayError
@@ -69,17 +69,20 @@ def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -
 
 def _run_workers(config: Config, callbacks: list[Any]) -> None:
     runtime.start(config.scaling, tasks=False)
+    if not runtime.is_own():
+        resources.wait_for_workers(config.scaling)
     from ray import train as ray_train
 
     scaling = config.scaling
     local = "://" not in config.run_uri
-    resources: dict[str, float] = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
     trainer = _trainer_class()(
         train_loop_per_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks)},
         backend_config=_backend(scaling),
         scaling_config=ray_train.ScalingConfig(
-            num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker=resources.of_worker(scaling),
         ),
         run_config=ray_train.RunConfig(
             name="ray",

