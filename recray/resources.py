@@ -61,17 +61,17 @@ def wait(bundles: Sequence[dict[str, float]], seconds: float) -> None:
 
     group = placement_group(list(bundles))
     started = time.monotonic()
-    told = False
+    told, passed = False, 0.0
     try:
-        while not group.wait(min(1.0 if not told else _ASK_EVERY, max(0.1, seconds))):
+        while not group.wait(min(_ASK_EVERY if told else 1.0, max(1.0, seconds - passed))):
             passed = time.monotonic() - started
             lacking = short(bundles, ray.available_resources())
-            why = "the autoscaler adds nodes" if autoscales() else "other work holds it"
             if passed >= seconds:
                 raise ResourceError(
                     f"{lacking} is short after {passed:.0f} s (scaling.wait_seconds = {seconds:g}): look at `ray status` for "
                     f"why no node comes, ask for less in [scaling], or wait longer"
                 )
+            why = "the autoscaler adds nodes" if autoscales() else "other work holds it"
             print(
                 f"waiting for {lacking}: {why}; {passed:.0f} of at most {seconds:g} s (scaling.wait_seconds)",
                 flush=True,

@@ -159,7 +159,10 @@ def stream_shards(
         yield slices[0], _read(dataset, shards[slices[0].shard])
         return
     work = ray.data.from_items([{"uris": group} for group in uris], override_num_blocks=len(uris))
-    read = work.map_batches(_read_shard, batch_size=1, batch_format="pyarrow", num_cpus=task_cpus)
+    # Tasks that ask for no CPU are not held back by them: one at a time then.
+    read = work.map_batches(
+        _read_shard, batch_size=1, batch_format="pyarrow", num_cpus=task_cpus, concurrency=None if task_cpus else 1
+    )
     yield slices[0], _read(dataset, shards[slices[0].shard])
     held: list[pa.Table] = []
     at = 0

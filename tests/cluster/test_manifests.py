@@ -37,6 +37,30 @@ def test_ray_up_accepts_the_file(path: Path, monkeypatch: pytest.MonkeyPatch, tm
     assert "--dashboard-host=0.0.0.0" not in started and ("RAY_AUTH_MODE=token" in started or not started)
 
 
+def test_aws_takes_the_file_and_opens_no_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray's own bootstrap against a simulated AWS: image, subnets and key are found, the given group stays as it is."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.util import prepare_config
+
+    (tmp_path / ".ssh").mkdir()
+    for name, value in {"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with mock_aws():
+        ec2 = boto3.client("ec2", region_name="us-east-1")
+        vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
+        group = ec2.create_security_group(GroupName="recray", Description="recray", VpcId=vpc)["GroupId"]
+        boto3.client("iam", region_name="us-east-1").create_instance_profile(InstanceProfileName="recray")
+        text = (CLUSTER / "aws-gpu.yaml").read_text()
+        text = text.replace("sg-YOURGROUP", group).replace("YOUR-PROFILE", "recray")
+        config = bootstrap_aws(prepare_config(yaml.safe_load(text)))
+        for node in config["available_node_types"].values():
+            assert node["node_config"]["SecurityGroupIds"] == [group]
+            assert node["node_config"]["ImageId"].startswith("ami-") and node["node_config"]["SubnetIds"]
+        assert ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissions"] == []
+
+
 @pytest.mark.parametrize("change", [{"cluster_name": 3}, {"idle_timeout": 5}, {"max_workers": -1}])
 def test_the_check_of_ray_refuses_what_is_wrong(change: dict[str, Any]) -> None:
     from ray.autoscaler._private.util import validate_config
@@ -53,7 +77,7 @@ def test_a_manifest_passes_its_schema(document: dict[str, Any]) -> None:
         if not path.exists():
             pytest.skip(f"KubeRay's schemas are not at {KUBERAY}")
         schema = json.loads(path.read_text())
-        jsonschema.validate(document, schema)
+        jsonschema.Draft202012Validator(schema).validate(document)
         assert list(unknown(document, schema)) == []
     else:
         validate = pytest.importorskip("kubernetes_validate")
@@ -129,6 +153,6 @@ def test_the_dag_imports_under_airflow() -> None:
     pytest.importorskip("airflow", reason="apache-airflow wants an environment of its own")
     from airflow.dag_processing.dagbag import DagBag
 
-    bag = DagBag(str(CLUSTER / "airflow"), include_examples=False)
+    bag = DagBag(str(CLUSTER / "airflow"))
     assert bag.import_errors == {}
     assert set(bag.dags["recray_daily"].task_ids) == {"features", "train", "publish"}
