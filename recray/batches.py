@@ -21,6 +21,8 @@ _Piece = dict[str, Column]
 
 def _tensor(column: Column) -> Feature:
     values = column.values.astype(np.float32 if column.values.dtype.kind == "f" else np.int64, copy=False)
+    if not values.flags.writeable:  # Arrow's own memory, which torch does not take without a warning
+        values = values.copy()
     if column.offsets is None:
         return torch.from_numpy(values)
     return Jagged(torch.from_numpy(values), torch.from_numpy(column.offsets))
