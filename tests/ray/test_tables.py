@@ -58,9 +58,10 @@ def _index_is_of_all_pieces(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     model, _ = checkpoint.load_model(uri)
     with torch.inference_mode():
         vectors = model.item_vectors(torch.arange(items)).numpy()  # type: ignore[operator]
-    np.testing.assert_allclose(embed.load_vectors(f"{config.run_uri}/index"), vectors, rtol=1e-6)
+    # Products of other numbers of rows add in another order: the last bit of vectors of length about 1.
+    np.testing.assert_allclose(embed.load_vectors(f"{config.run_uri}/index"), vectors, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(embed, "_CHUNK", 30)
     monkeypatch.setattr(embed, "_TASK", 50)
     monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)
     monkeypatch.setattr(embed, "_MAPPED_ABOVE", 0)
-    np.testing.assert_allclose(embed.item_vectors(uri, items, parallel=True), vectors, rtol=1e-6)
+    np.testing.assert_allclose(embed.item_vectors(uri, items, parallel=True), vectors, rtol=1e-5, atol=1e-6)
