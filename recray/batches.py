@@ -20,9 +20,9 @@ _Piece = dict[str, Column]
 
 
 def _tensor(column: Column) -> Feature:
-    values = column.values.astype(np.float32 if column.values.dtype.kind == "f" else np.int64, copy=False)
-    if not values.flags.writeable:  # Arrow's own memory, which torch does not take without a warning
-        values = values.copy()
+    # Arrow's memory is not torch's to write to; what was cut is new already.
+    kind = np.float32 if column.values.dtype.kind == "f" else np.int64
+    values = column.values.astype(kind, copy=not column.values.flags.writeable)
     if column.offsets is None:
         return torch.from_numpy(values)
     return Jagged(torch.from_numpy(values), torch.from_numpy(column.offsets))
