@@ -45,12 +45,12 @@ def _toml(cluster: Cluster, folder: Path, name: str, epochs: int) -> Path:
 
 def _recray(cluster: Cluster, folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "recray.cli", *arguments]
-    return subprocess.run(command, env=cluster.env | env, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=cluster.env | env, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def _ray(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", *arguments]
-    return subprocess.run(command, env=cluster.env, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=cluster.env, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def test_submit_follows_the_job_and_fetches_the_report(cluster: Cluster, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def _trainers(cluster: Cluster) -> list[Path]:
     return found
 
 
-def _until(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def _until(true: Callable[[], bool], what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
