@@ -58,7 +58,7 @@ class Placement:
     row_bytes: int = 12  # weight and optimizer state of a number of a replicated table
     small: int = 128  # tables up to so many rows are dense whatever the mode
     stored: bool = False  # rows come from a checkpoint: none are drawn
-    reasons: list[str] = field(default_factory=list)  # of "auto", for the log
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # of "auto", for the log: mode and why -> tables
 
     def choose(self, rows: int, dim: int, ids: Ids) -> Mode:
         if rows <= self.small or self.stored:
@@ -70,15 +70,19 @@ class Placement:
         touched = min(rows, self.touched.get(ids, 0))
         size = self.row_bytes * rows * dim
         mode: Mode = "sparse_replicated"
-        why = f"a step touches up to {touched:,} rows on each of {self.world_size}"
+        why = f"a step touches up to {touched:,} rows" + (" on each worker" if self.world_size > 1 else "")
         if self.memory is not None and self.world_size > 1 and 2 * size > self.memory:
             mode, why = "row_sharded", f"{size / 1e9:.1f} GB of {self.memory / 1e9:.1f} GB that a worker has"
         elif _UPDATE * touched * self.world_size > rows:
             mode = "dense"
-        line = f"{rows:,} x {dim} ({ids}) {mode}: {why}"
-        if line not in self.reasons:
-            self.reasons.append(line)
+        same = self.reasons.setdefault(f"{mode} ({why})", [])
+        if f"{rows:,} x {dim}" not in same:
+            same.append(f"{rows:,} x {dim}")
         return mode
+
+    def explain(self) -> str:
+        """'sparse_replicated (a step touches up to 8,192 rows): 100,002 x 16, 158,488 x 16'; empty without large tables."""
+        return "; ".join(f"{reason}: {', '.join(tables)}" for reason, tables in self.reasons.items())
 
 
 _placement: ContextVar[Placement | None] = ContextVar("placement", default=None)

@@ -84,7 +84,7 @@ def _run(
     with embedding.placed(places):
         model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset.record, items)
     if places.reasons and context.rank == 0 and phase.name == "train":
-        print(f"train: tables of {'; '.join(places.reasons)}", flush=True)
+        print(f"train: large tables: {places.explain()}", flush=True)
     examples: Examples = model.examples  # type: ignore[assignment]
     moved_items = type(items)(items.counts_N.to(context.device), {})
     whole = (

@@ -127,7 +127,7 @@ def test_auto_by_hand() -> None:
     placement = Placement(touched={"user": 100})
     for _ in range(2):
         placement.choose(10**6, 8, "user")
-    assert placement.reasons == ["1,000,000 x 8 (user) sparse_replicated: a step touches up to 100 rows on each of 1"]
+    assert placement.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
 
 
 def test_what_does_not_go_together_is_refused() -> None:
