@@ -44,7 +44,7 @@ def test_a_job_waits_for_nodes_that_come_and_go_again(nodes: Nodes, tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", _CODE], env=env, capture_output=True, text=True, timeout=280)
     lines = done.stdout.splitlines()
     assert lines[0] == "grows True", done.stdout + done.stderr
-    assert "waiting for 2 trainer, 1 CPU: the autoscaler adds nodes" in lines[1]
+    assert "waiting for 1 CPU, 2 trainer: the autoscaler adds nodes" in lines[1]
     assert "all there after" in done.stdout
     assert [line for line in lines if line.startswith("trainers")] == ["trainers 2", "trainers 0"]
     assert "ResourceError: 1 GPU is short after" in done.stderr and "scaling.wait_seconds = 2" in done.stderr
