@@ -29,6 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         nodes.head("--num-cpus=1", "--dashboard-host=127.0.0.1", f"--dashboard-port={nodes.dashboard_port}")
         nodes.worker("--num-cpus=2")
         nodes.wait_for(nodes.dashboard_port)
+        nodes.wait_for_nodes(2)
         folder = tmp_path_factory.mktemp("out")
         yield Cluster(f"127.0.0.1:{nodes.port}", f"http://127.0.0.1:{nodes.dashboard_port}", nodes.env, folder)
     finally:

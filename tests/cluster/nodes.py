@@ -78,6 +78,14 @@ class Nodes:
             time.sleep(0.2)
         raise TimeoutError((self.folder / "node-0.log").read_text())
 
+    def wait_for_nodes(self, count: int) -> None:
+        code = (
+            "import ray, time; ray.init(logging_level='ERROR')\n"
+            f"while sum(node['Alive'] for node in ray.nodes()) < {count}: time.sleep(0.2)"
+        )
+        env = self.env | {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        subprocess.run([sys.executable, "-c", code], env=env, timeout=120, check=True)
+
     def stop(self) -> None:
         for process in reversed(self._processes):
             process.send_signal(signal.SIGTERM)
