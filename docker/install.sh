@@ -9,7 +9,7 @@ locked=$(sed -n 's/^torch==//p' "$lock")
 torch=${2:-$locked}
 
 # torch first and alone: no later resolution may pick another build of it.
-pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$torch"
+env ${TORCH_INDEX:+PIP_INDEX_URL="$TORCH_INDEX"} pip install --no-cache-dir "torch==$torch"
 
 rest=$(mktemp)
 grep -v '^torch==' "$lock" > "$rest"

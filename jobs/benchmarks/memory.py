@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.figures import report
-from benchmarks.processes import PeakMemory
+from benchmarks.processes import MemoryWatch
 
 _EVENTS_PER_USER = 50
 
@@ -57,10 +57,10 @@ def _measured(stage: str, config: str) -> dict[str, float]:
     """The stage in a process of its own, so that no stage begins with another's memory."""
     command = [sys.executable, str(Path(__file__).parents[1] / "benchmark.py"), "memory", "--stage", stage]
     started = time.perf_counter()
-    with PeakMemory() as peak:
+    with MemoryWatch() as watch:
         subprocess.run([*command, "--config", config], check=True)
     seconds = time.perf_counter() - started
-    return {"peak_mb": peak.tree / 2**20, "largest_process_mb": peak.process / 2**20, "seconds": seconds}
+    return {"peak_mb": watch.peak() / 2**20, "largest_process_mb": watch.process / 2**20, "seconds": seconds}
 
 
 def _stage(stage: str, config: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -44,21 +45,32 @@ def memory() -> tuple[int, int]:
     return sum(sizes), max(sizes, default=0)
 
 
-class PeakMemory:
-    """The most memory that the tree had while the block ran, looked at ten times a second."""
+class MemoryWatch:
+    """Memory of the tree while the block runs, looked at every `seconds`."""
 
-    def __enter__(self) -> "PeakMemory":
-        self.tree = self.process = 0
+    def __init__(self, seconds: float = 0.1) -> None:
+        self._seconds = seconds
+        self.times: list[float] = []  # seconds since 1970
+        self.trees: list[int] = []  # bytes of all processes
+        self.process = 0  # the most that one of them had
+
+    def __enter__(self) -> "MemoryWatch":
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.1):
+        while not self._ended.wait(self._seconds):
             tree, process = memory()
-            self.tree, self.process = max(self.tree, tree), max(self.process, process)
+            self.times.append(time.time())
+            self.trees.append(tree)
+            self.process = max(self.process, process)
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+
+    def peak(self, begin: float = 0.0, end: float = float("inf")) -> int:
+        """The most bytes of all processes between two times."""
+        return max((tree for at, tree in zip(self.times, self.trees, strict=True) if begin <= at < end), default=0)

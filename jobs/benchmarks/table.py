@@ -12,10 +12,8 @@ import typer
 from benchmarks.figures import report
 
 _DIM, _HISTORY, _BATCH = 64, 20, 1024  # of the whole batch, whatever the number of workers
-_ROUNDS, _STEPS = (
-    10,
-    4,
-)  # tables take turns of so many steps, after one that is not counted: the machine is alike for all
+# Tables take turns of so many steps, after one that is not counted: the machine is alike for all.
+_ROUNDS, _STEPS = 10, 4
 
 
 def run(

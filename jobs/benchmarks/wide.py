@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from benchmarks.figures import report
-from benchmarks.processes import memory
+from benchmarks.processes import MemoryWatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,13 +84,16 @@ def _stages(path: Path, home: Path, rows: int, workers: int) -> dict[str, object
     for stage in ("prepare", "train", "evaluate"):
         command = [sys.executable, str(Path(__file__).parents[1] / f"{stage}.py"), str(path)]
         started = time.perf_counter()
-        with _Memory() as watched:
+        with MemoryWatch(1.0) as watch:
             subprocess.run([*command, "--set", f"scaling.num_workers={workers}"], check=True)
         figures[f"{stage}_seconds"] = time.perf_counter() - started
-        figures[f"{stage}_peak_mb"] = max(watched.samples) / 2**20
+        figures[f"{stage}_peak_mb"] = watch.peak() / 2**20
         if stage == "train":
             epoch = CheckpointRecord.read(f"{home}/wide/checkpoint").history[0]
-            first, second = watched.halves(epoch["first_step_at"], epoch["seconds"])
+            begin, seconds = epoch["first_step_at"], epoch["seconds"]
+            # Buffers fill in the first tenth, which is left out.
+            first = watch.peak(begin + 0.1 * seconds, begin + 0.55 * seconds)
+            second = watch.peak(begin + 0.55 * seconds, begin + seconds)
             figures |= {
                 "rows_per_second": epoch["events_per_second"],
                 "waiting_share": epoch["waiting_share"],
@@ -99,34 +101,6 @@ def _stages(path: Path, home: Path, rows: int, workers: int) -> dict[str, object
             }
     figures["test_auc"] = ReportRecord.read(f"{home}/wide/report").metrics["model"]["auc"].value
     return figures
-
-
-class _Memory:
-    """Bytes of this process and all that it started, once a second while the block runs."""
-
-    def __enter__(self) -> "_Memory":
-        self.times: list[float] = []
-        self.samples: list[int] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._ended.wait(1.0):
-            self.times.append(time.time())
-            self.samples.append(memory()[0])
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def halves(self, begin: float, seconds: float) -> tuple[int, int]:
-        """The peaks of both halves of the epoch; its first tenth, in which buffers fill, is left out."""
-        middle, end = begin + 0.55 * seconds, begin + seconds
-        both = list(zip(self.times, self.samples, strict=True))
-        first = max(size for at, size in both if begin + 0.1 * seconds <= at < middle)
-        return first, max(size for at, size in both if middle <= at <= end)
 
 
 def _write_log(folder: Path, rows: int) -> float:

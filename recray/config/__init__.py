@@ -1,24 +1,26 @@
 """The configuration: typed sections, and loading them from TOML with overrides."""
 
+from recray.config.data import (
+    ColumnsConfig,
+    DataConfig,
+    FeatureConfig,
+    MovielensConfig,
+    NegativesConfig,
+    SimulatedConfig,
+    SplitConfig,
+)
 from recray.config.load import load_config, parse_config, with_values
 from recray.config.section import Section
 from recray.config.sections import (
-    ColumnsConfig,
     Config,
-    DataConfig,
     EmbeddingConfig,
     EvaluationConfig,
-    FeatureConfig,
     LossConfig,
     ModelOptions,
-    MovielensConfig,
-    NegativesConfig,
     OptimConfig,
     RetrievalConfig,
     RunConfig,
     ScalingConfig,
-    SimulatedConfig,
-    SplitConfig,
     TrainingConfig,
 )
 from recray.config.tune import Axis, TuneConfig

@@ -39,9 +39,8 @@ Mode = Literal["dense", "sparse_replicated", "row_sharded"]
 Ids = Literal["user", "item", "feature"]
 
 LARGE_ABOVE = 50_000  # rows; below it updating all of them is as fast
-_UPDATE = (
-    4  # updating a touched row against streaming one of a dense table, duplicates in the batch counted in (measured)
-)
+# Updating a touched row against streaming one of a dense table, duplicates in the batch counted in (measured).
+_UPDATE = 4
 _BLOCK = 65_536  # rows of a sharded table that are drawn at a time
 _HUGE_ABOVE, _PAGE, _MADV_HUGEPAGE = 8 << 20, 2 << 20, 14
 

@@ -6,6 +6,7 @@ cutting (numpy) leave the interpreter to the thread that trains.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -34,6 +35,7 @@ class Ahead(Generic[T]):
         self._entries = entries
         self._queue: queue.Queue[T | _End] = queue.Queue(maxsize=size)
         self._stopped = threading.Event()
+        self._end: _End | None = None
         self._thread = threading.Thread(target=self._pull, daemon=True, name="recray-ahead")
         self._thread.start()
 
@@ -56,13 +58,14 @@ class Ahead(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        started = time.perf_counter()
-        entry = self._queue.get()
-        self.waited += time.perf_counter() - started
-        if isinstance(entry, _End):
-            self._queue.put(entry)  # for whoever asks again
-            raise StopIteration if entry.error is None else entry.error
-        return entry
+        if self._end is None:
+            started = time.perf_counter()
+            entry = self._queue.get()
+            self.waited += time.perf_counter() - started
+            if not isinstance(entry, _End):
+                return entry
+            self._end = entry  # for whoever asks again
+        raise StopIteration if self._end.error is None else self._end.error
 
     def stop(self) -> None:
         """Returns when the thread has ended. Whoever still takes entries finds none."""
@@ -71,8 +74,10 @@ class Ahead(Generic[T]):
         while self._thread.is_alive() and time.monotonic() < until:
             self._drain()  # a full queue holds the thread
             self._thread.join(0.01)
-        self._drain()
-        self._queue.put(_End(None))
+        while True:  # a thread that still lives may fill the queue again
+            self._drain()
+            with contextlib.suppress(queue.Full):
+                return self._queue.put_nowait(_End(None))
 
     def _drain(self) -> None:
         try:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from recray.config.sections import Config
+from recray.config import Config
 from recray.data import prepare as stage
 from recray.data.prepare import prepare
 from recray.data.prepared import PreparedDataset

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recray.config.sections import FeatureConfig
+from recray.config import FeatureConfig
 from recray.data import features, vocab
 from recray.errors import DataError
 

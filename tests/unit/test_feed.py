@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from recray.models.batch import Batch, Jagged
-from recray.training.feed import Feed
+from recray.training import feed
+from recray.training.feed import Ahead, Feed
 from recray.training.progress import Progress
 
 CPU = torch.device("cpu")
@@ -85,3 +86,17 @@ def test_a_slow_stage_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.count("the slowest stage is read (read 8.0 s, cut 1.0 s, copy 0.5 s)") == 1
     assert "scaling.reader = 'ray_data'" in said and said.count("\n") == 1
+
+
+def test_stopping_does_not_wait_for_a_reader_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "_SECONDS_TO_END", 0.0)
+    released = threading.Event()
+
+    def entries() -> Iterator[int]:
+        released.wait()
+        yield 1
+
+    ahead = Ahead(entries(), 1)
+    ahead.stop()
+    assert list(ahead) == [] and list(ahead) == []
+    released.set()

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recray.config.sections import ColumnsConfig, DataConfig, SplitConfig
+from recray.config import ColumnsConfig, DataConfig, SplitConfig
 from recray.data import history
 from recray.data.hashing import hash_keys
 from recray.data.split import SPLITS, Boundaries, Draw

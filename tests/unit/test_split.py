@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from recray.config.sections import SplitConfig
+from recray.config import SplitConfig
 from recray.data import split
 from recray.errors import ConfigError, DataError
 
