@@ -7,10 +7,24 @@ Each peer runs in an environment of its own in that folder, which `python jobs/b
 """
 
 import typer
-from benchmarks import ingest, loader, memory, peers, ranking, scaling, search, sequence, startup, table, tune, wide
+from benchmarks import (
+    ingest,
+    loader,
+    memory,
+    peers,
+    ranking,
+    scaling,
+    search,
+    seeds,
+    sequence,
+    startup,
+    table,
+    tune,
+    wide,
+)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-for module in (ingest, loader, sequence, ranking, wide, search, table, startup, scaling, memory, peers):
+for module in (ingest, loader, sequence, ranking, wide, search, table, startup, scaling, memory, seeds, peers):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 app.command("tune")(tune.overhead)
 app.command("tune-grid")(tune.against_grid)

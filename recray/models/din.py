@@ -21,7 +21,7 @@ from recray.models.attention import TargetAttention
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.dice import Dice
 from recray.models.inputs import Inputs, RankerOptions
-from recray.models.parts import mean_pool, select
+from recray.models.parts import Dropout, mean_pool, select
 from recray.records import DatasetRecord
 
 
@@ -45,7 +45,7 @@ class Din(nn.Module):
         layers: list[nn.Module] = []
         size = self.inputs.row_width + 3 * width
         for inner in options.hidden:
-            layers += [nn.Linear(size, inner), Dice(inner), nn.Dropout(options.dropout)]
+            layers += [nn.Linear(size, inner), Dice(inner), Dropout(options.dropout)]
             size = inner
         self.tower = nn.Sequential(*layers, nn.Linear(size, 1))
 

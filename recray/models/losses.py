@@ -1,4 +1,4 @@
-"""Retrieval losses: one value per query, from query vectors and item vectors.
+"""Retrieval losses, from query vectors and item vectors: a sum over queries, each times its weight.
 
 Shape legend: Q queries, N items, M shared negatives, D width.
 Scores are inner products divided by `temperature`.
@@ -28,6 +28,8 @@ from recray.config import LossConfig
 from recray.models import Retriever
 from recray.models.batch import FIRST_ID, Batch, ItemTable
 
+_LARGEST_EXPONENT = 80.0  # exp of it is a float32, and so is exp of its negative
+
 
 class Gather(Protocol):
     """How queries see the positives of other workers."""
@@ -38,15 +40,26 @@ class Gather(Protocol):
 
 
 def retrieval_loss(config: LossConfig, model: Retriever, batch: Batch, items: ItemTable, gather: Gather) -> Tensor:
-    """(Q,) float32 loss of every query of the batch."""
+    """() float32 sum over the batch's queries of weight times loss. A query of weight 0 may hold anything, NaN too."""
     assert batch.target_Q is not None
     q_QD = model.query_vectors(batch)
+    weight_Q = batch.weight_Q if batch.weight_Q is not None else torch.ones(len(q_QD), device=q_QD.device)
     if config.name == "softmax":
         v_ND = model.item_vectors(torch.arange(FIRST_ID, items.num_items, device=q_QD.device))
-        loss_Q: Tensor = _ChunkedSoftmax.apply(  # type: ignore[no-untyped-call]
-            q_QD.float(), v_ND.float(), batch.target_Q - FIRST_ID, config.temperature, config.chunk_size
+        q_QD = torch.where(weight_Q[:, None] > 0, q_QD.float(), 0.0)
+        total: Tensor = _ChunkedSoftmax.apply(  # type: ignore[no-untyped-call]
+            q_QD, v_ND.float(), batch.target_Q - FIRST_ID, weight_Q, config.temperature, config.chunk_size
         )
-        return loss_Q
+        return total
+    loss_Q = _query_losses(config, model, q_QD, batch, items, gather)
+    return (torch.where(weight_Q > 0, loss_Q, 0.0) * weight_Q).sum()
+
+
+def _query_losses(
+    config: LossConfig, model: Retriever, q_QD: Tensor, batch: Batch, items: ItemTable, gather: Gather
+) -> Tensor:
+    """(Q,) float32."""
+    assert batch.target_Q is not None
     num_real = items.num_items - FIRST_ID
     negative_M = torch.randint(FIRST_ID, items.num_items, (config.negatives,), device=q_QD.device)
     if config.name == "sampled_softmax":
@@ -112,39 +125,48 @@ def _sampled_softmax(
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
-    """Cross-entropy over all items with `chunk` rows of logits alive at a time.
+    """Weighted cross-entropy over all items with `chunk` rows of logits alive at a time.
 
-    The gradient of a row is scaled by a number that only backward knows, so forward
-    keeps logsumexp, one number a row, and backward makes the logits again: memory
-    chunk x N, time 4/3 of the plain form's products.
+    Forward has the logits in the cache and makes the gradients there and then, which
+    saves their fourth product with the items; backward only scales them.
+    Logits that cannot overflow need no maximum subtracted, which saves two passes more.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q_QD: Tensor, v_ND: Tensor, target_Q: Tensor, temperature: float, chunk: int
+        ctx: Any, q_QD: Tensor, v_ND: Tensor, target_Q: Tensor, weight_Q: Tensor, temperature: float, chunk: int
     ) -> Tensor:
-        lse_Q = torch.empty(len(q_QD), device=q_QD.device)
+        q_QD = q_QD / temperature
+        positive_QD = v_ND[target_Q]
+        # |logit| <= |q| |v|, and a row sums N of them.
+        bound = q_QD.norm(dim=1).max() * v_ND.norm(dim=1).max() + math.log(len(v_ND)) if len(q_QD) else 0.0
+        bounded = float(bound) < _LARGEST_EXPONENT
+        sum_Q, top_Q = torch.empty(len(q_QD), device=q_QD.device), torch.zeros(len(q_QD), device=q_QD.device)
+        grad_q, grad_v = torch.empty_like(q_QD), torch.zeros_like(v_ND)
+        logits = q_QD.new_empty(min(chunk, len(q_QD)), len(v_ND))
         for start in range(0, len(q_QD), chunk):
-            rows = slice(start, start + chunk)
-            lse_Q[rows] = torch.logsumexp((q_QD[rows] / temperature) @ v_ND.T, dim=1)
-        positive_Q = (q_QD * v_ND[target_Q]).sum(-1) / temperature
-        ctx.save_for_backward(q_QD, v_ND, target_Q, lse_Q)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return lse_Q - positive_Q
+            rows = slice(start, min(start + chunk, len(q_QD)))
+            q_RD = q_QD[rows]
+            p_RN = torch.mm(q_RD, v_ND.T, out=logits[: len(q_RD)])
+            if not bounded:
+                top_Q[rows] = p_RN.amax(1)
+                p_RN -= top_Q[rows, None]
+            torch.sum(p_RN.exp_(), 1, out=sum_Q[rows])
+            if any(ctx.needs_input_grad):
+                torch.mm(p_RN, v_ND, out=grad_q[rows])
+                grad_v.addmm_(p_RN.T, q_RD * (weight_Q[rows] / sum_Q[rows])[:, None])
+        if any(ctx.needs_input_grad):
+            grad_q *= (weight_Q / sum_Q)[:, None]
+            grad_q.addcmul_(positive_QD, weight_Q[:, None], value=-1)
+            grad_v.index_add_(0, target_Q, q_QD * weight_Q[:, None], alpha=-1)
+            ctx.save_for_backward(grad_q.div_(temperature), grad_v)
+        loss_Q = top_Q + sum_Q.log() - (q_QD * positive_QD).sum(1)
+        return (loss_Q * weight_Q).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        q_QD, v_ND, target_Q, lse_Q = ctx.saved_tensors
-        grad_q, grad_v = torch.empty_like(q_QD), torch.zeros_like(v_ND)
-        scale_Q = (grad_Q / ctx.temperature)[:, None]
-        for start in range(0, len(q_QD), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            p = torch.addmm(-lse_Q[rows, None], q_QD[rows] / ctx.temperature, v_ND.T).exp_()
-            p[torch.arange(len(p), device=p.device), target_Q[rows]] -= 1
-            p *= scale_Q[rows]
-            torch.mm(p, v_ND, out=grad_q[rows])
-            grad_v.addmm_(p.T, q_QD[rows])
-        return grad_q, grad_v, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_q, grad_v = ctx.saved_tensors
+        return grad_q * grad, grad_v * grad, None, None, None, None
 
 
 class RetrievalObjective(nn.Module):
@@ -157,9 +179,8 @@ class RetrievalObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert isinstance(self.model, Retriever)
-        loss_Q = retrieval_loss(self._config, self.model, batch, self._items, self._gather)
+        total = retrieval_loss(self._config, self.model, batch, self._items, self._gather)
         if batch.weight_Q is None:
-            return loss_Q.sum(), torch.tensor(float(len(loss_Q)), device=loss_Q.device)
-        # A padding query may hold anything, NaN too: leave it out instead of multiplying by 0.
-        kept_Q = torch.where(batch.weight_Q > 0, loss_Q, torch.zeros_like(loss_Q))
-        return (kept_Q * batch.weight_Q).sum(), batch.weight_Q.sum()
+            assert batch.target_Q is not None
+            return total, torch.tensor(float(len(batch.target_Q)), device=total.device)
+        return total, batch.weight_Q.sum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,37 @@ def mean_pool(vectors: Tensor | Table, history: Jagged) -> Tensor:
             nothing = F.embedding(history.offsets[:1], rows) * 0
         return nothing.expand(len(history.offsets) - 1, -1)
     return F.embedding_bag(index, rows, history.offsets[:-1], mode="mean", sparse=sparse)
+
+
+class _Dropout(torch.autograd.Function):
+    """16 random bits decide about each number: four to a draw of the generator, which `F.dropout` makes for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # type: ignore[override]
+        dropped = round(p * 65_536)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= dropped - 32_768
+        ctx.save_for_backward(kept)
+        ctx.scale = 65_536 / (65_536 - dropped)
+        return torch.mul(x, kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (kept,) = ctx.saved_tensors
+        return torch.mul(grad, kept).mul_(ctx.scale), None
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """`F.dropout`, on a CPU in a third of its time (p to 16 bits)."""
+    if not training or p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
 
 
 class FeatureEncoder(nn.Module):
@@ -74,7 +107,7 @@ def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequentia
     """Linear, GELU, dropout for each hidden width, then a linear layer to `out`."""
     layers: list[nn.Module] = []
     for inner in hidden:
-        layers += [nn.Linear(width, inner), nn.GELU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(width, inner), nn.GELU(), Dropout(dropout)]
         width = inner
     return nn.Sequential(*layers, nn.Linear(width, out))
 

@@ -21,6 +21,7 @@ from recray.config import ModelOptions
 from recray.models import Examples
 from recray.models.batch import Batch, ItemTable
 from recray.models.embedding import Table
+from recray.models.parts import dropout
 from recray.records import DatasetRecord
 
 _GROUPS = 4  # groups of rows by length: more waste less padding but start more small kernels
@@ -67,7 +68,7 @@ class _Block(nn.Module):
         self.down = nn.Linear(inner, dim)
 
     def forward(self, x_TD: Tensor, layout: _Layout) -> Tensor:
-        x_TD = x_TD + F.dropout(
+        x_TD = x_TD + dropout(
             self.out(self._attend(self.qkv(self.attention_norm(x_TD)), layout)), self.dropout, self.training
         )
         inner = self.up(self.feed_norm(x_TD))
@@ -76,7 +77,7 @@ class _Block(nn.Module):
             inner = F.silu(gate) * value
         else:
             inner = F.gelu(inner)
-        return x_TD + F.dropout(self.down(F.dropout(inner, self.dropout, self.training)), self.dropout, self.training)
+        return x_TD + dropout(self.down(dropout(inner, self.dropout, self.training)), self.dropout, self.training)
 
     def _attend(self, qkv: Tensor, layout: _Layout) -> Tensor:
         dim = qkv.shape[1] // 3
@@ -111,7 +112,7 @@ class SASRec(nn.Module):
         row_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
         from_end_T = history.offsets[1:][row_T] - 1 - torch.arange(num_tokens, device=lengths_B.device)
         x_TD = self.item_table(history.values) * self.options.dim**0.5 + self.position[from_end_T]
-        x_TD = F.dropout(x_TD, self.options.dropout, self.training)
+        x_TD = dropout(x_TD, self.options.dropout, self.training)
         layout = _Layout(lengths_B, history.offsets[:-1])
         for block in self.blocks:
             x_TD = block(x_TD, layout)
