@@ -24,8 +24,10 @@ def map_parts(function: Callable[[Sequence[T]], R], entries: Sequence[T]) -> lis
     if cores <= 1:
         return [function(entries)]
 
+    inference = torch.is_inference_mode_enabled()  # a thread's own setting, as is no_grad
+
     def part(core: int) -> R:
-        with torch.no_grad():
+        with torch.no_grad(), torch.inference_mode(inference):
             return function(entries[core::cores])
 
     return list(_pool(torch.get_num_threads()).map(part, range(cores)))
