@@ -14,7 +14,6 @@ layers, R rows of a chunk, L entries of its longest row, T entries of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.models.batch import Jagged
-from recray.models.cores import map_parts
 from recray.models.dice import Dice, dice, dice_grad, dice_slope
 
 _CHUNK = 8_192  # entries; two or three tensors of 64 channels fit a core's share of the cache
@@ -130,32 +128,30 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, q: Tensor, v: Tensor, c: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *parameters, history, gates = rest
-        layers, chunks = _Layers(gates, *parameters), _chunks(history, q.dtype)
+        layers = _Layers(gates, *parameters)
+        ctx.parameters = parameters
+        chunks = _chunks(history, q.dtype)
         out = torch.zeros_like(q)
-        ctx.kept = {}
+        sums_1, sums_2 = q.new_zeros(2, len(layers.key_CI)), q.new_zeros(2, len(layers.w2_HC))
+        sampled = q.new_zeros(())
+        ctx.kept = []
         num_kept = _KEPT if any(ctx.needs_input_grad) else 0
         stride = -(-len(chunks) // _SAMPLED)
-
-        def part(mine: Sequence[tuple[int, _Chunk]]) -> tuple[Tensor, Tensor, Tensor]:
-            sums_1, sums_2 = q.new_zeros(2, len(layers.key_CI)), q.new_zeros(2, len(layers.w2_HC))
-            sampled = q.new_zeros(())
-            for number, chunk in mine:
-                made = layers.activations(chunk, q[chunk.rows_R], c[chunk.rows_R], v)
-                k, _, x1, _, _, x2, _, _, w = made
-                if number < num_kept:
-                    ctx.kept[number] = made
-                out[chunk.rows_R] = torch.bmm(w[:, None], k)[:, 0]
-                if number % stride == 0:
-                    real = chunk.real_RL.view(-1)
-                    for x, sums in ((x1, sums_1), (x2, sums_2)):
-                        sums[0] += real @ x
-                        sums[1] += real @ x.square()
-                    sampled += real.sum()
-            return sums_1, sums_2, sampled
-
+        for number, chunk in enumerate(chunks):
+            rows = chunk.rows_R
+            made = layers.activations(chunk, q[rows], c[rows], v)
+            k, _, x1, _, _, x2, _, _, w = made
+            if number < num_kept:
+                ctx.kept.append(made)
+            out[rows] = torch.bmm(w[:, None], k)[:, 0]
+            if number % stride == 0:
+                real = chunk.real_RL.view(-1)
+                for x, sums in ((x1, sums_1), (x2, sums_2)):
+                    sums[0] += real @ x
+                    sums[1] += real @ x.square()
+                sampled += real.sum()
         ctx.save_for_backward(q, v, c)
-        ctx.parameters, ctx.layers, ctx.chunks = parameters, layers, list(enumerate(chunks))
-        sums_1, sums_2, sampled = _summed(map_parts(part, ctx.chunks))
+        ctx.layers, ctx.chunks = layers, chunks
         ctx.mark_non_differentiable(sums_1, sums_2, sampled)
         return out, sums_1, sums_2, sampled
 
@@ -164,41 +160,31 @@ class _Chunked(torch.autograd.Function):
         q, v, c = ctx.saved_tensors
         layers: _Layers = ctx.layers
         scale_1, scale_2 = layers.gates[0], layers.gates[2]
-        dq, dc = torch.zeros_like(q), torch.zeros_like(c)
-
-        def part(mine: Sequence[tuple[int, _Chunk]]) -> tuple[Tensor, ...]:
-            dv, *grads = (torch.zeros_like(x) for x in (v, *ctx.parameters))
-            d_key, d_product, d_alpha_1, dw2, db2, d_alpha_2, dw3, db3 = grads
-            for number, chunk in mine:
-                rows = chunk.rows_R
-                q_RI, g_RI = q[rows], grad_out[rows]
-                kept = ctx.kept.pop(number, None)
-                k, m, x1, p1, a1, x2, p2, a2, w = kept or layers.activations(chunk, q_RI, c[rows], v)
-                dw = torch.bmm(k, g_RI[:, :, None]).view(w.shape).mul_(chunk.real_RL).view(-1)
-                db3 += dw.sum()
-                dw3[0] += dw @ a2
-                # The gradient of a2 is dw (x) w3: never made, w3 goes into the channels' factors.
-                slope, y2 = dice_slope(x2, p2, layers.alpha_2, scale_2, layers.w3_1H[0])
-                d_alpha_2 += layers.w3_1H[0] * (dw @ y2)
-                dx2 = slope.mul_(dw[:, None])
-                db2 += dx2.sum(0)
-                dw2.addmm_(dx2.T, a1)
-                dx1, d_alpha = dice_grad(dx2 @ layers.w2_HC, x1, p1, layers.alpha_1, scale_1)
-                d_alpha_1 += d_alpha
-                dx1 = dx1.view(*w.shape, -1)
-                dc[rows] = dx1.sum(1)
-                dm = torch.bmm(dx1.transpose(1, 2), k)
-                d_key += dm.sum(0)
-                dq[rows] = (dm * layers.product_CI).sum(1)
-                d_product += dm.mul_(q_RI[:, None]).sum(0)
-                dk = torch.bmm(dx1, m).baddbmm_(w[:, :, None], g_RI[:, None])
-                dv.index_add_(0, chunk.index_RL.view(-1), dk.view(-1, dk.shape[2]))
-            return dv, *grads
-
-        dv, *grads = _summed(map_parts(part, ctx.chunks))
+        dq, dv, dc = (torch.zeros_like(x) for x in (q, v, c))
+        grads = [torch.zeros_like(parameter) for parameter in ctx.parameters]
+        d_key, d_product, d_alpha_1, dw2, db2, d_alpha_2, dw3, db3 = grads
+        for chunk in ctx.chunks:
+            rows = chunk.rows_R
+            q_RI, g_RI = q[rows], grad_out[rows]
+            made = ctx.kept.pop(0) if ctx.kept else layers.activations(chunk, q_RI, c[rows], v)
+            k, m, x1, p1, a1, x2, p2, a2, w = made
+            dw = torch.bmm(k, g_RI[:, :, None]).view(w.shape).mul_(chunk.real_RL).view(-1)
+            db3 += dw.sum()
+            dw3[0] += dw @ a2
+            # The gradient of a2 is dw (x) w3: never made, w3 goes into the channels' factors.
+            slope, y2 = dice_slope(x2, p2, layers.alpha_2, scale_2, layers.w3_1H[0])
+            d_alpha_2 += layers.w3_1H[0] * (dw @ y2)
+            dx2 = slope.mul_(dw[:, None])
+            db2 += dx2.sum(0)
+            dw2.addmm_(dx2.T, a1)
+            dx1, d_alpha = dice_grad(dx2 @ layers.w2_HC, x1, p1, layers.alpha_1, scale_1)
+            d_alpha_1 += d_alpha
+            dx1 = dx1.view(*w.shape, -1)
+            dc[rows] = dx1.sum(1)
+            dm = torch.bmm(dx1.transpose(1, 2), k)
+            d_key += dm.sum(0)
+            dq[rows] = (dm * layers.product_CI).sum(1)
+            d_product += dm.mul_(q_RI[:, None]).sum(0)
+            dk = torch.bmm(dx1, m).baddbmm_(w[:, :, None], g_RI[:, None])
+            dv.index_add_(0, chunk.index_RL.view(-1), dk.view(-1, dk.shape[2]))
         return (dq, dv, dc, *grads, None, None)
-
-
-def _summed(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Entry by entry."""
-    return tuple(torch.stack(same).sum(0) if len(same) > 1 else same[0] for same in zip(*parts, strict=True))
