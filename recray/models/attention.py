@@ -5,8 +5,8 @@ The first layer over [q, k, q - k, q * k] is linear in k once q is given, so eac
     W [q, k, q - k, q * k] + b  =  c + M' k,     c = (Wq + Wd) q + b     M' = (Wk - Wd) + Wp diag(q)
 
 which is the same function for a quarter of the products. On a CPU rows go through in
-chunks of about equal lengths that stay in its cache. Activations of the first chunks
-are kept for backward; those of a larger batch are made again, so memory stays bounded.
+chunks of about equal lengths that stay in its cache. Of the first chunks what is dear
+to make again is kept for backward; memory stays bounded.
 
 Shape legend: B rows, U distinct items, I item width, C and H channels of the two
 layers, R rows of a chunk, L entries of its longest row, T entries of all rows.
@@ -14,18 +14,19 @@ layers, R rows of a chunk, L entries of its longest row, T entries of all rows.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.models.batch import Jagged
-from recray.models.dice import Dice, dice, dice_grad, dice_slope
+from recray.models.dice import Curve, Dice
 
 _CHUNK = 8_192  # entries; two or three tensors of 64 channels fit a core's share of the cache
-_KEPT = 32  # chunks whose activations wait for backward, 11 MB each with 64 and 32 channels
+_KEPT = 32  # chunks whose activations wait for backward, 6 MB each with 64 and 32 channels
 _SAMPLED = 6  # chunks that Dice learns its averages from, spread over all lengths
 
 
@@ -93,31 +94,52 @@ def _chunks(history: Jagged, dtype: torch.dtype) -> list[_Chunk]:
     return out
 
 
-@dataclass(frozen=True)
+_Make = Callable[..., Tensor]  # name and shape to a tensor to compute in
+
+
+class _Scratch:
+    """Tensors by name that chunk after chunk is computed in, so that they stay in the cache: fresh ones would be anywhere."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._held = like, dict[str, Tensor]()
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self._held or len(self._held[name]) < size:
+            self._held[name] = self._like.new_empty(size)
+        return self._held[name][:size].view(shape)
+
+
 class _Layers:
-    """The gates of both Dices, and parameters."""
+    """Both layers with their Dices, and the last weights."""
 
-    gates: tuple[Tensor, Tensor, Tensor, Tensor]
-    key_CI: Tensor
-    product_CI: Tensor
-    alpha_1: Tensor
-    w2_HC: Tensor
-    b2: Tensor
-    alpha_2: Tensor
-    w3_1H: Tensor
-    b3: Tensor
+    def __init__(self, gates: tuple[Tensor, ...], parameters: Sequence[Tensor]) -> None:
+        self.key_CI, self.product_CI, alpha_1, self.w2_HC, self.b2, alpha_2, w3_1H, self.b3 = parameters
+        self.w3_H = w3_1H[0]
+        self.dice_1 = Curve(gates[0], gates[1], alpha_1)
+        # The gradient of the second layer's outputs is that of the weights (x) w3: never made, w3 goes into the slope.
+        self.dice_2 = Curve(gates[2], gates[3], alpha_2, self.w3_H)
 
-    def activations(self, chunk: _Chunk, q_RI: Tensor, c_RC: Tensor, v_UI: Tensor) -> tuple[Tensor, ...]:
-        """k (R, L, I), M' (R, C, I), then (R L, channels): input, p and output of both layers; and the weights (R, L)."""
-        size, (scale_1, shift_1, scale_2, shift_2) = chunk.index_RL.shape, self.gates
-        k = v_UI.index_select(0, chunk.index_RL.view(-1)).view(*size, -1)
-        m = torch.addcmul(self.key_CI, q_RI[:, None], self.product_CI)
-        x1 = torch.baddbmm(c_RC[:, None], k, m.transpose(1, 2)).view(-1, len(self.key_CI))
-        a1, p1 = dice(x1, self.alpha_1, scale_1, shift_1)
-        x2 = F.linear(a1, self.w2_HC, self.b2)
-        a2, p2 = dice(x2, self.alpha_2, scale_2, shift_2)
-        w = torch.addmv(self.b3, a2, self.w3_1H[0]).view(size).mul_(chunk.real_RL)
-        return k, m, x1, p1, a1, x2, p2, a2, w
+    def inputs(self, chunk: _Chunk, q_RI: Tensor, v_UI: Tensor, scratch: _Make) -> tuple[Tensor, Tensor]:
+        """k (R, L, I) and M' (R, C, I)."""
+        (rows, length), width = chunk.index_RL.shape, v_UI.shape[1]
+        k = torch.index_select(v_UI, 0, chunk.index_RL.view(-1), out=scratch("k", rows * length, width))
+        m = torch.addcmul(self.key_CI, q_RI[:, None], self.product_CI, out=scratch("m", rows, *self.key_CI.shape))
+        return k.view(rows, length, width), m
+
+    def activations(
+        self, chunk: _Chunk, k: Tensor, m: Tensor, c_RC: Tensor, scratch: _Make, make: _Make
+    ) -> tuple[Tensor, ...]:
+        """x1, p1 (R L, C), x2, p2 (R L, H): inputs of both layers, and p of their Dices; and the weights (R, L)."""
+        x1 = torch.baddbmm(c_RC[:, None], k, m.transpose(1, 2), out=make("x1", *k.shape[:2], m.shape[1]))
+        x1 = x1.view(-1, m.shape[1])
+        p1 = self.dice_1.gate(x1, make("p1", *x1.shape))
+        a1 = self.dice_1.value(x1, p1, scratch("a1", *x1.shape))
+        x2 = torch.addmm(self.b2, a1, self.w2_HC.T, out=make("x2", len(a1), len(self.w2_HC)))
+        p2 = self.dice_2.gate(x2, make("p2", *x2.shape))
+        a2 = self.dice_2.value(x2, p2, scratch("a2", *x2.shape))
+        w = torch.addmv(self.b3, a2, self.w3_H).view(chunk.index_RL.shape).mul_(chunk.real_RL)
+        return x1, p1, x2, p2, w
 
 
 class _Chunked(torch.autograd.Function):
@@ -128,9 +150,9 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, q: Tensor, v: Tensor, c: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *parameters, history, gates = rest
-        layers = _Layers(gates, *parameters)
+        layers = _Layers(gates, parameters)
         ctx.parameters = parameters
-        chunks = _chunks(history, q.dtype)
+        chunks, scratch = _chunks(history, q.dtype), _Scratch(q)
         out = torch.zeros_like(q)
         sums_1, sums_2 = q.new_zeros(2, len(layers.key_CI)), q.new_zeros(2, len(layers.w2_HC))
         sampled = q.new_zeros(())
@@ -139,8 +161,10 @@ class _Chunked(torch.autograd.Function):
         stride = -(-len(chunks) // _SAMPLED)
         for number, chunk in enumerate(chunks):
             rows = chunk.rows_R
-            made = layers.activations(chunk, q[rows], c[rows], v)
-            k, _, x1, _, _, x2, _, _, w = made
+            make = scratch if number >= num_kept else lambda _, *shape: q.new_empty(shape)
+            k, m = layers.inputs(chunk, q[rows], v, scratch)
+            made = layers.activations(chunk, k, m, c[rows], scratch, make)
+            x1, _, x2, _, w = made
             if number < num_kept:
                 ctx.kept.append(made)
             out[rows] = torch.bmm(w[:, None], k)[:, 0]
@@ -159,32 +183,36 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, v, c = ctx.saved_tensors
         layers: _Layers = ctx.layers
-        scale_1, scale_2 = layers.gates[0], layers.gates[2]
         dq, dv, dc = (torch.zeros_like(x) for x in (q, v, c))
         grads = [torch.zeros_like(parameter) for parameter in ctx.parameters]
         d_key, d_product, d_alpha_1, dw2, db2, d_alpha_2, dw3, db3 = grads
+        dw_x2, dw_y2 = torch.zeros_like(layers.w3_H), torch.zeros_like(layers.w3_H)
+        scratch = _Scratch(q)
         for chunk in ctx.chunks:
             rows = chunk.rows_R
             q_RI, g_RI = q[rows], grad_out[rows]
-            made = ctx.kept.pop(0) if ctx.kept else layers.activations(chunk, q_RI, c[rows], v)
-            k, m, x1, p1, a1, x2, p2, a2, w = made
+            k, m = layers.inputs(chunk, q_RI, v, scratch)
+            made = ctx.kept.pop(0) if ctx.kept else layers.activations(chunk, k, m, c[rows], scratch, scratch)
+            x1, p1, x2, p2, w = made
             dw = torch.bmm(k, g_RI[:, :, None]).view(w.shape).mul_(chunk.real_RL).view(-1)
             db3 += dw.sum()
-            dw3[0] += dw @ a2
-            # The gradient of a2 is dw (x) w3: never made, w3 goes into the channels' factors.
-            slope, y2 = dice_slope(x2, p2, layers.alpha_2, scale_2, layers.w3_1H[0])
-            d_alpha_2 += layers.w3_1H[0] * (dw @ y2)
-            dx2 = slope.mul_(dw[:, None])
+            y2 = layers.dice_2.closed(x2, p2, scratch("y2", *x2.shape))
+            dw_x2.addmv_(x2.T, dw)
+            dw_y2.addmv_(y2.T, dw)
+            dx2 = layers.dice_2.slope(y2, p2, scratch("a2", *x2.shape)).mul_(dw[:, None])
             db2 += dx2.sum(0)
-            dw2.addmm_(dx2.T, a1)
-            dx1, d_alpha = dice_grad(dx2 @ layers.w2_HC, x1, p1, layers.alpha_1, scale_1)
-            d_alpha_1 += d_alpha
-            dx1 = dx1.view(*w.shape, -1)
+            y1 = layers.dice_1.closed(x1, p1, scratch("y1", *x1.shape))
+            dw2.addmm_(dx2.T, layers.dice_1.value_of(x1, y1, scratch("a1", *x1.shape)))
+            da1 = torch.mm(dx2, layers.w2_HC, out=scratch("da1", *x1.shape))
+            dx1 = layers.dice_1.slope(y1, p1, scratch("a1", *x1.shape)).mul_(da1).view(*w.shape, -1)
+            d_alpha_1 += y1.mul_(da1).sum(0)
             dc[rows] = dx1.sum(1)
-            dm = torch.bmm(dx1.transpose(1, 2), k)
-            d_key += dm.sum(0)
-            dq[rows] = (dm * layers.product_CI).sum(1)
-            d_product += dm.mul_(q_RI[:, None]).sum(0)
-            dk = torch.bmm(dx1, m).baddbmm_(w[:, :, None], g_RI[:, None])
+            dk = torch.bmm(dx1, m, out=scratch("dk", *k.shape)).baddbmm_(w[:, :, None], g_RI[:, None])
             dv.index_add_(0, chunk.index_RL.view(-1), dk.view(-1, dk.shape[2]))
+            dm = torch.bmm(dx1.transpose(1, 2), k, out=scratch("dm", *m.shape))
+            d_key += dm.sum(0)
+            dq[rows] = torch.mul(dm, layers.product_CI, out=m).sum(1)
+            d_product += dm.mul_(q_RI[:, None]).sum(0)
+        d_alpha_2 += layers.w3_H * dw_y2
+        dw3[0] += dw_x2 - layers.dice_2.rest * dw_y2  # a2 = x2 - (1 - alpha) y2
         return (dq, dv, dc, *grads, None, None)
