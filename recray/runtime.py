@@ -54,6 +54,7 @@ def connect(num_cpus: int | None = None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         ray.init(
+            address="local",  # else Ray looks for a cluster of this machine, and takes no num_cpus where it finds one
             num_cpus=num_cpus,
             include_dashboard=False,
             logging_level=logging.ERROR,

@@ -48,10 +48,11 @@ def run(
     for name in variants:
         ours = [results[name, n] for n in numbers]
         for key in ours[0]:
-            if key in ours[-1] and (name == "model" or not key.startswith("baseline")):
+            of_baseline = key.startswith("baseline")  # the same of every variant
+            if not of_baseline or name == "model":
                 values = [one[key] for one in ours]
                 spread = f" +- {statistics.stdev(values):.4f}" if seeds > 1 else ""
-                figures[f"{name} {key}"] = f"{statistics.mean(values):.4f}{spread}"
+                figures[key if of_baseline else f"{name} {key}"] = f"{statistics.mean(values):.4f}{spread}"
     report(figures, out)
 
 

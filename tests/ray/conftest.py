@@ -19,7 +19,7 @@ def ray_local() -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     runtime.quieten_data()
     yield
     if started:

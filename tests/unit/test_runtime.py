@@ -29,6 +29,7 @@ def test_a_local_ray_has_cpus_for_reading_beside_the_workers(started: list[dict[
     runtime.start(ScalingConfig(num_workers=100, cpus_per_worker=3))
     assert started[0]["num_cpus"] > 300
     assert started[0]["include_dashboard"] is False
+    assert started[0]["address"] == "local"  # whatever `ray start` left on this machine
 
 
 def test_starting_again_does_nothing(started: list[dict[str, Any]]) -> None:
