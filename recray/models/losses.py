@@ -28,7 +28,7 @@ from recray.config import LossConfig
 from recray.models import Retriever
 from recray.models.batch import FIRST_ID, Batch, ItemTable
 
-_LARGEST_EXPONENT = 80.0  # exp of it is a float32, and so is exp of its negative
+_LARGEST_EXPONENT = 60.0  # exp of it and of its negative are far inside of float32, and so are products with them
 
 
 class Gather(Protocol):

@@ -77,6 +77,30 @@ def test_ray_job_submit_from_another_folder(cluster: Cluster, tmp_path: Path) ->
     assert (cluster.folder / "demo" / "dataset" / "dataset.json").exists()
 
 
+def test_the_whole_pipeline_on_real_clicks_and_its_report(cluster: Cluster, shared_data: Path, tmp_path: Path) -> None:
+    """By `ray job submit`, then by `recray submit`, which finds every stage complete and fetches the report."""
+    config = str(REPOSITORY / "jobs" / "configs" / "ml-100k.toml")
+    files = {name: str(shared_data / "ml-100k" / f"{name}.parquet") for name in ("events", "items", "users")}
+    keys = [f"data.path={files['events']}", f"data.items={files['items']}", f"data.users={files['users']}"]
+    keys += [f"run.output={cluster.folder}", "training.epochs=2", "scaling.num_workers=2", "evaluation.bootstrap=50"]
+    sets = [part for key in keys for part in ("--set", key)]
+    done = _ray(
+        cluster,
+        tmp_path,
+        *("job", "submit", "--address", cluster.dashboard, "--working-dir", str(REPOSITORY), "--"),
+        *("python", "jobs/pipeline.py", "jobs/configs/ml-100k.toml", *sets),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "100,000 events read" in done.stdout
+    written = json.loads((cluster.folder / "ml-100k" / "report" / "report.json").read_text())
+    done = _recray(cluster, tmp_path, "submit", config, *sets, "--address", cluster.dashboard, "--report", "got.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "got.json").read_text())["metrics"]
+    assert metrics == written["metrics"]
+    model, popular = (metrics[name]["ndcg@10"]["value"] for name in ("model", "popularity"))
+    assert model > popular
+
+
 def test_an_output_that_goes_with_the_job_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     done = _ray(
         cluster,
