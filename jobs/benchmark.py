@@ -8,6 +8,7 @@ Each peer runs in an environment of its own in that folder, which `python jobs/b
 
 import typer
 from benchmarks import (
+    compiling,
     ingest,
     loader,
     memory,
@@ -26,6 +27,7 @@ from benchmarks import (
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 for module in (ingest, loader, sequence, ranking, wide, search, table, startup, scaling, memory, seeds, peers):
     app.command(module.__name__.rpartition(".")[2])(module.run)
+app.command("compile")(compiling.run)
 app.command("tune")(tune.overhead)
 app.command("tune-grid")(tune.against_grid)
 

@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -24,8 +23,8 @@ def run(
         list[str] | None,
         typer.Option(help="'NAME section.key=value section.key=value': another run on the same prepared data"),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="run.seed = 1, 2, ...")] = 3,
-    at_once: Annotated[int, typer.Option(help="runs at a time; they share the cores")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="run.seed = 1, 2, ...")] = 3,
+    at_once: Annotated[int, typer.Option(min=1, help="runs at a time; they share the cores")] = 1,
     folder: Annotated[str | None, typer.Option(help="keep the runs there, and go on from those that are there")] = None,
     out: Annotated[str | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
@@ -69,30 +68,31 @@ class _Runs:
 
     def train(self, name: str, keys: list[str], seed: int) -> dict[str, float]:
         """Test metrics of the run and its baselines, and what its training took."""
-        from recray.records import ReportRecord
+        from recray.records import CheckpointRecord, ReportRecord
 
         run = f"{name}-{seed}"
         shared = [*keys, f"run.dataset={self._folder}/data-{seed}/dataset"]
-        seconds, megabytes = self._stage("train", run, seed, shared)
+        megabytes = self._stage("train", run, seed, shared)
         self._stage("evaluate", run, seed, shared)
         systems = ReportRecord.read(f"{self._folder}/{run}/report").metrics
         figures = {metric: value.value for metric, value in systems.pop("model").items()}
         for system, metrics in systems.items():
             figures |= {f"baseline {system} {metric}": value.value for metric, value in metrics.items()}
+        # Of the record: a run that was there is only read again.
+        seconds = CheckpointRecord.read(f"{self._folder}/{run}/checkpoint").seconds
         return figures | {"train_seconds": seconds, "train_peak_mb": megabytes}
 
-    def _stage(self, stage: str, run: str, seed: int, keys: list[str]) -> tuple[float, float]:
-        """Seconds and the most MB of one stage, in a process of its own."""
+    def _stage(self, stage: str, run: str, seed: int, keys: list[str]) -> float:
+        """The most MB of one stage, in a process of its own."""
         keys = [*self._overrides, *keys, f"run.output={self._folder}", f"run.name={run}", f"run.seed={seed}"]
         keys += ["scaling.num_workers=0", f"scaling.threads_per_worker={self._threads}"]
         command = [sys.executable, str(_JOBS / f"{stage}.py"), self._config, *(p for k in keys for p in ("--set", k))]
-        started = time.perf_counter()
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(self._threads)})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
-        return time.perf_counter() - started, usage.ru_maxrss / 1024
+        return usage.ru_maxrss / 1024
 
 
 def _commit() -> str:

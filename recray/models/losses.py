@@ -142,6 +142,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         bound = q_QD.norm(dim=1).max() * v_ND.norm(dim=1).max() + math.log(len(v_ND)) if len(q_QD) else 0.0
         bounded = float(bound) < _LARGEST_EXPONENT
         sum_Q, top_Q = torch.empty(len(q_QD), device=q_QD.device), torch.zeros(len(q_QD), device=q_QD.device)
+        learns = any(ctx.needs_input_grad)
         grad_q, grad_v = torch.empty_like(q_QD), torch.zeros_like(v_ND)
         logits = q_QD.new_empty(min(chunk, len(q_QD)), len(v_ND))
         for start in range(0, len(q_QD), chunk):
@@ -152,10 +153,10 @@ class _ChunkedSoftmax(torch.autograd.Function):
                 top_Q[rows] = p_RN.amax(1)
                 p_RN -= top_Q[rows, None]
             torch.sum(p_RN.exp_(), 1, out=sum_Q[rows])
-            if any(ctx.needs_input_grad):
+            if learns:
                 torch.mm(p_RN, v_ND, out=grad_q[rows])
                 grad_v.addmm_(p_RN.T, q_RD * (weight_Q[rows] / sum_Q[rows])[:, None])
-        if any(ctx.needs_input_grad):
+        if learns:
             grad_q *= (weight_Q / sum_Q)[:, None]
             grad_q.addcmul_(positive_QD, weight_Q[:, None], value=-1)
             grad_v.index_add_(0, target_Q, q_QD * weight_Q[:, None], alpha=-1)

@@ -31,7 +31,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # type: ignore[override]
-        dropped = round(p * 65_536)
+        dropped = min(round(p * 65_536), 65_535)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = bits[: x.numel()].view(x.shape) >= dropped - 32_768
         ctx.save_for_backward(kept)

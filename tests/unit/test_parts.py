@@ -31,4 +31,5 @@ def test_dropout_follows_the_seed_and_is_nothing_outside_training() -> None:
     torch.manual_seed(1)
     assert torch.equal(first, dropout(x, 0.5, True)) and not torch.equal(first, second)
     assert dropout(x, 0.5, False) is x
+    assert bool(dropout(x, 1 - 1e-9, True).isfinite().all())
     assert torch.equal(dropout(x, 0.0, True), x)
