@@ -1,7 +1,7 @@
 """Every day: wait for the feature pipeline's Parquet, run recray on the Ray cluster, publish the index.
 
 Variables: recray_bucket (s3://bucket), recray_address (http://HEAD:8265). Connection: aws_default. The workers of Airflow
-need recray[cluster], the token in RAY_AUTH_TOKEN, and the configuration at <bucket>/config/my.toml.
+need apache-airflow-providers-amazon, recray[cluster], the token in RAY_AUTH_TOKEN, and the configuration at <bucket>/config/my.toml.
 """
 
 from __future__ import annotations
