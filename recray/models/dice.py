@@ -103,4 +103,4 @@ class _Dice(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, p = ctx.saved_tensors
         y = ctx.curve.closed(x, p)
-        return ctx.curve.slope(y, p).mul_(grad), y.mul_(grad).sum(0), None, None
+        return ctx.curve.slope(y, p, torch.empty_like(y)).mul_(grad), y.mul_(grad).sum(0), None, None
