@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from recray import resources
 from recray.config import ScalingConfig
@@ -78,6 +79,12 @@ def connect(num_cpus: int | None = None) -> None:
 def is_own() -> bool:
     """Whether this process started the Ray that runs: on one machine, for nobody else."""
     return _own
+
+
+def is_shared() -> bool:
+    """Whether a cluster is there to be used: RAY_ADDRESS names one, or this process has joined one."""
+    ray = sys.modules.get("ray")  # whoever has joined one has imported it
+    return not _own and (bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized()))
 
 
 def quieten_data() -> None:

@@ -129,7 +129,11 @@ class TrainingConfig(Section):
 
 
 class ScalingConfig(Section):
-    num_workers: int = Field(1, ge=0, description="training workers; 0 = this process, without Ray")
+    num_workers: int = Field(
+        1,
+        ge=0,
+        description="training workers; a single one without a cluster is this process; 0 = this process on a cluster, too",
+    )
     use_gpu: bool = False
     cpus_per_worker: int = Field(1, ge=1)
     threads_per_worker: int = Field(

@@ -110,7 +110,7 @@ def infer(uri: str, items: str | None = None, users: str | None = None) -> str:
         "global_batch_size = 1024",
         "",
         "[scaling]",
-        "num_workers = 1          # 0 = this process, without Ray workers",
+        "num_workers = 1          # a single one without a cluster is this process",
         "use_gpu = false",
     ]
     return "\n".join(lines) + "\n"

@@ -73,14 +73,15 @@ class TargetAttention(nn.Module):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows of similar lengths, padded to the longest."""
+    """Rows of similar lengths, padded to the longest. Rows are in order of their lengths."""
 
-    rows_R: Tensor
+    rows: slice
     index_RL: Tensor  # of items; any item where `real_RL` is 0
     real_RL: Tensor | None  # float, 1 or 0; None where all rows have the same length
 
 
-def _chunks(history: Jagged, dtype: torch.dtype) -> list[_Chunk]:
+def _chunks(history: Jagged, dtype: torch.dtype) -> tuple[Tensor, list[_Chunk]]:
+    """The order of rows by lengths, longest first, and the chunks of those that have any entries."""
     lengths_B, order_B = history.lengths().sort(descending=True)
     starts_B = history.offsets[order_B]
     longest = lengths_B.tolist()
@@ -94,9 +95,9 @@ def _chunks(history: Jagged, dtype: torch.dtype) -> list[_Chunk]:
         if longest[stop - 1] < length:
             real_RL = (place_L < lengths_B[at:stop, None]).to(dtype)
             index_RL.clamp_(max=len(history.values) - 1)
-        out.append(_Chunk(order_B[at:stop], history.values[index_RL], real_RL))
+        out.append(_Chunk(slice(at, stop), history.values[index_RL], real_RL))
         at = stop
-    return out
+    return order_B, out
 
 
 _Make = Callable[..., Tensor]  # name and shape to a tensor to compute in
@@ -162,44 +163,46 @@ class _Chunked(torch.autograd.Function):
         *parameters, history, gates = rest
         layers = _Layers(gates, parameters)
         ctx.parameters = parameters
-        chunks, scratch = _chunks(history, q.dtype), _Scratch(q)
-        out = torch.zeros_like(q)
+        order, chunks = _chunks(history, q.dtype)
+        scratch = _Scratch(q)
+        q, c, out = q[order], c[order], torch.zeros_like(q)
         sums_1, sums_2 = q.new_zeros(2, len(layers.key_CI)), q.new_zeros(2, len(layers.w2_HC))
         sampled = q.new_zeros(())
         ctx.kept = []
         num_kept = _KEPT if any(ctx.needs_input_grad) else 0
         stride = -(-len(chunks) // _SAMPLED)
         for number, chunk in enumerate(chunks):
-            rows = chunk.rows_R
+            rows = chunk.rows
             make = scratch if number >= num_kept else lambda _, *shape: q.new_empty(shape)
             k, m = layers.inputs(chunk, q[rows], v, scratch)
             made = layers.activations(chunk, k, m, c[rows], scratch, make)
             x1, _, x2, _, w = made
             if number < num_kept:
                 ctx.kept.append(made)
-            out[rows] = torch.bmm(w[:, None], k)[:, 0]
+            torch.bmm(w[:, None], k, out=out[rows, None])
             if number % stride == 0:
                 real = (w.new_ones(w.shape) if chunk.real_RL is None else chunk.real_RL).view(-1)
                 for x, sums in ((x1, sums_1), (x2, sums_2)):
                     sums[0].addmv_(x.T, real)
                     sums[1].addmv_(torch.mul(x, x, out=scratch("a1", *x.shape)).T, real)
                 sampled += real.sum()
-        ctx.save_for_backward(q, v, c)
+        ctx.save_for_backward(q, v, c, order)
         ctx.layers, ctx.chunks = layers, chunks
         ctx.mark_non_differentiable(sums_1, sums_2, sampled)
-        return out, sums_1, sums_2, sampled
+        return torch.empty_like(out).index_copy_(0, order, out), sums_1, sums_2, sampled
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, v, c = ctx.saved_tensors
+        q, v, c, order = ctx.saved_tensors
         layers: _Layers = ctx.layers
+        grad_out = grad_out[order]
         dq, dv, dc = (torch.zeros_like(x) for x in (q, v, c))
         grads = [torch.zeros_like(parameter) for parameter in ctx.parameters]
         d_key, d_product, d_alpha_1, dw2, db2, d_alpha_2, dw3, db3 = grads
         dw_x2, dw_y2 = torch.zeros_like(layers.w3_H), torch.zeros_like(layers.w3_H)
         scratch = _Scratch(q)
         for chunk in ctx.chunks:
-            rows = chunk.rows_R
+            rows = chunk.rows
             q_RI, g_RI = q[rows], grad_out[rows]
             k, m = layers.inputs(chunk, q_RI, v, scratch)
             made = ctx.kept.pop(0) if ctx.kept else layers.activations(chunk, k, m, c[rows], scratch, scratch)
@@ -217,13 +220,14 @@ class _Chunked(torch.autograd.Function):
             da1 = torch.mm(dx2, layers.w2_HC, out=scratch("da1", *x1.shape))
             dx1 = layers.dice_1.slope(y1, p1, scratch("a1", *x1.shape)).mul_(da1).view(*w.shape, -1)
             d_alpha_1 += y1.mul_(da1).sum(0)
-            dc[rows] = dx1.sum(1)
+            torch.sum(dx1, 1, out=dc[rows])
             dk = torch.bmm(dx1, m, out=scratch("dk", *k.shape)).baddbmm_(w[:, :, None], g_RI[:, None])
             dv.index_add_(0, chunk.index_RL.view(-1), dk.view(-1, dk.shape[2]))
             dm = torch.bmm(dx1.transpose(1, 2), k, out=scratch("dm", *m.shape))
             d_key += dm.sum(0)
-            dq[rows] = torch.mul(dm, layers.product_CI, out=m).sum(1)
+            torch.sum(torch.mul(dm, layers.product_CI, out=m), 1, out=dq[rows])
             d_product += dm.mul_(q_RI[:, None]).sum(0)
         d_alpha_2 += layers.w3_H * dw_y2
         dw3[0] += dw_x2 - layers.dice_2.rest * dw_y2  # a2 = x2 - (1 - alpha) y2
+        dq, dc = (torch.empty_like(x).index_copy_(0, order, x) for x in (dq, dc))
         return (dq, dv, dc, *grads, None, None)

@@ -199,10 +199,16 @@ def _device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def set_threads(scaling: ScalingConfig) -> None:
-    """This worker's threads: as configured, or its share of this machine's cores."""
-    share = (os.cpu_count() or 1) // max(1, scaling.num_workers)
+@contextlib.contextmanager
+def threads(scaling: ScalingConfig) -> Iterator[None]:
+    """A worker's threads: as configured, or its share of this machine's cores; without workers as they are."""
+    before = torch.get_num_threads()
+    share = (os.cpu_count() or 1) // scaling.num_workers if scaling.num_workers else before
     torch.set_num_threads(scaling.threads_per_worker or max(1, share))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_memory() -> None:

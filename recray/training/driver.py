@@ -12,7 +12,7 @@ from recray.data.prepared import PreparedDataset
 from recray.errors import RecrayError
 from recray.records import CheckpointRecord
 from recray.training import loop
-from recray.training.context import LocalContext, RayContext, set_threads
+from recray.training.context import LocalContext, RayContext, threads
 from recray.training.position import Phase, best_epoch, last_epoch, same_training
 
 
@@ -40,8 +40,9 @@ def train(config: Config, on_epoch: loop.OnEpoch | None = None, callback: Any = 
     else:
         for phase in ("train", "refit"):
             storage.delete_folder(storage.join(config.run_uri, phase))
-    if config.scaling.num_workers == 0:
-        loop.fit(config, LocalContext(config.scaling.use_gpu), on_epoch=on_epoch)
+    if _in_this_process(config):
+        with threads(config.scaling):
+            loop.fit(config, LocalContext(config.scaling.use_gpu), on_epoch=on_epoch)
     else:
         _run_workers(config, [callback] if callback is not None else [])
     chosen = best_epoch(config, dataset)
@@ -65,6 +66,17 @@ def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -
         storage.copy_file(storage.join(folder, name), storage.join(target, name))
     update = {"seconds": seconds, "value": best.value, "history": best.history}
     return made.model_copy(update=update).write(target)
+
+
+def _in_this_process(config: Config) -> bool:
+    """Whether this process is the worker: as configured, or as the only one on the only machine.
+
+    A Ray worker there is the same training in another process, some seconds after Ray and a controller have started.
+    """
+    scaling = config.scaling
+    if scaling.num_workers == 1 and not runtime.is_shared():
+        return scaling.reader == "worker" or (scaling.reader == "auto" and "://" not in config.dataset_uri)
+    return scaling.num_workers == 0
 
 
 def _run_workers(config: Config, callbacks: list[Any]) -> None:
@@ -120,10 +132,10 @@ def _trainer_class() -> Any:
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
-    set_threads(config.scaling)
     import ray.train
 
-    loop.fit(config, RayContext(config.scaling), on_epoch=ray.train.report if settings["report"] else None)
+    with threads(config.scaling):
+        loop.fit(config, RayContext(config.scaling), on_epoch=ray.train.report if settings["report"] else None)
 
 
 def _root(error: Exception) -> Exception:

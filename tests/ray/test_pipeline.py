@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import recray
 from recray import checkpoint, runtime, storage
@@ -13,7 +14,7 @@ from recray.config import Config, parse_config
 from recray.data.prepared import PreparedDataset
 from recray.errors import LineageError
 from recray.retrieval.faiss_index import ItemIndex
-from recray.training import position
+from recray.training import driver, position
 
 pytest.importorskip("faiss")
 
@@ -81,10 +82,35 @@ def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "is_own", lambda: True)  # as after `recray train`
-    config = _with_dataset(run, tmp_path, "scaling.num_workers=1")
+    config = _with_dataset(run, tmp_path, "scaling.num_workers=1", "scaling.reader=ray_data")
     record = recray.train(config)
     assert _losses(config) == pytest.approx(_losses(run), rel=1e-5)
     assert record.rows == checkpoint.load_state(last_epoch(run))["rows"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "here"), [([], True), (["scaling.reader=ray_data"], False), (["scaling.num_workers=2"], False)]
+)
+def test_a_single_worker_without_a_cluster_is_this_process(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], here: bool
+) -> None:
+    class Asked(Exception): ...
+
+    def workers(*_: object) -> None:
+        raise Asked
+
+    monkeypatch.setattr(driver, "_run_workers", workers)
+    config = _with_dataset(run, tmp_path, "training.epochs=1", "scaling.threads_per_worker=1", *keys)
+    with pytest.raises(Asked):  # the Ray of these tests is a cluster that was joined
+        recray.train(config)
+    monkeypatch.setattr(runtime, "is_shared", lambda: False)
+    if here:
+        before = torch.get_num_threads()
+        recray.train(config)
+        assert torch.get_num_threads() == before
+    else:
+        with pytest.raises(Asked):
+            recray.train(config)
 
 
 def test_going_on_equals_never_having_stopped(run: Config, tmp_path: Path) -> None:
