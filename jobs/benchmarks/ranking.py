@@ -1,5 +1,6 @@
 """DIN against torch-rechub and DeepCTR-Torch."""
 
+import os
 import statistics
 import tempfile
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from benchmarks.figures import report
 from benchmarks.peers import figures_of
 
 if TYPE_CHECKING:
+    from recray.config import Config
     from recray.data.prepared import PreparedDataset
 
 
@@ -24,16 +26,16 @@ def run(
     """DIN (history 50, d 32, attention 64-32, tower 256-128, Adam 1e-3), one epoch: rows/s and test AUC, against torch-rechub and DeepCTR-Torch on the same rows.
 
     recray trains before and after each epoch of a peer, which is held against the mean of both: the machine's speed
-    may change from minute to minute.
+    may change from minute to minute. Then once more as a Ray worker a core with a thread each, which share the batch.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-    import torch
 
     import recray
     from recray.config import parse_config
     from recray.data.prepared import PreparedDataset
 
+    cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         log = pq.read_table(events, columns=["user_id", "item_id", "timestamp"])
         if users:
@@ -58,27 +60,39 @@ def run(
         dataset = PreparedDataset.open(f"{config.run_uri}/dataset")
         figures: dict[str, object] = {
             "rows": sum(shard.impressions for shard in dataset.record.shards["train"]),
-            "threads": torch.get_num_threads(),
+            "cores": cores,
         }
         scripts = {"rechub": "rechub_din.py", "deepctr": "deepctr_din.py"} if peers else {}
         if peers:
             _write_arrays(dataset, config.model.history_length, folder)
-        rates: dict[str, list[float]] = {"recray": [recray.train(config).history[0]["events_per_second"]]}
+        spread = parse_config(table | {"scaling": {"num_workers": cores, "threads_per_worker": 1}})
+        rates: dict[str, list[float]] = {"recray": [_rate(config)], "recray_workers": []}
         for _ in range(rounds):
             for name, script in scripts.items():
                 theirs = figures_of(peers or "", name, script, folder, str(batch_size))
-                rates["recray"].append(recray.train(config).history[0]["events_per_second"])
+                rates["recray"].append(_rate(config))
+                rates["recray_workers"].append(_rate(spread))
                 rates.setdefault(name, []).append(theirs["rows_per_second"])
-                rates.setdefault(f"{name}_speedup", []).append(
-                    statistics.harmonic_mean(rates["recray"][-2:]) / theirs["rows_per_second"]
-                )
+                ours = {"speedup": statistics.harmonic_mean(rates["recray"][-2:])}
+                ours["speedup_of_workers"] = rates["recray_workers"][-1]
+                for key, rate in ours.items():
+                    rates.setdefault(f"{name}_{key}", []).append(rate / theirs["rows_per_second"])
                 figures[f"{name}_auc"] = theirs["auc"]
+        if not scripts:
+            rates["recray_workers"].append(_rate(spread))
         figures["recray_auc"] = recray.evaluate(config).metrics["model"]["auc"].value
         for name, found in rates.items():
-            key = name if name.endswith("speedup") else f"{name}_rows_per_second"
+            key = name if "speedup" in name else f"{name}_rows_per_second"
             figures[key] = statistics.median(found)
             figures[f"{key}_all"] = ", ".join(f"{one:,.2f}" for one in found)
     report(figures, out)
+
+
+def _rate(config: "Config") -> float:
+    """Rows/s of an epoch."""
+    import recray
+
+    return recray.train(config).history[0]["events_per_second"]
 
 
 def _write_arrays(dataset: "PreparedDataset", length: int, folder: str) -> None:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from recray.models.batch import Jagged
 from recray.models.dice import Curve, Dice
 
-# Entries. Where a core has its cache for itself 8 thousand are as fast; where it has not, these are faster by 7 %.
-_CHUNK = 16_384
-_KEPT = 16  # chunks whose activations wait for backward, 12 MB each with 64 and 32 channels
-_SAMPLED = 3  # chunks that Dice learns its averages from, spread over all lengths
+# Entries of a chunk by the threads that share it. What one thread works on fits its cache; several would wait for each
+# other too often.
+_ALONE, _SHARED = 4_096, 8_192
+_KEPT = 262_144  # entries whose activations wait for backward, 200 MB with 64 and 32 channels
+_SAMPLED = 49_152  # entries that Dice learns its averages from, spread over all lengths
 
 
 class TargetAttention(nn.Module):
@@ -58,8 +59,8 @@ class TargetAttention(nn.Module):
             *(history, (*self.dice_1.gate(), *self.dice_2.gate())),
         )
         if self.training:
-            self.dice_1.update(sums_1, sampled)
-            self.dice_2.update(sums_2, sampled)
+            self.dice_1.see(sums_1, sampled)
+            self.dice_2.see(sums_2, sampled)
         return out_BI  # type: ignore[no-any-return]
 
     def _whole(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
@@ -84,12 +85,14 @@ def _chunks(history: Jagged, dtype: torch.dtype) -> tuple[Tensor, list[_Chunk]]:
     """The order of rows by lengths, longest first, and the chunks of those that have any entries."""
     lengths_B, order_B = history.lengths().sort(descending=True)
     starts_B = history.offsets[order_B]
+    threads = torch.get_num_threads()
+    entries = _ALONE if threads == 1 else _SHARED * threads
     longest = lengths_B.tolist()
     num_rows = int(lengths_B.count_nonzero())
     out, at = [], 0
     while at < num_rows:
         length = longest[at]
-        stop = min(num_rows, at + max(1, _CHUNK // length))
+        stop = min(num_rows, at + max(1, entries // length))
         place_L, starts_R1, real_RL = torch.arange(length), starts_B[at:stop, None], None
         index_RL = starts_R1 + place_L
         if longest[stop - 1] < length:
@@ -169,15 +172,17 @@ class _Chunked(torch.autograd.Function):
         sums_1, sums_2 = q.new_zeros(2, len(layers.key_CI)), q.new_zeros(2, len(layers.w2_HC))
         sampled = q.new_zeros(())
         ctx.kept = []
-        num_kept = _KEPT if any(ctx.needs_input_grad) else 0
-        stride = -(-len(chunks) // _SAMPLED)
+        to_keep = _KEPT if any(ctx.needs_input_grad) else 0
+        stride = -(-len(history.values) // _SAMPLED)
         for number, chunk in enumerate(chunks):
             rows = chunk.rows
-            make = scratch if number >= num_kept else lambda _, *shape: q.new_empty(shape)
+            keeps = to_keep > 0
+            to_keep -= chunk.index_RL.numel()
+            make = (lambda _, *shape: q.new_empty(shape)) if keeps else scratch
             k, m = layers.inputs(chunk, q[rows], v, scratch)
             made = layers.activations(chunk, k, m, c[rows], scratch, make)
             x1, _, x2, _, w = made
-            if number < num_kept:
+            if keeps:
                 ctx.kept.append(made)
             torch.bmm(w[:, None], k, out=out[rows, None])
             if number % stride == 0:

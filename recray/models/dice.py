@@ -1,7 +1,7 @@
 """Dice, the activation of DIN (Zhou et al., KDD 2018):  p x + (1 - p) alpha x,  p = sigmoid((x - mean) / std).
 
-Mean and std are running averages over batches in training too, not those of the batch
-at hand. A row's score then does not depend on the rows it came with, training and
+Mean and std are running averages over earlier batches in training too, not those of the
+batch at hand. A row's score then does not depend on the rows it came with, training and
 serving compute the same function, and workers agree.
 
 Shape legend: T rows, C channels.
@@ -25,9 +25,12 @@ class Dice(nn.Module):
         self.mean: Tensor
         self.var: Tensor
         self.batches: Tensor
+        self.seen: Tensor
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.ones(channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        # Of this worker since the last `sync`: sums of x, of x squared, and the number of rows.
+        self.register_buffer("seen", torch.zeros(2 * channels + 1, dtype=torch.float64), persistent=False)
 
     def gate(self) -> tuple[Tensor, Tensor]:
         """(C,), (C,): scale and shift of the sigmoid's input."""
@@ -36,18 +39,17 @@ class Dice(nn.Module):
 
     def forward(self, x_TC: Tensor) -> Tensor:
         if self.training:
-            with torch.no_grad():
-                x = x_TC.float()
-                self.update(torch.stack([x.sum(0), (x * x).sum(0)]), x.new_tensor(float(len(x))))
+            x = x_TC.detach().float()
+            self.see(torch.stack([x.sum(0), (x * x).sum(0)]), x.new_tensor(float(len(x))))
         out: Tensor = _Dice.apply(x_TC, self.alpha, *self.gate())  # type: ignore[no-untyped-call]
         return out
 
-    @torch.no_grad()
-    def update(self, sums_2C: Tensor, rows: Tensor) -> None:
-        """Move the averages towards this batch's, over all workers: sums of x and of x squared over so many rows."""
-        total = torch.cat([sums_2C.flatten(), rows.view(1)]).double()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
+    def see(self, sums_2C: Tensor, rows: Tensor) -> None:
+        """Sums of x and of x squared over so many rows, for the next `sync`."""
+        self.seen += torch.cat([sums_2C.flatten(), rows.view(1)])
+
+    def move(self, total: Tensor) -> None:
+        """Move the averages towards what all workers saw: `total` is the sum of their `seen`."""
         any_rows = (total[-1] > 0).to(self.mean.dtype)  # a batch of empty histories has no entries
         mean_C, square_C = (total[:-1] / total[-1].clamp(min=1)).view(2, -1)
         self.batches += any_rows.to(torch.int64)
@@ -55,6 +57,28 @@ class Dice(nn.Module):
         step = any_rows * torch.clamp(1 / self.batches.clamp(min=1), min=_MOMENTUM).to(self.mean.dtype)
         self.mean.lerp_(mean_C.to(self.mean.dtype), step)
         self.var.lerp_((square_C - mean_C**2).clamp(min=0).to(self.var.dtype), step)
+        self.seen.zero_()
+
+
+@torch.no_grad()
+def sync(module: nn.Module) -> None:
+    """After a step: move the averages of every Dice of a module. One exchange for all of them, and none in a forward,
+    where workers would wait for the slowest of them again and again."""
+    found = [m for m in module.modules() if isinstance(m, Dice)]
+    if not found:
+        return
+    total = torch.cat([m.seen for m in found])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    for m, part in zip(found, total.split([len(m.seen) for m in found]), strict=True):
+        m.move(part)
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what was seen in a step that is begun anew."""
+    for m in module.modules():
+        if isinstance(m, Dice):
+            m.seen.zero_()
 
 
 class Curve:

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from recray.models import exchange
 from recray.models.batch import PAD
-from recray.models.dice import Dice
 
 Mode = Literal["dense", "sparse_replicated", "row_sharded"]
 Ids = Literal["user", "item", "feature"]
@@ -267,8 +266,8 @@ def sharded(module: nn.Module) -> dict[str, Table]:
 
 
 def waits_in_forward(module: nn.Module) -> bool:
-    """Whether a forward needs the other workers': for rows of a sharded table, or for Dice's averages."""
-    return bool(sharded(module)) or any(isinstance(m, Dice) for m in module.modules())
+    """Whether a forward needs the other workers', for rows of a sharded table."""
+    return bool(sharded(module))
 
 
 def forget(module: nn.Module) -> None:

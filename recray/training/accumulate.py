@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recray.batches import padding_like
-from recray.models import embedding
+from recray.models import dice, embedding
 from recray.models.batch import Batch
 from recray.training.context import Context
 
@@ -86,6 +86,7 @@ class Accumulation:
         for parameter in self._objective.parameters():
             parameter.grad = None
         embedding.forget(self._objective)
+        dice.forget(self._objective)
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
         if self._context.rank == 0:

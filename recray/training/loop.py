@@ -18,7 +18,7 @@ from recray.data.prepared import PreparedDataset
 from recray.data.split import duration
 from recray.errors import ConfigError, RecrayError
 from recray.examples import Decay
-from recray.models import Examples, Ranker, embedding
+from recray.models import Examples, Ranker, dice, embedding
 from recray.models.batch import Batch
 from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
@@ -130,6 +130,7 @@ def _run(
             optimizer.set_learning_rate(optim.learning_rate(config.optim, position.step, total_steps))
             total = accumulate([batch for batch, _ in micro], weight)
             embedding.sync(model, scaler.is_enabled())
+            dice.sync(model)
             total = context.sum(total) / weight
             if not torch.isfinite(total):
                 raise RecrayError(

@@ -15,7 +15,7 @@ from torch import nn
 from recray import registry
 from recray.batches import padding_like
 from recray.config import LossConfig, OptimConfig
-from recray.models import Ranker, exchange
+from recray.models import Ranker, dice, exchange
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.click_loss import ClickObjective
 from recray.models.embedding import Mode, Placement, Table, placed, sync
@@ -168,6 +168,7 @@ def _steps(name: str, mode: Mode, case: str, rank: int, world_size: int, of: int
                 total, _ = wrapped(batch)
                 (total * world_size / weight).backward()
         sync(wrapped)
+        dice.sync(wrapped)
         if config.clip_norm:
             optimizer.clip(scaler, config.clip_norm)
         optimizer.step(scaler)

@@ -8,6 +8,7 @@ from recray import registry
 from recray.config import LossConfig, OptimConfig
 from recray.errors import ConfigError
 from recray.models import Ranker, attention
+from recray.models import dice as dices
 from recray.models.attention import TargetAttention
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.click_loss import ClickObjective, click_loss
@@ -153,6 +154,7 @@ def _row(batch: Batch, row: int) -> Batch:
 def test_state_keeps_scores(name: str) -> None:
     model, other = _model(name), _model(name).eval()
     model.logits(_batch(True))  # in training, where Dice learns its averages
+    dices.sync(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
@@ -181,8 +183,9 @@ def _textbook(layer: TargetAttention, q_BI: Tensor, v_UI: Tensor, history: Jagge
 
 @pytest.mark.parametrize("way", ["chunked", "whole"])
 def test_attention_is_the_textbook_form_in_float64(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_CHUNK", 4)
-    monkeypatch.setattr(attention, "_KEPT", 2)
+    monkeypatch.setattr(attention, "_ALONE", 4)
+    monkeypatch.setattr(attention, "_SHARED", 2)
+    monkeypatch.setattr(attention, "_KEPT", 8)
     torch.manual_seed(0)
     layer = TargetAttention(6, 10, 5).double().eval()
     for dice in (layer.dice_1, layer.dice_2):
@@ -207,10 +210,16 @@ def test_attention_is_the_textbook_form_in_float64(way: str, monkeypatch: pytest
 
 def test_dice_averages_what_it_saw() -> None:
     dice, x = Dice(3), torch.randn(1000, 3) * 2 + 5
-    dice(x)
+    fresh = dice(x)
+    assert torch.equal(fresh, dice(x)), "averages are those of the batches before"
+    dices.sync(torch.nn.Sequential(dice))
     assert torch.allclose(dice.mean, x.mean(0), atol=1e-4)
     assert torch.allclose(dice.var, x.var(0, unbiased=False), rtol=1e-3)
     dice(x[:0])
+    dices.sync(dice)
+    dice(x + 1)
+    dices.forget(dice)
+    dices.sync(dice)
     assert torch.allclose(dice.mean, x.mean(0), atol=1e-4)
 
 
