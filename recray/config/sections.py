@@ -139,6 +139,10 @@ class ScalingConfig(Section):
     threads_per_worker: int = Field(
         0, ge=0, description="threads of a worker's arithmetic; 0 = this machine's cores divided by the workers"
     )
+    fsdp: bool = Field(
+        False,
+        description="several workers share out dense weights, gradients and optimizer state instead of each holding all of them: for wide models",
+    )
     reader: Literal["auto", "ray_data", "worker"] = Field(
         "auto",
         description="what reads shards while training: tasks of Ray Data on any node, or each worker itself, which costs less where disk and cores are its own; auto: ray_data for several nodes or a dataset that is not local",

@@ -70,7 +70,7 @@ def sync(module: nn.Module) -> None:
     total = torch.cat([m.seen for m in found])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
-    for m, part in zip(found, total.split([len(m.seen) for m in found]), strict=True):
+    for m, part in zip(found, torch.split(total, [len(m.seen) for m in found]), strict=True):
         m.move(part)
 
 

@@ -23,6 +23,7 @@ from recray.data.prepared import PreparedDataset
 from recray.errors import ResourceError
 from recray.models import embedding, exchange
 from recray.plan import ShardGroup, ShardSlice
+from recray.training import fsdp
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -122,17 +123,20 @@ class RayContext:
         return x if self.world_size == 1 else exchange.all_gather(x)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device) if self.world_size == 1 else data_parallel(module.to(self.device))
+        module = module.to(self.device)
+        return module if self.world_size == 1 else data_parallel(module, self._scaling.fsdp)
 
 
-def data_parallel(module: nn.Module) -> nn.Module:
-    """DDP around all that has dense gradients; `embedding.sync` brings those of tables together."""
+def data_parallel(module: nn.Module, shared_out: bool = False) -> nn.Module:
+    """DDP, or FSDP, around all that has dense gradients; `embedding.sync` brings those of tables together."""
     outside = embedding.tables(module)
     for table in outside.values():
         if table.mode == "sparse_replicated":
             exchange.from_first(table.weight.data)
     if len(outside) == sum(1 for _ in module.parameters()):
         return module
+    if shared_out:
+        return fsdp.shard(module, [table.weight for table in outside.values()])
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(module, list(outside))  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():

@@ -23,7 +23,7 @@ from recray.models.batch import Batch
 from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
 from recray.plan import ShardGroup, ShardSlice, num_examples, plan, steps_per_epoch
-from recray.training import optim
+from recray.training import fsdp, optim
 from recray.training.accumulate import Accumulation
 from recray.training.context import Context, keep_memory
 from recray.training.feed import Feed
@@ -98,7 +98,10 @@ def _run(
     dtype = optim.precision(config.training.precision, context.device)
     scaler = torch.amp.GradScaler(context.device.type, enabled=dtype is torch.float16)
     in_batch = config.loss.name == "sampled_softmax" and config.loss.in_batch
-    together = context.world_size > 1 and (in_batch or embedding.waits_in_forward(model))
+    shared_out = context.world_size > 1 and config.scaling.fsdp
+    if shared_out and scaler.is_enabled():
+        raise ConfigError("scaling.fsdp = true does not go with fp16: set training.precision = 'bf16' or 'fp32'")
+    together = context.world_size > 1 and (in_batch or shared_out or embedding.waits_in_forward(model))
     accumulate = Accumulation(objective, forward, scaler, dtype, context, together)
     ema = optim.Ema(model, config.optim.ema_decay)
     parts = config.training.accumulation_steps
@@ -157,13 +160,12 @@ def _run(
         due = (epoch + 1) % config.training.validate_every == 0 or epoch + 1 == phase.epochs
         if due and phase.name == "train":
             started = time.perf_counter()
-            entry[config.training.metric] = _validate(config, model, ema, dataset, context)
+            entry[config.training.metric] = _validate(config, objective, model, ema, dataset, context)
             entry["validation_seconds"] = time.perf_counter() - started
         progress.report(entry)
         position.end_epoch(entry, seen, config.training.metric)
         position.save_tables(config, phase, model, optimizer, context)
-        if context.rank == 0:
-            position.save(config, phase, dataset, model, optimizer, scaler, ema, items)
+        position.save(config, phase, dataset, model, optimizer, scaler, ema, items, context)
         context.sum(torch.zeros(1, device=context.device))  # nobody goes on, or away, before the epoch is on disk
         if on_epoch is not None:
             on_epoch(entry)
@@ -185,16 +187,19 @@ def _decay(config: Config, dataset: PreparedDataset, phase: Phase) -> Decay | No
     return Decay(until, duration(config.training.half_life))
 
 
-def _validate(config: Config, model: nn.Module, ema: optim.Ema, dataset: PreparedDataset, context: Context) -> float:
+def _validate(
+    config: Config, objective: nn.Module, model: nn.Module, ema: optim.Ema, dataset: PreparedDataset, context: Context
+) -> float:
     own = None
     if ema.decay:
         own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(ema.weights())
     length = config.model.history_length
-    if isinstance(model, Ranker):
-        value = validate_clicks(model, dataset, context, config.training.metric, length)
-    else:
-        value = validate(model, dataset, context, config.training.metric, length, config.evaluation)
+    with fsdp.together(objective):
+        if isinstance(model, Ranker):
+            value = validate_clicks(model, dataset, context, config.training.metric, length)
+        else:
+            value = validate(model, dataset, context, config.training.metric, length, config.evaluation)
     if own is not None:
         model.load_state_dict(own)
     return value

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from recray.config import OptimConfig
 from recray.errors import ConfigError
 from recray.models import embedding, exchange
+from recray.training import fsdp
 from recray.training.touched import TouchedRows, Update
 
 
@@ -74,14 +76,15 @@ class Optimizers:
         for part in self._parts:
             scaler.unscale_(part)
         gradients, squares = [], [torch.zeros((), device=self._parameters[0].device) for _ in range(2)]
+        shared_out = self._shared_out | {id(p) for p in self._parameters if isinstance(p, DTensor)}
         for parameter in self._parameters:
             if parameter.grad is None:
                 continue
-            gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+            gradient = parameter.grad._values() if parameter.grad.is_sparse else fsdp.local(parameter.grad)
             gradients.append(gradient)
-            squares[id(parameter) in self._shared_out] += torch.linalg.vector_norm(gradient) ** 2
+            squares[id(parameter) in shared_out] += torch.linalg.vector_norm(gradient) ** 2
         everywhere, here = squares
-        norm = (everywhere + (exchange.total(here) if self._shared_out else here)).sqrt()
+        norm = (everywhere + (exchange.total(here) if shared_out else here)).sqrt()
         for gradient in gradients:
             gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
 
@@ -94,12 +97,19 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of dense parameters; tables' is `table_state`."""
-        return {} if self._dense is None else self._dense.state_dict()
+        """Of dense parameters, all of them; tables' is `table_state`. All workers must ask together."""
+        state: dict[str, Any] = {} if self._dense is None else fsdp.whole(self._dense.state_dict())
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._dense is not None:
-            self._dense.load_state_dict(state)
+        if self._dense is None:
+            return
+        parameters = [p for group in self._dense.param_groups for p in group["params"]]
+        kept = {
+            number: {key: fsdp.like(x, parameters[number]) if isinstance(x, Tensor) else x for key, x in one.items()}
+            for number, one in state["state"].items()
+        }
+        self._dense.load_state_dict(state | {"state": kept})
 
     def table_state(self) -> dict[str, dict[str, Any]]:
         """By table: tensors with an entry per row that is here, and how many steps were taken."""

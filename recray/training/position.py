@@ -17,7 +17,7 @@ from recray.models import embedding
 from recray.pieces import Pieces
 from recray.plan import ShardGroup
 from recray.records import CheckpointRecord, Shard
-from recray.training import optim
+from recray.training import fsdp, optim
 from recray.training.context import Context
 
 
@@ -74,11 +74,14 @@ class Position:
         state = checkpoint.load_state(folder)
         weights = checkpoint.load_weights(folder) if not ema.decay else state["raw"]
         _load_tables(folder, state["tables"], weights, model, optimizer)
+        # In the model's order, for workers exchange them; a file may give another to each.
+        weights = {n: fsdp.like(weights[n], own) for n, own in model.state_dict().items() if n in weights}
         model.load_state_dict(weights | {name: table.weight for name, table in embedding.tables(model).items()})
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if ema.decay:
-            ema.shadow = {n: t.to(ema.shadow[n].device) for n, t in checkpoint.load_weights(folder).items()}
+            found = checkpoint.load_weights(folder)
+            ema.shadow = {n: fsdp.like(found[n].to(own.device), own) for n, own in ema.shadow.items()}
         for name in ("epoch", "step", "rows", "bad", "best_epoch", "best", "history"):
             setattr(position, name, state[name])
         return position
@@ -122,8 +125,12 @@ class Position:
         scaler: torch.amp.GradScaler,
         ema: optim.Ema,
         items: Any,
+        context: Context,
     ) -> None:
-        """Write this epoch's folder, then delete the ones that are neither best nor last."""
+        """Worker 0 writes this epoch's folder, then deletes the ones that are neither best nor last.
+
+        All workers call it: of what is shared out each holds a part.
+        """
         sharded = embedding.sharded(model)
         tables = optimizer.table_state()
         for name in sharded:
@@ -135,7 +142,7 @@ class Position:
             "scaler": scaler.state_dict(),
         }
         if ema.decay:
-            state["raw"] = model.state_dict()
+            state["raw"] = fsdp.whole(model.state_dict())
         metric = config.training.metric
         record = CheckpointRecord(
             parents=[dataset.record.id],
@@ -150,7 +157,9 @@ class Position:
             seconds=sum(entry["seconds"] for entry in self.history),
             pieces=max((table.world_size for table in sharded.values()), default=0),
         )
-        weights = {name: tensor for name, tensor in ema.weights().items() if name not in sharded}
+        weights = fsdp.whole({name: tensor for name, tensor in ema.weights().items() if name not in sharded})
+        if context.rank != 0:
+            return
         checkpoint.save(phase.folder(config, self.epoch), weights, items, dataset.record, record, state)
         for epoch in range(1, self.epoch):
             if epoch != self.best_epoch:
