@@ -82,17 +82,20 @@ class FeatureEncoder(nn.Module):
 
 
 class ItemFeatures(nn.Module):
-    """The features of the item table as buffers on the model's device; ids -> their rows."""
+    """The features of the item table as buffers on the model's device; ids -> their rows.
+
+    A checkpoint holds the item table itself (recray.checkpoint), so they are no part of the model's state.
+    """
 
     def __init__(self, items: ItemTable) -> None:
         super().__init__()
         self._names = list(items.features)
         for name, feature in items.features.items():
             if isinstance(feature, Jagged):
-                self.register_buffer(f"{name}_values", feature.values)
-                self.register_buffer(f"{name}_offsets", feature.offsets)
+                self.register_buffer(f"{name}_values", feature.values, persistent=False)
+                self.register_buffer(f"{name}_offsets", feature.offsets, persistent=False)
             else:
-                self.register_buffer(f"{name}_column", feature)
+                self.register_buffer(f"{name}_column", feature, persistent=False)
 
     def forward(self, item_ids: Tensor) -> dict[str, Feature]:
         return {name: select(self._feature(name), item_ids) for name in self._names}

@@ -1,11 +1,13 @@
 """Contracts that every ranker keeps, found by name; and what is true of one model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from recray import registry
-from recray.config import LossConfig, OptimConfig
+from recray import checkpoint, registry
+from recray.config import LossConfig, OptimConfig, parse_config
 from recray.errors import ConfigError
 from recray.models import Ranker, attention
 from recray.models import dice as dices
@@ -15,7 +17,7 @@ from recray.models.click_loss import ClickObjective, click_loss
 from recray.models.dice import Dice
 from recray.models.embedding import Mode, Placement, Table, placed, sync
 from recray.models.parts import select
-from recray.records import DatasetRecord, Feature
+from recray.records import CheckpointRecord, DatasetRecord, Feature
 from recray.training.optim import Optimizers
 
 ITEMS, USERS = 40, 20
@@ -151,14 +153,18 @@ def _row(batch: Batch, row: int) -> Batch:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_state_keeps_scores(name: str) -> None:
-    model, other = _model(name), _model(name).eval()
+def test_a_checkpoint_keeps_scores(name: str, tmp_path: Path) -> None:
+    model = _model(name)
     model.logits(_batch(True))  # in training, where Dice learns its averages
     dices.sync(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
-    other.load_state_dict(model.state_dict())
+    options = {"name": name, "dim": 8, "history_length": 8, "hidden": [16, 8]}
+    config = parse_config({"model": options}).model_dump(mode="json")
+    record = CheckpointRecord(config=config, epoch=1, step=1, rows=6, metric="auc", value=0.5, dataset_uri="")
+    checkpoint.save(str(tmp_path), model.state_dict(), _items(True), _record(FEATURES), record)
+    other, _ = checkpoint.load_model(str(tmp_path))
     assert torch.equal(model.eval().logits(_batch(True)), other.logits(_batch(True)))  # type: ignore[operator]
 
 
