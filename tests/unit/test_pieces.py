@@ -96,8 +96,7 @@ def _written(config: Config, mode: Mode, workers: int) -> dict[str, Tensor]:
         position = Position()
         position.epoch, position.history = 1, [{"loss": 1.0, "seconds": 1.0}]
         position.save_tables(config, Phase("train", 3), model, optimizer, worker)  # type: ignore[arg-type]
-        if rank == 0:
-            position.save(config, Phase("train", 3), DATASET, model, optimizer, scaler, ema, TABLE)
+        position.save(config, Phase("train", 3), DATASET, model, optimizer, scaler, ema, TABLE, worker)  # type: ignore[arg-type]
     return whole
 
 
