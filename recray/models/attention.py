@@ -26,7 +26,7 @@ from recray.models.batch import Jagged
 from recray.models.dice import Curve, Dice
 
 # Entries of a chunk by the threads that share it. What one thread works on fits its cache; several would wait for each
-# other too often.
+# other too often. Where nothing is learned all threads share one size: scores are then the same to the last bit.
 _ALONE, _SHARED = 4_096, 8_192
 _KEPT = 262_144  # entries whose activations wait for backward, 200 MB with 64 and 32 channels
 _SAMPLED = 49_152  # entries that Dice learns its averages from, spread over all lengths
@@ -56,7 +56,7 @@ class TargetAttention(nn.Module):
             *(q_BI.to(dtype), v_UI.to(dtype), self.query(q_BI).to(dtype), self.key.weight, self.product.weight),
             *(self.dice_1.alpha, self.second.weight, self.second.bias),
             *(self.dice_2.alpha, self.out.weight, self.out.bias),
-            *(history, (*self.dice_1.gate(), *self.dice_2.gate())),
+            *(history, (*self.dice_1.gate(), *self.dice_2.gate()), torch.is_grad_enabled()),
         )
         if self.training:
             self.dice_1.see(sums_1, sampled)
@@ -81,12 +81,12 @@ class _Chunk:
     real_RL: Tensor | None  # float, 1 or 0; None where all rows have the same length
 
 
-def _chunks(history: Jagged, dtype: torch.dtype) -> tuple[Tensor, list[_Chunk]]:
+def _chunks(history: Jagged, dtype: torch.dtype, learns: bool) -> tuple[Tensor, list[_Chunk]]:
     """The order of rows by lengths, longest first, and the chunks of those that have any entries."""
     lengths_B, order_B = history.lengths().sort(descending=True)
     starts_B = history.offsets[order_B]
     threads = torch.get_num_threads()
-    entries = _ALONE if threads == 1 else _SHARED * threads
+    entries = _SHARED if not learns else _ALONE if threads == 1 else _SHARED * threads
     longest = lengths_B.tolist()
     num_rows = int(lengths_B.count_nonzero())
     out, at = [], 0
@@ -163,16 +163,16 @@ class _Chunked(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, v: Tensor, c: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *parameters, history, gates = rest
+        *parameters, history, gates, learns = rest
         layers = _Layers(gates, parameters)
         ctx.parameters = parameters
-        order, chunks = _chunks(history, q.dtype)
+        order, chunks = _chunks(history, q.dtype, learns)
         scratch = _Scratch(q)
         q, c, out = q[order], c[order], torch.zeros_like(q)
         sums_1, sums_2 = q.new_zeros(2, len(layers.key_CI)), q.new_zeros(2, len(layers.w2_HC))
         sampled = q.new_zeros(())
         ctx.kept = []
-        to_keep = _KEPT if any(ctx.needs_input_grad) else 0
+        to_keep = _KEPT if learns else 0
         stride = -(-len(history.values) // _SAMPLED)
         for number, chunk in enumerate(chunks):
             rows = chunk.rows
@@ -235,4 +235,4 @@ class _Chunked(torch.autograd.Function):
         d_alpha_2 += layers.w3_H * dw_y2
         dw3[0] += dw_x2 - layers.dice_2.rest * dw_y2  # a2 = x2 - (1 - alpha) y2
         dq, dc = (torch.empty_like(x).index_copy_(0, order, x) for x in (dq, dc))
-        return (dq, dv, dc, *grads, None, None)
+        return (dq, dv, dc, *grads, None, None, None)
