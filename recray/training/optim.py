@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from recray.config import OptimConfig
 from recray.errors import ConfigError
@@ -76,7 +75,7 @@ class Optimizers:
         for part in self._parts:
             scaler.unscale_(part)
         gradients, squares = [], [torch.zeros((), device=self._parameters[0].device) for _ in range(2)]
-        shared_out = self._shared_out | {id(p) for p in self._parameters if isinstance(p, DTensor)}
+        shared_out = self._shared_out | {id(p) for p in self._parameters if fsdp.is_part(p)}
         for parameter in self._parameters:
             if parameter.grad is None:
                 continue
