@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from recray.config import LossConfig
 from recray.models import Retriever
 from recray.models.batch import FIRST_ID, Batch, ItemTable
+from recray.models.products import product
 
-_LARGEST_EXPONENT = 60.0  # exp of it and of its negative are far inside of float32, and so are products with them
+_LARGEST_EXPONENT = (
+    86.0  # 2 to the power of it and of its negative are far inside of float32, and so are products with them
+)
 
 
 class Gather(Protocol):
@@ -136,32 +139,34 @@ class _ChunkedSoftmax(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, q_QD: Tensor, v_ND: Tensor, target_Q: Tensor, weight_Q: Tensor, temperature: float, chunk: int
     ) -> Tensor:
-        q_QD = q_QD / temperature
+        q_QD = q_QD / (temperature * math.log(2))  # powers of 2 take a third of the time of those of e
         positive_QD = v_ND[target_Q]
         # |logit| <= |q| |v|, and a row sums N of them.
-        bound = q_QD.norm(dim=1).max() * v_ND.norm(dim=1).max() + math.log(len(v_ND)) if len(q_QD) else 0.0
+        bound = q_QD.norm(dim=1).max() * v_ND.norm(dim=1).max() + math.log2(len(v_ND)) if len(q_QD) else 0.0
         bounded = float(bound) < _LARGEST_EXPONENT
         sum_Q, top_Q = torch.empty(len(q_QD), device=q_QD.device), torch.zeros(len(q_QD), device=q_QD.device)
         learns = any(ctx.needs_input_grad)
-        grad_q, grad_v = torch.empty_like(q_QD), torch.zeros_like(v_ND)
+        v_DN, q_DQ = v_ND.T.contiguous(), q_QD.T.contiguous()
+        grad_q, grad_DN = torch.empty_like(q_QD), torch.zeros_like(v_DN)
         logits = q_QD.new_empty(min(chunk, len(q_QD)), len(v_ND))
-        for start in range(0, len(q_QD), chunk):
-            rows = slice(start, min(start + chunk, len(q_QD)))
-            q_RD = q_QD[rows]
-            p_RN = torch.mm(q_RD, v_ND.T, out=logits[: len(q_RD)])
+        by_row = (torch.split(x, chunk) for x in (q_QD, weight_Q, sum_Q, top_Q, grad_q))
+        for q_RD, weight_R, sum_R, top_R, grad_RD, q_DR in zip(*by_row, torch.split(q_DQ, chunk, 1), strict=True):
+            p_RN = product(q_RD, v_ND, out=logits[: len(q_RD)])
             if not bounded:
-                top_Q[rows] = p_RN.amax(1)
-                p_RN -= top_Q[rows, None]
-            torch.sum(p_RN.exp_(), 1, out=sum_Q[rows])
+                top_R.copy_(p_RN.amax(1))
+                p_RN -= top_R[:, None]
+            torch.sum(p_RN.exp2_(), 1, out=sum_R)
             if learns:
-                torch.mm(p_RN, v_ND, out=grad_q[rows])
-                grad_v.addmm_(p_RN.T, q_RD * (weight_Q[rows] / sum_Q[rows])[:, None])
+                grad_RD.copy_(product(p_RN, v_DN))
+                grad_DN += product(q_DR * (weight_R / sum_R), p_RN.T)
+            del p_RN  # so that the next one finds its memory, which is in the cache
+        loss_Q = (top_Q + sum_Q.log2() - (q_QD * positive_QD).sum(1)) * math.log(2)
         if learns:
             grad_q *= (weight_Q / sum_Q)[:, None]
             grad_q.addcmul_(positive_QD, weight_Q[:, None], value=-1)
+            grad_v = grad_DN.T.contiguous()
             grad_v.index_add_(0, target_Q, q_QD * weight_Q[:, None], alpha=-1)
-            ctx.save_for_backward(grad_q.div_(temperature), grad_v)
-        loss_Q = top_Q + sum_Q.log() - (q_QD * positive_QD).sum(1)
+            ctx.save_for_backward(grad_q.div_(temperature), grad_v.mul_(math.log(2)))
         return (loss_Q * weight_Q).sum()
 
     @staticmethod

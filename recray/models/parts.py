@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recray.models.batch import Feature, ItemTable, Jagged
 from recray.models.embedding import Table
+from recray.models.products import Linear
 from recray.records import Feature as FeatureRecord
 
 
@@ -27,25 +28,34 @@ def mean_pool(vectors: Tensor | Table, history: Jagged) -> Tensor:
 
 
 class _Dropout(torch.autograd.Function):
-    """16 random bits decide about each number: four to a draw of the generator, which `F.dropout` makes for each."""
+    """8 random bits decide about each number: eight to a draw of the generator, which `F.dropout` makes for each.
+
+    They can drop multiples of 1/256: a call takes the one below p or the one above, so that over calls it is p.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # type: ignore[override]
-        dropped = min(round(p * 65_536), 65_535)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()].view(x.shape) >= dropped - 32_768
-        ctx.save_for_backward(kept)
-        ctx.scale = 65_536 / (65_536 - dropped)
-        return torch.mul(x, kept).mul_(ctx.scale)
+        ctx.dropped = min(int(p * 256 + torch.rand(()).item()), 255)
+        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+        bits = bits[: x.numel()].view(x.shape)
+        ctx.save_for_backward(bits)
+        return _kept(x, bits, ctx.dropped)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (kept,) = ctx.saved_tensors
-        return torch.mul(grad, kept).mul_(ctx.scale), None
+        (bits,) = ctx.saved_tensors
+        return _kept(grad, bits, ctx.dropped), None
+
+
+def _kept(x: Tensor, bits: Tensor, dropped: int) -> Tensor:
+    """x where its bits say so, as much larger as fewer are left. Products with a float mask take a third of those with a
+    boolean one."""
+    mask = torch.ge(bits, dropped, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+    return mask.mul_(x).mul_(256 / (256 - dropped))
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`F.dropout`, on a CPU in a third of its time (p to 16 bits)."""
+    """`F.dropout`, on a CPU in a quarter of its time."""
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
     out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
@@ -110,9 +120,9 @@ def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequentia
     """Linear, GELU, dropout for each hidden width, then a linear layer to `out`."""
     layers: list[nn.Module] = []
     for inner in hidden:
-        layers += [nn.Linear(width, inner), nn.GELU(), Dropout(dropout)]
+        layers += [Linear(width, inner), nn.GELU(), Dropout(dropout)]
         width = inner
-    return nn.Sequential(*layers, nn.Linear(width, out))
+    return nn.Sequential(*layers, Linear(width, out))
 
 
 def select(feature: Feature, rows: Tensor) -> Feature:

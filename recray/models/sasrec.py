@@ -10,7 +10,7 @@ Shape legend: B rows, T tokens, L longest row of a group, H heads, D width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from recray.config import ModelOptions
 from recray.models import Examples
-from recray.models.batch import Batch, ItemTable
+from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.embedding import Table
-from recray.models.parts import dropout
+from recray.models.parts import dropout, select
+from recray.models.products import Linear
 from recray.records import DatasetRecord
 
 _GROUPS = 4  # groups of rows by length: more waste less padding but start more small kernels
@@ -40,20 +41,57 @@ class Options(ModelOptions):
     )
 
 
-class _Layout:
-    """How T tokens are cut into groups of rows of like length."""
+class _Group:
+    """Rows of like length, whose tokens follow one another; padded to the longest where they are not of one length."""
 
-    def __init__(self, lengths_B: Tensor, offsets: Tensor) -> None:
-        order = torch.argsort(lengths_B)
-        order = order[lengths_B[order] > 0]
-        self.groups: list[tuple[Tensor, Tensor]] = []
-        for rows in order.chunk(_GROUPS) if len(order) else ():
-            length = int(lengths_B[rows[-1]])
-            step_L = torch.arange(length, device=offsets.device)
+    def __init__(self, lengths_R: Tensor) -> None:
+        self.rows, self.length = len(lengths_R), int(lengths_R[-1])
+        self.tokens = int(lengths_R.sum())
+        self.padded = self.tokens < self.rows * self.length
+        if self.padded:
+            step_L = torch.arange(self.length, device=lengths_R.device)
             # Rows start at the left, so that "causal" alone keeps real tokens from the padding behind them.
-            real = step_L[None] < lengths_B[rows][:, None]
-            index = torch.where(real, offsets[rows][:, None] + step_L[None], 0)
-            self.groups.append((index, real))
+            real_RL = step_L < lengths_R[:, None]
+            starts_R = lengths_R.cumsum(0) - lengths_R
+            self.token_RL = torch.where(real_RL, starts_R[:, None] + step_L, 0).flatten()  # any token for padding
+            self.place_T = real_RL.flatten().nonzero()[:, 0]
+
+    def pad(self, x_TD: Tensor) -> Tensor:
+        """(R, L, D)"""
+        if self.padded:
+            x_TD = _Pad.apply(x_TD, self.token_RL, self.place_T)  # type: ignore[no-untyped-call]
+        return x_TD.view(self.rows, self.length, -1)
+
+    def unpad(self, x_RLD: Tensor) -> Tensor:
+        """(T, D)"""
+        x_TD = x_RLD.reshape(self.rows * self.length, -1)
+        return _Unpad.apply(x_TD, self.token_RL, self.place_T) if self.padded else x_TD  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Pad(torch.autograd.Function):
+    """Each token has one place, so that its gradient is read from there: nothing is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_P: Tensor, place_T: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(place_T)
+        return x_TD.index_select(0, token_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad_PD.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, token_P: Tensor, place_T: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(place_T)
+        ctx.places = len(token_P)
+        return x_PD.index_select(0, place_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        grad_PD = grad_TD.new_zeros(ctx.places, grad_TD.shape[1])
+        return grad_PD.index_copy_(0, ctx.saved_tensors[0], grad_TD), None, None
 
 
 class _Block(nn.Module):
@@ -62,14 +100,14 @@ class _Block(nn.Module):
         dim, inner = options.dim, options.dim * options.expansion
         self.heads, self.dropout, self.gated = options.heads, options.dropout, options.feed_forward == "gated"
         self.attention_norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.up = nn.Linear(dim, 2 * inner if self.gated else inner)
-        self.down = nn.Linear(inner, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
+        self.up = Linear(dim, 2 * inner if self.gated else inner)
+        self.down = Linear(inner, dim)
 
-    def forward(self, x_TD: Tensor, layout: _Layout) -> Tensor:
+    def forward(self, x_TD: Tensor, groups: list[_Group]) -> Tensor:
         x_TD = x_TD + dropout(
-            self.out(self._attend(self.qkv(self.attention_norm(x_TD)), layout)), self.dropout, self.training
+            self.out(self._attend(self.qkv(self.attention_norm(x_TD)), groups)), self.dropout, self.training
         )
         inner = self.up(self.feed_norm(x_TD))
         if self.gated:
@@ -79,17 +117,13 @@ class _Block(nn.Module):
             inner = F.gelu(inner)
         return x_TD + dropout(self.down(dropout(inner, self.dropout, self.training)), self.dropout, self.training)
 
-    def _attend(self, qkv: Tensor, layout: _Layout) -> Tensor:
-        dim = qkv.shape[1] // 3
-        parts, places = [], []
-        for index, real in layout.groups:
-            rows, length = index.shape
-            q, k, v = qkv[index.reshape(-1)].view(rows, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+    def _attend(self, qkv: Tensor, groups: list[_Group]) -> Tensor:
+        parts = []
+        for group, part in zip(groups, torch.split(qkv, [group.tokens for group in groups]), strict=True):
+            q, k, v = (torch.unflatten(x, 2, (self.heads, -1)).transpose(1, 2) for x in group.pad(part).chunk(3, 2))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            parts.append(y.transpose(1, 2).reshape(rows, length, dim)[real])
-            places.append(index[real])
-        out = torch.zeros(len(qkv), dim, dtype=qkv.dtype, device=qkv.device)
-        return out.index_copy(0, torch.cat(places), torch.cat(parts)) if parts else out
+            parts.append(group.unpad(y.transpose(1, 2).flatten(2)))
+        return torch.cat(parts)
 
 
 class SASRec(nn.Module):
@@ -107,21 +141,29 @@ class SASRec(nn.Module):
         self.norm = nn.LayerNorm(options.dim)
 
     def query_vectors(self, batch: Batch) -> Tensor:
-        history, lengths_B = batch.history, batch.history.lengths()
-        num_tokens = len(history.values)
-        row_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
-        from_end_T = history.offsets[1:][row_T] - 1 - torch.arange(num_tokens, device=lengths_B.device)
-        x_TD = self.item_table(history.values) * self.options.dim**0.5 + self.position[from_end_T]
+        lengths_B, order_B = batch.history.lengths().sort()
+        # Tokens in order of their rows' lengths, so that a group of rows is a slice of them.
+        history = select(batch.history, order_B)
+        assert isinstance(history, Jagged)
+        from_end_T = torch.repeat_interleave(history.offsets[1:], lengths_B) - 1
+        from_end_T -= torch.arange(len(from_end_T), device=from_end_T.device)
+        x_TD = self.item_table(history.values) * self.options.dim**0.5 + F.embedding(from_end_T, self.position)
         x_TD = dropout(x_TD, self.options.dropout, self.training)
-        layout = _Layout(lengths_B, history.offsets[:-1])
-        for block in self.blocks:
-            x_TD = block(x_TD, layout)
+        groups = [_Group(part) for part in lengths_B[lengths_B > 0].chunk(_GROUPS) if len(part)]
+        if groups:
+            for block in self.blocks:
+                x_TD = block(x_TD, groups)
+        # One more row, of zeros, for users without a history. No parameter: it would have no gradient in training.
+        x_TD = torch.cat([x_TD, x_TD.new_zeros(1, self.options.dim)])
+        offset_B, length_B = (
+            torch.empty_like(lengths_B).index_copy_(0, order_B, x) for x in (history.offsets[:-1], lengths_B)
+        )
         if batch.position_Q is not None:
-            q_QD = self.norm(x_TD[batch.position_Q])
+            row_Q = torch.bucketize(batch.position_Q, batch.history.offsets[1:], right=True)
+            token_Q = batch.position_Q + (offset_B - batch.history.offsets[:-1])[row_Q]
         else:
-            # One more row, of zeros, for users without a history. No parameter: it would have no gradient in training.
-            ends_B = torch.where(lengths_B > 0, history.offsets[1:] - 1, num_tokens)
-            q_QD = self.norm(torch.cat([x_TD, x_TD.new_zeros(1, self.options.dim)])[ends_B])
+            token_Q = torch.where(length_B > 0, offset_B + length_B - 1, len(from_end_T))
+        q_QD = self.norm(x_TD.index_select(0, token_Q))
         return F.normalize(q_QD, dim=-1) if self.options.normalize else q_QD
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
