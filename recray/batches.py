@@ -78,13 +78,13 @@ def cut(
     for part, table in tables:
         found = example_table(table, examples, history_length, decay)
         index = np.random.default_rng([seed, part.epoch, 2, part.shard]).permutation(len(found))[part.start : part.stop]
-        at = 0
+        found, at = found.take(index), 0
         while at < len(index):
-            take = index[at : at + batch_size - held]
-            pieces.append(found.take(take))
-            shards.append(np.full(len(take), part.shard, np.int64))
-            ids.append(take)
-            held, at = held + len(take), at + len(take)
+            stop = min(len(index), at + batch_size - held)
+            pieces.append(found.slice(at, stop))
+            shards.append(np.full(stop - at, part.shard, np.int64))
+            ids.append(index[at:stop])
+            held, at = held + stop - at, stop
             if held == batch_size:
                 yield _join(pieces, shards, ids)
                 pieces, shards, ids, held = [], [], [], 0
@@ -97,7 +97,7 @@ def impressions(table: pa.Table, batch_size: int, history_length: int) -> Iterat
     shown = example_table(table, "impressions", history_length, None)
     for start in range(0, len(shown), batch_size):
         index = np.arange(start, min(start + batch_size, len(shown)))
-        yield _batch(shown.take(index), np.zeros(len(index), np.int64), index)
+        yield _batch(shown.slice(start, start + len(index)), np.zeros(len(index), np.int64), index)
 
 
 def _join(pieces: list[_Piece], shards: list[np.ndarray], ids: list[np.ndarray]) -> Batch:

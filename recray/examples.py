@@ -16,8 +16,6 @@ import pyarrow as pa
 from recray.models import Examples
 from recray.models.batch import FIRST_ID
 
-_BLOCK = 2048  # rows packed at a time: a block of all columns stays in the cache
-
 
 @dataclass(frozen=True)
 class Decay:
@@ -122,21 +120,27 @@ class _List:
 
 
 class ExampleTable:
-    """All examples of a table, one a row, its numbers side by side: a row taken at random is one place in memory,
-    not one for every column."""
+    """All examples of a table, by columns."""
 
     def __init__(self, columns: dict[str, np.ndarray], lists: dict[str, _List]) -> None:
         """Columns whose name begins with '_' are places in the lists' values and in no batch."""
-        self._integers = _Packed({n: c for n, c in columns.items() if c.dtype.kind != "f"}, np.int32)
-        self._reals = _Packed({n: c for n, c in columns.items() if c.dtype.kind == "f"}, np.float32)
+        self._columns = {
+            name: values.astype(np.float32 if values.dtype.kind == "f" else np.int32, copy=False)
+            for name, values in columns.items()
+        }
         self._lists = lists
 
     def __len__(self) -> int:
-        return len(self._integers.rows)
+        return len(next(iter(self._columns.values())))
 
-    def take(self, index: np.ndarray) -> dict[str, Column]:
-        """Columns of these examples, int64 and float32."""
-        numbers = self._integers.take(index, np.int64) | self._reals.take(index, np.float32)
+    def take(self, index: np.ndarray) -> ExampleTable:
+        """These examples in this order. Column by column: one stays in the cache while it is read at random."""
+        # mode="clip" writes where it is to be written; "raise", the default, writes twice.
+        return ExampleTable({name: c.take(index, mode="clip") for name, c in self._columns.items()}, self._lists)
+
+    def slice(self, start: int, stop: int) -> dict[str, Column]:
+        """Columns of the examples start to stop, int64 and float32."""
+        numbers = {name: _numbers(values[start:stop]) for name, values in self._columns.items()}
         piece = {name: Column(values) for name, values in numbers.items() if not name.startswith("_")}
         places: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         for name, one in self._lists.items():
@@ -150,21 +154,6 @@ class ExampleTable:
             place, offsets = places[key]
             piece[name] = Column(one.values[place], offsets)
         return piece
-
-
-class _Packed:
-    def __init__(self, columns: dict[str, np.ndarray], dtype: type) -> None:
-        self.names = list(columns)
-        self.rows: np.ndarray = np.empty((len(next(iter(columns.values()), ())), len(columns)), dtype)
-        for at in range(0, len(self.rows), _BLOCK):
-            for place, column in enumerate(columns.values()):
-                self.rows[at : at + _BLOCK, place] = column[at : at + _BLOCK]
-
-    def take(self, index: np.ndarray, dtype: type) -> dict[str, np.ndarray]:
-        if not self.names:
-            return {}
-        # mode="clip" writes where it is to be written; "raise", the default, writes twice.
-        return dict(zip(self.names, self.rows.take(index, axis=0, mode="clip").T.astype(dtype, order="C"), strict=True))
 
 
 def example_table(table: pa.Table, examples: Examples, history_length: int, decay: Decay | None) -> ExampleTable:
@@ -258,7 +247,8 @@ def _with_features(
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+    """float32 or int64; not copied where it is that already."""
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
 
 
 def _weights(rows: Rows, decay: Decay | None) -> np.ndarray:
