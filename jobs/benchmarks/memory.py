@@ -40,7 +40,7 @@ def run(
                 "model": {"name": "two_tower", "dim": 16, "history_length": 10, "user_embedding": False},
                 "loss": {"name": "bpr", "negatives": 16},
                 "training": {"epochs": 1, "global_batch_size": 8192},
-                "scaling": {"num_workers": 0},
+                "scaling": {"num_workers": 0, "threads_per_worker": 1},
             }
             path = Path(folder) / "config.json"
             path.write_text(json.dumps(table))
