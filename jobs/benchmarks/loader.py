@@ -4,6 +4,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,10 +32,14 @@ def run(
     repeats: Annotated[int, typer.Option(help="epochs of each, in turns; the fastest counts")] = 3,
     threads: Annotated[int, typer.Option(help="of the model; the loader has a core beside them")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    folder: Annotated[
+        str | None,
+        typer.Option(help="keep prepared data there, or use what another machine prepared: then Ray is not needed"),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """DIN and SASRec: steps/s of an epoch over steps/s of the same loop on 8 batches again and again, and how busy each
-    stage of the loader is. Without Ray, so that it runs on a GPU machine too."""
+    stage of the loader is. Trains without Ray, so that it runs on a GPU machine too."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
@@ -45,17 +50,18 @@ def run(
     torch.set_num_threads(threads)
     real, figures = loop.Feed, dict[str, object]()
     for name, tables in MODELS.items():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as temporary:
             simulated = {"events": events, "users": max(10, events // 125), "items": 5000}
             table = tables | {
-                "run": {"name": name, "output": folder},
+                "run": {"name": name, "output": temporary, "dataset": f"{folder or temporary}/{name}-data"},
                 "data": tables["data"]
                 | {"source": "simulated", "simulated": simulated, "split": {"kind": "leave_last"}},
                 "training": tables["training"] | {"epochs": 1, "resume": False},
                 "scaling": {"num_workers": 0, "use_gpu": device == "cuda"},
             }
             config = parse_config(table)
-            recray.prepare(config)
+            if not (Path(config.dataset_uri) / "dataset.json").exists():
+                recray.prepare(config)
             entries: dict[str, list[dict[str, float]]] = {"training": [], "frozen": []}
             for _ in range(repeats):
                 for kind, feed in (("training", real), ("frozen", _Frozen)):
