@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -28,6 +29,11 @@ Overrides = Annotated[
         "--set", metavar="section.key=value", help="override one key, e.g. --set training.epochs=5; repeatable"
     ),
 ]
+
+
+class _Split(StrEnum):
+    test = "test"
+    valid = "valid"
 
 
 @app.command()
@@ -99,12 +105,16 @@ def index(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+def evaluate(
+    config: ConfigPath,
+    split: Annotated[_Split, typer.Option(help="test, once; valid to choose by")] = _Split.test,
+    overrides: Overrides = None,
+) -> None:
     """Evaluate model, index and baselines on the test split; writes report.json and prints it."""
     import recray
     from recray.report.text import render
 
-    typer.echo(render(recray.evaluate(recray.load_config(config, overrides or []))))
+    typer.echo(render(recray.evaluate(recray.load_config(config, overrides or []), split.value)))
 
 
 @app.command()

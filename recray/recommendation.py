@@ -29,6 +29,7 @@ from recray.evaluation.shards import share_out
 from recray.models.batch import FIRST_ID
 from recray.records import ListsRecord
 from recray.retrieval import embed
+from recray.retrieval.blend import open_blend
 from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
 from recray.retrieval.ranker import open_ranker, ranker_parents
@@ -122,14 +123,21 @@ def _recommend_parts(
 
 
 def _system(config: Config, dataset: PreparedDataset) -> Scorer:
-    """The index where there is one, else exact search; with the ranker behind it where there is one."""
+    """The index where there is one, else exact search; with the item filter and the ranker behind it where there are any."""
     model_uri, index_uri = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
     model, _ = checkpoint.load_model(model_uri)
+    indexed = storage.exists(storage.join(index_uri, "index.json"))
+    vectors_ND = None
+    if not indexed or config.retrieval.filter_weight:
+        vectors_ND = torch.from_numpy(embed.item_vectors(model_uri, dataset.record.num_items, False))
     found: Scorer
-    if storage.exists(storage.join(index_uri, "index.json")):
+    if indexed:
         found = IndexSearch(model, ItemIndex.open(index_uri))
     else:
-        found = ExactSearch(model, torch.from_numpy(embed.item_vectors(model_uri, dataset.record.num_items, False)))
+        assert vectors_ND is not None
+        found = ExactSearch(model, vectors_ND)
+    if vectors_ND is not None:
+        found = open_blend(config, dataset, SPLITS, found, model, vectors_ND) or found
     ranker = open_ranker(config, dataset)
     return found if ranker is None else Reranked(found, *ranker)
 

@@ -77,7 +77,8 @@ class _Runs:
         systems = ReportRecord.read(f"{self._folder}/{run}/report").metrics
         figures = {metric: value.value for metric, value in systems.pop("model").items()}
         for system, metrics in systems.items():
-            figures |= {f"baseline {system} {metric}": value.value for metric, value in metrics.items()}
+            prefix = "" if system in ("blended", "index", "reranked") else "baseline "
+            figures |= {f"{prefix}{system} {metric}": value.value for metric, value in metrics.items()}
         # Of the record: a run that was there is only read again.
         seconds = CheckpointRecord.read(f"{self._folder}/{run}/checkpoint").seconds
         return figures | {"train_seconds": seconds, "train_peak_mb": megabytes}

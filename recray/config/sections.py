@@ -160,6 +160,11 @@ class RetrievalConfig(Section):
     ranker: str | None = Field(
         None, description="folder of a ranker's run on the same dataset, <output>/<name>: it orders the k items found"
     )
+    filter_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the item filter beside the model: what both find is ordered by the model's score over loss.temperature plus this times the log of the filter's share; 0 = the model alone; choose it by `recray evaluate --split valid`",
+    )
     recall_target: float = Field(
         0.95, gt=0, le=1, description="recall@k against exact search that the index must reach"
     )

@@ -11,7 +11,8 @@ from recray.records import ReportRecord
 def evaluate(config: Config, split: str = "test") -> ReportRecord:
     """Evaluate <run>/checkpoint, of a retriever with its index, on a split; writes <run>/report/report.json.
 
-    Raises LineageError when the index was built from another checkpoint.
+    split: "test", or "valid" to choose by, whose report goes to <run>/report-valid. Raises LineageError when the index
+    was built from another checkpoint, ConfigError for the validation split of a refitted checkpoint.
     """
     if config.model.family == "ranker":
         return evaluate_clicks(config, split)

@@ -18,6 +18,7 @@ from recray.batches import impressions
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.errors import DataError
+from recray.evaluation.folder import report_folder
 from recray.evaluation.shards import share_out
 from recray.metrics.clicks import NAMES, RANKING, Clicks
 from recray.models import Ranker
@@ -28,10 +29,11 @@ _Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logi
 
 
 def evaluate_clicks(config: Config, split: str) -> ReportRecord:
-    """Evaluate <run>/checkpoint on a split; writes <run>/report/report.json."""
+    """Evaluate <run>/checkpoint on a split; writes report.json of <run>/report, or of <run>/report-valid."""
     started = time.perf_counter()
     dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
+    folder = report_folder(config, record, split)
     parts = share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     if not parts:
         raise DataError(f"the {split} split has no impressions: check data.split and data.min_history")
@@ -58,7 +60,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
         reliability=[ReliabilityBin(**vars(one)) for one in model.reliability()],
         seconds=time.perf_counter() - started,
     )
-    return report.write(storage.join(config.run_uri, "report"))
+    return report.write(folder)
 
 
 @torch.inference_mode()

@@ -27,13 +27,16 @@ from recray.data.prepared import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import duration
 from recray.errors import DataError
+from recray.evaluation.folder import report_folder
 from recray.evaluation.shards import share_out
 from recray.metrics import ranked
 from recray.metrics.lists import ListCounts
 from recray.records import IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
+from recray.retrieval.blend import open_blend
 from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
+from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter
 from recray.retrieval.ranker import open_ranker, ranker_parents
 from recray.retrieval.systems import ExactSearch, IndexSearch, Oracle, Reranked, System
 
@@ -62,14 +65,13 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     started = time.perf_counter()
     dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
+    folder = report_folder(config, record, split)
     index = index_of(config, record)
     if index is None:
         print(f"evaluate: there is no index in {config.run_uri}/index; exact search only", flush=True)
     if "item_filter" in config.evaluation.baselines and not _filter_fits(dataset):
         events = dataset.record.counts["events_train"]
-        print(
-            f"evaluate: item_filter is left out: {events:,} train events are more than {baselines.MAX_FILTER_EVENTS:,}"
-        )
+        print(f"evaluate: item_filter is left out: {events:,} train events are more than {MAX_EVENTS:,}")
     scores, counts = _merged(
         share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     )
@@ -86,7 +88,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         rerank=_rerank(scores, metrics, config, counts["queries"]) if "reranked" in scores else {},
         seconds=time.perf_counter() - started,
     )
-    return report.write(storage.join(config.run_uri, "report"))
+    return report.write(folder)
 
 
 def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
@@ -110,9 +112,14 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
     systems: dict[str, System] = {"model": ExactSearch(model, torch.from_numpy(vectors_ND))}
     if storage.exists(storage.join(index_uri, "index.json")):
         systems["index"] = IndexSearch(model, ItemIndex.open(index_uri))
+    before = ("train",) if split == "valid" else ("train", "valid")
+    search = systems.get("index", systems["model"])
+    blend = open_blend(config, dataset, before, search, model, torch.from_numpy(vectors_ND))
+    if blend is not None:
+        systems["blended"] = search = blend
     ranker = open_ranker(config, dataset)
     if ranker is not None:
-        systems["reranked"] = Reranked(systems.get("index", systems["model"]), *ranker)
+        systems["reranked"] = Reranked(search, *ranker)
     for name in config.evaluation.baselines:
         if name == "popularity":
             systems[name] = baselines.Popularity(dataset.item_counts())
@@ -120,7 +127,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
             window = duration(config.evaluation.recent_window)
             systems[name] = baselines.recent_popularity(dataset, split, window)
         elif name == "item_filter" and _filter_fits(dataset):
-            systems[name] = baselines.ItemFilter(dataset)
+            systems[name] = ItemFilter(dataset, before) if blend is None else blend.item_filter
         elif name == "oracle" and config.data.source == "simulated":
             oracle = SimulatedOracle(config.data.simulated, config.run.seed)
             systems[name] = Oracle(oracle, dataset, split)
@@ -128,7 +135,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
 
 
 def _filter_fits(dataset: PreparedDataset) -> bool:
-    return dataset.record.counts["events_train"] <= baselines.MAX_FILTER_EVENTS
+    return dataset.record.counts["events_train"] <= MAX_EVENTS
 
 
 def _score(
@@ -207,7 +214,7 @@ def _rerank(
     scores: dict[str, _Scores], metrics: dict[str, dict[str, Interval]], config: Config, queries: int
 ) -> dict[str, float]:
     """What ranking adds at each K, and what candidates cost: the share of targets they hold, and time."""
-    first = "index" if "index" in scores else "model"
+    first = next(name for name in ("blended", "index", "model") if name in scores)
     out = {f"recall@{config.retrieval.k}_of_candidates": scores["reranked"].candidate_recall / queries}
     for k in config.evaluation.k:
         for name in ("recall", "ndcg"):

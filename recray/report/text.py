@@ -7,6 +7,7 @@ from recray.records import Interval, ReportRecord
 _TITLES = {
     "model": "model (exact search)",
     "index": "model (through index)",
+    "blended": "model with item filter",
     "reranked": "ranked again",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",

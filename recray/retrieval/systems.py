@@ -52,7 +52,7 @@ class ExactSearch:
 
     def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
         exclude = question.seen if filter_seen else None
-        ids, scores = top_k(_queries(self.model, question), self.vectors_ND, k, exclude)
+        ids, scores = top_k(queries(self.model, question), self.vectors_ND, k, exclude)
         return ids.numpy(), scores.numpy()
 
 
@@ -68,11 +68,12 @@ class IndexSearch:
 
     def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
         exclude = (question.seen.values.numpy(), question.seen.offsets.numpy()) if filter_seen else None
-        return self.index.search(_queries(self.model, question).numpy(), k, exclude)
+        return self.index.search(queries(self.model, question).numpy(), k, exclude)
 
 
 @torch.inference_mode()
-def _queries(model: nn.Module, question: Question) -> Tensor:
+def queries(model: nn.Module, question: Question) -> Tensor:
+    """(B, D) float32."""
     return model.query_vectors(question.batch).float()  # type: ignore[operator, no-any-return]
 
 

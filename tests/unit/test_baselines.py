@@ -5,12 +5,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from recray import storage
 from recray.batches import questions
 from recray.data.prepared import PreparedDataset
+from recray.models.batch import Batch
 from recray.records import DatasetRecord, Shard
-from recray.retrieval import baselines
+from recray.retrieval import baselines, item_filter
+from recray.retrieval.blend import Blended
+from recray.retrieval.systems import ExactSearch
 
 N = 12  # item ids 2..11
 
@@ -73,19 +77,70 @@ def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedD
     assert found[0].tolist() == _brute(recent, [], 5)
 
 
-def test_item_filter_is_its_formula(dataset: PreparedDataset) -> None:
-    r = np.zeros((5, N))
-    for user, items in enumerate([[2, 3, 4], [3, 2], [5, 2, 6, 7], [8], [4, 9, 10]]):
+BEFORE = {  # items of users 2 to 6 before each split; validation adds 11 and 10 to the first, 10 to the second
+    "valid": [[2, 3, 4], [3, 2], [5, 2, 6, 7], [8], [4, 9, 10]],
+    "test": [[2, 3, 4, 11, 10], [3, 2, 10], [5, 2, 6, 7], [8], [4, 9, 10]],
+}
+
+
+def _filter(split: str, seen: list[list[int]]) -> np.ndarray:
+    """x D_i^-1/2 R' D_u^-1 R D_i^-1/2 in float64."""
+    r, x = np.zeros((5, N)), np.zeros((len(seen), N))
+    for user, items in enumerate(BEFORE[split]):
         r[user, items] = 1
-    to_users = (r / np.maximum(r.sum(0), 1)).T
-    to_items = r / np.maximum(r.sum(1, keepdims=True), 1)
-    x = np.zeros((3, N))
-    for row, items in enumerate([[2, 3, 4], [8], [4, 9, 10]]):
+    for row, items in enumerate(seen):
         x[row, items] = 1
-    scores = x @ to_users @ to_items
+    scale = np.maximum(r.sum(0), 1) ** -0.5
+    return (x * scale) @ r.T @ (r / r.sum(1, keepdims=True)) * scale
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("entries", [1, 1 << 25])  # one query at a time, and all of them
+def test_item_filter_is_its_formula(
+    dataset: PreparedDataset, split: str, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(item_filter, "_ENTRIES", entries)
+    seen = [[2, 3, 4], [8], [4, 9, 10]]
+    scores = _filter(split, seen)
     (table,) = dataset.iter_tables("test")
     (question,) = questions(table, 8, 5, "user")
-    found = baselines.ItemFilter(dataset)(question, 4, True)
-    for row, seen in enumerate([[2, 3, 4], [8], [4, 9, 10]]):
-        best = [i for i in _brute(scores[row], seen, 4) if scores[row, i] > 1e-9]
-        assert found[row].tolist()[: len(best)] == best
+    built = item_filter.ItemFilter(dataset, ("train",) if split == "valid" else ("train", "valid"))
+    found = np.concatenate([block.numpy() for _, block in built.blocks(question)])
+    assert np.allclose(found, scores, atol=1e-6)
+    lists = built(question, 4, True)
+    for row, had in enumerate(seen):
+        best = [i for i in _brute(scores[row], had, 4) if scores[row, i] > 1e-9]
+        assert lists[row].tolist()[: len(best)] == best
+
+
+class _Fixed(torch.nn.Module):
+    """One vector for every query."""
+
+    def query_vectors(self, batch: Batch) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.5]]).expand(batch.num_rows, 2)
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize("candidates", [2, 20])
+def test_blend_orders_what_both_find_by_both_scores(
+    dataset: PreparedDataset, filter_seen: bool, candidates: int
+) -> None:
+    seen = [[2, 3, 4], [8], [4, 9, 10]]
+    vectors = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
+    model, temperature, weight = _Fixed(), 0.5, 2.0
+    (table,) = dataset.iter_tables("test")
+    (question,) = questions(table, 8, 5, "user")
+    exact = ExactSearch(model, vectors)
+    built = item_filter.ItemFilter(dataset, ("train", "valid"))
+    blend = Blended(exact, model, vectors, built, weight, temperature, candidates)
+    ids, scores = blend.scored(question, 4, filter_seen)
+    by_filter = _filter("test", seen)
+    by_model = (vectors @ torch.tensor([1.0, 0.5])).double().numpy()
+    total = by_model / temperature + weight * np.log(by_filter / by_filter.sum(1, keepdims=True) + 1e-5)
+    for row, had in enumerate(seen):
+        had = had if filter_seen else []
+        wanted = max(4, candidates)
+        allowed = set(_brute(by_model, had, wanted)) | set(_brute(by_filter[row], had, wanted))
+        best = _brute(np.where(np.isin(np.arange(N), list(allowed)), total[row], -1e9), had, 4)
+        assert ids[row].tolist() == best
+        assert np.allclose(scores[row], total[row, best], atol=1e-4)
