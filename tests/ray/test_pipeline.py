@@ -12,7 +12,7 @@ import recray
 from recray import checkpoint, runtime, storage
 from recray.config import Config, parse_config
 from recray.data.prepared import PreparedDataset
-from recray.errors import LineageError
+from recray.errors import ConfigError, LineageError
 from recray.retrieval.faiss_index import ItemIndex
 from recray.training import driver, position
 
@@ -178,6 +178,8 @@ def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(run: Confi
     assert record.rows == record.epoch * (counts["events_train"] + counts["events_valid"])
     assert record.value == pytest.approx(selected["best"])
     assert recray.train(config).id == record.id
+    with pytest.raises(ConfigError, match="trained on the validation events, too"):
+        recray.evaluate(config, split="valid")
 
 
 def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:

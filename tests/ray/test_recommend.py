@@ -62,10 +62,25 @@ def test_the_report_says_what_ranking_adds_and_costs(run: Config) -> None:
     assert everything.metrics["reranked"]["recall@200"].value == everything.metrics["model"]["recall@200"].value
 
 
+def test_the_item_filter_stands_between_search_and_ranker(run: Config) -> None:
+    config = parse_config(run.model_dump(mode="json"), ["retrieval.filter_weight=1", "evaluation.k=[10,40]"])
+    report = recray.evaluate(config)
+    assert list(report.metrics) == ["model", "index", "blended", "reranked", "popularity"]
+    assert "model with item filter" in render(report)
+    # The ranker orders the 40 best of the blend.
+    wanted = report.metrics["blended"]["recall@40"].value
+    assert report.metrics["reranked"]["recall@40"].value == report.rerank["recall@40_of_candidates"] == wanted
+    chosen = recray.evaluate(config, split="valid")
+    assert chosen.split == "valid" and chosen.metrics["blended"] != report.metrics["blended"]
+    assert Path(run.run_uri, "report-valid", "report.json").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("weight", [0, 1])
 @pytest.mark.parametrize("ranker", [False, True])
-def test_lists_of_all_users(run: Config, tmp_path: Path, workers: int, ranker: bool) -> None:
-    config = parse_config(run.model_dump(mode="json"), [f"scaling.num_workers={workers}"])
+def test_lists_of_all_users(run: Config, tmp_path: Path, workers: int, ranker: bool, weight: int) -> None:
+    overrides = [f"scaling.num_workers={workers}", f"retrieval.filter_weight={weight}"]
+    config = parse_config(run.model_dump(mode="json"), overrides)
     if not ranker:
         config = config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"ranker": None})})
     record = recray.recommend(config, str(tmp_path / "lists"), k=5)
