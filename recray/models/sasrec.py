@@ -123,7 +123,8 @@ class _Block(nn.Module):
             q, k, v = (torch.unflatten(x, 2, (self.heads, -1)).transpose(1, 2) for x in group.pad(part).chunk(3, 2))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             parts.append(group.unpad(y.transpose(1, 2).flatten(2)))
-        return torch.cat(parts)
+        # Without any token still a function of every weight: DDP waits for all gradients.
+        return torch.cat(parts) if parts else qkv[:, : qkv.shape[1] // 3]
 
 
 class SASRec(nn.Module):
@@ -150,9 +151,8 @@ class SASRec(nn.Module):
         x_TD = self.item_table(history.values) * self.options.dim**0.5 + F.embedding(from_end_T, self.position)
         x_TD = dropout(x_TD, self.options.dropout, self.training)
         groups = [_Group(part) for part in lengths_B[lengths_B > 0].chunk(_GROUPS) if len(part)]
-        if groups:
-            for block in self.blocks:
-                x_TD = block(x_TD, groups)
+        for block in self.blocks:
+            x_TD = block(x_TD, groups)
         # One more row, of zeros, for users without a history. No parameter: it would have no gradient in training.
         x_TD = torch.cat([x_TD, x_TD.new_zeros(1, self.options.dim)])
         offset_B, length_B = (

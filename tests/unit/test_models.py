@@ -132,6 +132,8 @@ def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
         }
     )
     (batch,) = cut([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
-    loss, weight = RetrievalObjective(_model("sasrec"), LossConfig(name="softmax"), TABLE, _Alone())(batch)
+    model = _model("sasrec")
+    loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())(batch)
     loss.backward()
     assert torch.isfinite(loss) and float(weight) == sum(n - 1 for n in lengths)
+    assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them
