@@ -110,7 +110,7 @@ def evaluate(
     split: Annotated[_Split, typer.Option(help="test, once; valid to choose by")] = _Split.test,
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate model, index and baselines on the test split; writes report.json and prints it."""
+    """Evaluate model, index and baselines; writes report/report.json, of validation report-valid/report.json, and prints it."""
     import recray
     from recray.report.text import render
 

@@ -29,7 +29,7 @@ from recray.evaluation.shards import share_out
 from recray.models.batch import FIRST_ID
 from recray.records import ListsRecord
 from recray.retrieval import embed
-from recray.retrieval.blend import open_blend
+from recray.retrieval.blend import check_blend, open_blend
 from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
 from recray.retrieval.ranker import open_ranker, ranker_parents
@@ -46,6 +46,7 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
     started = time.perf_counter()
     dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
+    check_blend(config, dataset, SPLITS)
     index = index_of(config, record)
     wanted = None if users is None else _keys(users, config.data.columns.user, dataset)
     _clear(output)

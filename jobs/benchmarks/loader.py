@@ -53,7 +53,7 @@ def run(
         with tempfile.TemporaryDirectory() as temporary:
             simulated = {"events": events, "users": max(10, events // 125), "items": 5000}
             table = tables | {
-                "run": {"name": name, "output": temporary, "dataset": f"{folder or temporary}/{name}-data"},
+                "run": {"name": name, "output": temporary, "dataset": f"{folder or temporary}/{name}-{events}"},
                 "data": tables["data"]
                 | {"source": "simulated", "simulated": simulated, "split": {"kind": "leave_last"}},
                 "training": tables["training"] | {"epochs": 1, "resume": False},

@@ -66,7 +66,7 @@ class MemoryWatch:
             begun = time.perf_counter()
             tree, process = memory()
             # The kernel walks every page to answer: of gigabytes that must not take a core.
-            pause = max(self._seconds, 20 * (time.perf_counter() - begun))
+            pause = min(max(self._seconds, 5 * (time.perf_counter() - begun)), 1.0)
             self.times.append(time.time())
             self.trees.append(tree)
             self.process = max(self.process, process)

@@ -77,7 +77,7 @@ def _on_device(items: list[int], queries: int, device: str) -> dict[str, object]
     def timed(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> None:
             function()
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
 
         return run
 

@@ -25,7 +25,7 @@ from recray.batches import Question, questions
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
-from recray.data.split import duration
+from recray.data.split import SPLITS, duration
 from recray.errors import DataError
 from recray.evaluation.folder import report_folder
 from recray.evaluation.shards import share_out
@@ -33,7 +33,7 @@ from recray.metrics import ranked
 from recray.metrics.lists import ListCounts
 from recray.records import IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
-from recray.retrieval.blend import open_blend
+from recray.retrieval.blend import check_blend, open_blend
 from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
 from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter
@@ -58,20 +58,22 @@ _Part = tuple[dict[str, _Scores], dict[str, int]]  # of one shard: scores by sys
 
 
 def evaluate_lists(config: Config, split: str) -> ReportRecord:
-    """Evaluate <run>/checkpoint and <run>/index on a split; writes <run>/report/report.json.
+    """Evaluate <run>/checkpoint and <run>/index on a split; writes report.json of <run>/report, or of <run>/report-valid.
 
-    Raises LineageError when the index was built from another checkpoint.
+    Raises LineageError when the index was built from another checkpoint, ConfigError for the validation split of a refitted
+    checkpoint, and for a filter over too many events.
     """
     started = time.perf_counter()
     dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     folder = report_folder(config, record, split)
+    check_blend(config, dataset, _before(split))
     index = index_of(config, record)
     if index is None:
         print(f"evaluate: there is no index in {config.run_uri}/index; exact search only", flush=True)
-    if "item_filter" in config.evaluation.baselines and not _filter_fits(dataset):
-        events = dataset.record.counts["events_train"]
-        print(f"evaluate: item_filter is left out: {events:,} train events are more than {MAX_EVENTS:,}")
+    if "item_filter" in config.evaluation.baselines and not _filter_fits(dataset, split):
+        events = sum(dataset.record.counts[f"events_{name}"] for name in _before(split))
+        print(f"evaluate: item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}")
     scores, counts = _merged(
         share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     )
@@ -112,7 +114,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
     systems: dict[str, System] = {"model": ExactSearch(model, torch.from_numpy(vectors_ND))}
     if storage.exists(storage.join(index_uri, "index.json")):
         systems["index"] = IndexSearch(model, ItemIndex.open(index_uri))
-    before = ("train",) if split == "valid" else ("train", "valid")
+    before = _before(split)
     search = systems.get("index", systems["model"])
     blend = open_blend(config, dataset, before, search, model, torch.from_numpy(vectors_ND))
     if blend is not None:
@@ -126,7 +128,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
         elif name == "recent_popularity" and dataset.record.has_time:
             window = duration(config.evaluation.recent_window)
             systems[name] = baselines.recent_popularity(dataset, split, window)
-        elif name == "item_filter" and _filter_fits(dataset):
+        elif name == "item_filter" and _filter_fits(dataset, split):
             systems[name] = ItemFilter(dataset, before) if blend is None else blend.item_filter
         elif name == "oracle" and config.data.source == "simulated":
             oracle = SimulatedOracle(config.data.simulated, config.run.seed)
@@ -134,8 +136,13 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
     return systems, vectors_ND
 
 
-def _filter_fits(dataset: PreparedDataset) -> bool:
-    return dataset.record.counts["events_train"] <= MAX_EVENTS
+def _before(split: str) -> tuple[str, ...]:
+    """The splits whose events are known when this one is asked for."""
+    return SPLITS[: SPLITS.index(split)]
+
+
+def _filter_fits(dataset: PreparedDataset, split: str) -> bool:
+    return sum(dataset.record.counts[f"events_{name}"] for name in _before(split)) <= MAX_EVENTS
 
 
 def _score(

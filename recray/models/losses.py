@@ -23,15 +23,18 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from recray.config import LossConfig
 from recray.models import Retriever
 from recray.models.batch import FIRST_ID, Batch, ItemTable
-from recray.models.products import product
+from recray.models.products import fits, product
 
 _LARGEST_EXPONENT = (
     86.0  # 2 to the power of it and of its negative are far inside of float32, and so are products with them
 )
+
+_LOGITS = 1 << 26  # alive at a time (256 MB)
 
 
 class Gather(Protocol):
@@ -50,9 +53,11 @@ def retrieval_loss(config: LossConfig, model: Retriever, batch: Batch, items: It
     if config.name == "softmax":
         v_ND = model.item_vectors(torch.arange(FIRST_ID, items.num_items, device=q_QD.device))
         q_QD = torch.where(weight_Q[:, None] > 0, q_QD.float(), 0.0)
-        total: Tensor = _ChunkedSoftmax.apply(  # type: ignore[no-untyped-call]
-            q_QD, v_ND.float(), batch.target_Q - FIRST_ID, weight_Q, config.temperature, config.chunk_size
-        )
+        # Powers of 2 leave the range of half precision: autocast must not touch their products.
+        with torch.autocast(q_QD.device.type, enabled=False):
+            total: Tensor = _ChunkedSoftmax.apply(  # type: ignore[no-untyped-call]
+                q_QD, v_ND.float(), batch.target_Q - FIRST_ID, weight_Q, config.temperature, config.chunk_size
+            )
         return total
     loss_Q = _query_losses(config, model, q_QD, batch, items, gather)
     return (torch.where(weight_Q > 0, loss_Q, 0.0) * weight_Q).sum()
@@ -128,9 +133,9 @@ def _sampled_softmax(
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
-    """Weighted cross-entropy over all items with `chunk` rows of logits alive at a time.
+    """Weighted cross-entropy over all items with `chunk` rows of logits alive at a time, in float32.
 
-    Forward has the logits in the cache and makes the gradients there and then, which
+    Forward has the logits at hand and makes the gradients there and then, which
     saves their fourth product with the items; backward only scales them.
     Logits that cannot overflow need no maximum subtracted, which saves two passes more.
     """
@@ -146,30 +151,37 @@ class _ChunkedSoftmax(torch.autograd.Function):
         bounded = float(bound) < _LARGEST_EXPONENT
         sum_Q, top_Q = torch.empty(len(q_QD), device=q_QD.device), torch.zeros(len(q_QD), device=q_QD.device)
         learns = any(ctx.needs_input_grad)
-        v_DN, q_DQ = v_ND.T.contiguous(), q_QD.T.contiguous()
-        grad_q, grad_DN = torch.empty_like(q_QD), torch.zeros_like(v_DN)
+        chunk = max(1, min(chunk, _LOGITS // len(v_ND)))
         logits = q_QD.new_empty(min(chunk, len(q_QD)), len(v_ND))
+        # The items' gradient is made turned round where that is the faster product, and its memory is small.
+        turned = learns and fits(q_QD.T, v_ND)
+        v_DN, grad_q = v_ND.T.contiguous() if turned else None, torch.empty_like(q_QD)
+        grad_v = torch.zeros_like(v_ND if v_DN is None else v_DN)
         by_row = (torch.split(x, chunk) for x in (q_QD, weight_Q, sum_Q, top_Q, grad_q))
-        for q_RD, weight_R, sum_R, top_R, grad_RD, q_DR in zip(*by_row, torch.split(q_DQ, chunk, 1), strict=True):
+        for q_RD, weight_R, sum_R, top_R, grad_RD in zip(*by_row, strict=True):
             p_RN = product(q_RD, v_ND, out=logits[: len(q_RD)])
             if not bounded:
                 top_R.copy_(p_RN.amax(1))
                 p_RN -= top_R[:, None]
             torch.sum(p_RN.exp2_(), 1, out=sum_R)
-            if learns:
+            if v_DN is not None:
                 grad_RD.copy_(product(p_RN, v_DN))
-                grad_DN += product(q_DR * (weight_R / sum_R), p_RN.T)
+                grad_v += product(q_RD.T * (weight_R / sum_R), p_RN.T)
+            elif learns:
+                torch.mm(p_RN, v_ND, out=grad_RD)
+                grad_v.addmm_(p_RN.T, q_RD * (weight_R / sum_R)[:, None])
             del p_RN  # so that the next one finds its memory, which is in the cache
         loss_Q = (top_Q + sum_Q.log2() - (q_QD * positive_QD).sum(1)) * math.log(2)
         if learns:
             grad_q *= (weight_Q / sum_Q)[:, None]
             grad_q.addcmul_(positive_QD, weight_Q[:, None], value=-1)
-            grad_v = grad_DN.T.contiguous()
+            grad_v = grad_v.T.contiguous() if turned else grad_v
             grad_v.index_add_(0, target_Q, q_QD * weight_Q[:, None], alpha=-1)
             ctx.save_for_backward(grad_q.div_(temperature), grad_v.mul_(math.log(2)))
         return (loss_Q * weight_Q).sum()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_q, grad_v = ctx.saved_tensors
         return grad_q * grad, grad_v * grad, None, None, None, None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _LARGEST = 1 << 25  # bytes: oneDNN's operator always makes a new tensor, and memory that large is not kept for it
 _ONEDNN = (
@@ -62,6 +63,7 @@ class _Linear(torch.autograd.Function):
         return _ONEDNN(x_RK, w_NK, b_N, "none", [], "")  # type: ignore[no-any-return, misc]
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_RK, w_NK = ctx.saved_tensors
         grad_RN = grad_RN.contiguous()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from recray.models.batch import FIRST_ID, Jagged
 
-_SCORES = 7 << 20  # scores alive at a time (28 MB): memory larger than 32 MB comes fresh from the kernel at every call
-_ROWS = 32  # queries at least: every pass reads all items
+# Scores alive at a time: 28 MB, as memory larger than 32 MB comes fresh from the kernel at every call; but as every pass
+# reads all items up to 32 queries, while that is no more than 128 MB.
+_SCORES, _ROWS, _MOST_SCORES = 7 << 20, 32, 1 << 25
 _TILE = 32  # columns of which only the largest is looked at first
 
 
@@ -26,7 +27,8 @@ def top_k(
     FIRST_ID and those in `exclude` never come back. A row with fewer than k items left ends in id 0 and score -inf.
     """
     first, step = share
-    rows_at_once = max(_ROWS, _SCORES // max(len(v_ND), 1))
+    items = max(len(v_ND), 1)
+    rows_at_once = max(1, min(max(_ROWS, _SCORES // items), _MOST_SCORES // items))
     q_BD, v_ND = q_BD.float(), v_ND.float()
     buffer = q_BD.new_empty(min(rows_at_once, len(q_BD)), len(v_ND))
     ids, scores = [], []

@@ -63,6 +63,16 @@ class Blended:
         return torch.cat(ids).numpy(), torch.cat(scores).numpy()
 
 
+def check_blend(config: Config, dataset: PreparedDataset, splits: tuple[str, ...]) -> None:
+    """Raises ConfigError where `retrieval.filter_weight` asks for a filter over too many events."""
+    events = sum(dataset.record.counts[f"events_{split}"] for split in splits)
+    if config.retrieval.filter_weight and events > MAX_EVENTS:
+        raise ConfigError(
+            f"retrieval.filter_weight = {config.retrieval.filter_weight}: every query of the filter is a pass over all events, "
+            f"and {events:,} are more than {MAX_EVENTS:,}: set retrieval.filter_weight = 0"
+        )
+
+
 def open_blend(
     config: Config,
     dataset: PreparedDataset,
@@ -71,18 +81,10 @@ def open_blend(
     model: nn.Module,
     vectors_ND: Tensor,
 ) -> Blended | None:
-    """The blend of `retrieval.filter_weight` over the events of `splits`; None where it is 0.
-
-    Raises ConfigError for a log that is too long for the filter.
-    """
+    """The blend of `retrieval.filter_weight` over the events of `splits`; None where it is 0."""
     options = config.retrieval
     if not options.filter_weight:
         return None
-    events = dataset.record.counts["events_train"]
-    if events > MAX_EVENTS:
-        raise ConfigError(
-            f"retrieval.filter_weight = {options.filter_weight}: every query of the filter is a pass over all events, and "
-            f"{events:,} are more than {MAX_EVENTS:,}: set retrieval.filter_weight = 0"
-        )
+    check_blend(config, dataset, splits)
     item_filter = ItemFilter(dataset, splits)
     return Blended(search, model, vectors_ND, item_filter, options.filter_weight, config.loss.temperature, options.k)

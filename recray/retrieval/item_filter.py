@@ -52,7 +52,7 @@ class ItemFilter:
             row = torch.repeat_interleave(torch.arange(len(seen.offsets) - 1), seen.lengths())
             had_NB = torch.zeros(len(self._scale_N), len(seen.offsets) - 1)
             had_NB[seen.values, row] = self._scale_N[seen.values]
-            scores_BN = (self._by_item @ (self._by_user @ had_NB)).T * self._scale_N
+            scores_BN = (self._by_item @ (self._by_user @ had_NB)).T.contiguous().mul_(self._scale_N)
             yield slice(low, low + at_once), scores_BN
 
     def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:

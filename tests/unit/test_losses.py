@@ -1,5 +1,6 @@
 """Losses against closed forms in float64."""
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from recray.config import LossConfig
+from recray.models import losses, products
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.losses import retrieval_loss
 
@@ -44,28 +46,36 @@ def _batch() -> Batch:
 
 def _each(config: LossConfig, model: _Vectors, batch: Batch, table: ItemTable) -> torch.Tensor:
     """The loss of every query: of the same draws, with all weight on one query after another."""
-    state, losses = torch.random.get_rng_state(), []
+    state, each = torch.random.get_rng_state(), []
     for one in torch.eye(Q):
         torch.random.set_rng_state(state)
         # A weight of 0 would take the query's positive from the candidates.
         both = retrieval_loss(config, model, replace(batch, weight_Q=1 + one), table, _Alone())
         torch.random.set_rng_state(state)
-        losses.append(both - retrieval_loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, _Alone()))
-    return torch.stack(losses)
+        each.append(both - retrieval_loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, _Alone()))
+    return torch.stack(each)
 
 
 TABLE = ItemTable(torch.cat([torch.zeros(2), torch.arange(N - 2, 0, -1).float()]))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
-@pytest.mark.parametrize("size", [1.0, 60.0])  # logits up to 5 or so, and so large that exp of them is infinite
-def test_chunked_softmax_equals_cross_entropy_with_gradients(chunk: int, size: float) -> None:
+# Logits up to 5 or so, up to 50, whose powers half precision cannot hold, and so large that exp of them is infinite.
+@pytest.mark.parametrize("size", [1.0, 6.0, 60.0])
+@pytest.mark.parametrize("way", ["oneDNN", "mm", torch.bfloat16, torch.float16])
+def test_chunked_softmax_equals_cross_entropy_with_gradients(
+    chunk: int, size: float, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "oneDNN":  # as on a GPU and over many items
+        for module in (losses, products):
+            monkeypatch.setattr(module, "fits", lambda a, b: False)
     model = _Vectors()
     batch = replace(_batch(), weight_Q=torch.rand(Q))
     with torch.no_grad():
         model.q *= size
     config = LossConfig(name="softmax", temperature=0.7, chunk_size=chunk)
-    ours = retrieval_loss(config, model, batch, TABLE, _Alone())
+    with torch.autocast("cpu", way) if isinstance(way, torch.dtype) else contextlib.nullcontext():
+        ours = retrieval_loss(config, model, batch, TABLE, _Alone())
     (ours * 3).backward()
     q, v = model.q.detach().double().requires_grad_(), model.v.detach().double().requires_grad_()
     assert batch.target_Q is not None and batch.weight_Q is not None
