@@ -22,7 +22,6 @@ from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.dice import Dice
 from recray.models.inputs import Inputs, RankerOptions
 from recray.models.parts import Dropout, mean_pool, select
-from recray.models.products import Linear
 from recray.records import DatasetRecord
 
 
@@ -46,9 +45,9 @@ class Din(nn.Module):
         layers: list[nn.Module] = []
         size = self.inputs.row_width + 3 * width
         for inner in options.hidden:
-            layers += [Linear(size, inner), Dice(inner), Dropout(options.dropout)]
+            layers += [nn.Linear(size, inner), Dice(inner), Dropout(options.dropout)]
             size = inner
-        self.tower = nn.Sequential(*layers, Linear(size, 1))
+        self.tower = nn.Sequential(*layers, nn.Linear(size, 1))
 
     def logits(self, batch: Batch) -> Tensor:
         items = self.inputs.items(batch)

@@ -153,29 +153,33 @@ class _ChunkedSoftmax(torch.autograd.Function):
         learns = any(ctx.needs_input_grad)
         chunk = max(1, min(chunk, _LOGITS // len(v_ND)))
         logits = q_QD.new_empty(min(chunk, len(q_QD)), len(v_ND))
-        # The items' gradient is made turned round where that is the faster product, and its memory is small.
-        turned = learns and fits(q_QD.T, v_ND)
-        v_DN, grad_q = v_ND.T.contiguous() if turned else None, torch.empty_like(q_QD)
-        grad_v = torch.zeros_like(v_ND if v_DN is None else v_DN)
+        # The items' gradient is made turned round where that is the faster product. A chunk of another size is not worth
+        # what it would leave behind (recray.models.products).
+        turned = learns and len(q_QD) >= chunk and fits(q_QD[:chunk].T, v_ND)
+        v_DN, grad_q = v_ND.T.contiguous(), torch.empty_like(q_QD)
+        grad_v = torch.zeros_like(v_DN).T if turned else torch.zeros_like(v_ND)
         by_row = (torch.split(x, chunk) for x in (q_QD, weight_Q, sum_Q, top_Q, grad_q))
         for q_RD, weight_R, sum_R, top_R, grad_RD in zip(*by_row, strict=True):
-            p_RN = product(q_RD, v_ND, out=logits[: len(q_RD)])
+            whole = turned and len(q_RD) == chunk
+            p_RN = product(q_RD, v_ND, logits) if whole else torch.mm(q_RD, v_DN, out=logits[: len(q_RD)])
             if not bounded:
                 top_R.copy_(p_RN.amax(1))
                 p_RN -= top_R[:, None]
             torch.sum(p_RN.exp2_(), 1, out=sum_R)
-            if v_DN is not None:
+            if learns:
+                share_RD = q_RD * (weight_R / sum_R)[:, None]
+            if whole:
                 grad_RD.copy_(product(p_RN, v_DN))
-                grad_v += product(q_RD.T * (weight_R / sum_R), p_RN.T)
+                grad_v.T.add_(product(share_RD.T.contiguous(), p_RN.T))
             elif learns:
                 torch.mm(p_RN, v_ND, out=grad_RD)
-                grad_v.addmm_(p_RN.T, q_RD * (weight_R / sum_R)[:, None])
+                grad_v.addmm_(p_RN.T, share_RD)
             del p_RN  # so that the next one finds its memory, which is in the cache
         loss_Q = (top_Q + sum_Q.log2() - (q_QD * positive_QD).sum(1)) * math.log(2)
         if learns:
             grad_q *= (weight_Q / sum_Q)[:, None]
             grad_q.addcmul_(positive_QD, weight_Q[:, None], value=-1)
-            grad_v = grad_v.T.contiguous() if turned else grad_v
+            grad_v = grad_v.contiguous()
             grad_v.index_add_(0, target_Q, q_QD * weight_Q[:, None], alpha=-1)
             ctx.save_for_backward(grad_q.div_(temperature), grad_v.mul_(math.log(2)))
         return (loss_Q * weight_Q).sum()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from recray.models.batch import Feature, ItemTable, Jagged
 from recray.models.embedding import Table
-from recray.models.products import Linear
 from recray.records import Feature as FeatureRecord
 
 
@@ -120,9 +119,9 @@ def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequentia
     """Linear, GELU, dropout for each hidden width, then a linear layer to `out`."""
     layers: list[nn.Module] = []
     for inner in hidden:
-        layers += [Linear(width, inner), nn.GELU(), Dropout(dropout)]
+        layers += [nn.Linear(width, inner), nn.GELU(), Dropout(dropout)]
         width = inner
-    return nn.Sequential(*layers, Linear(width, out))
+    return nn.Sequential(*layers, nn.Linear(width, out))
 
 
 def select(feature: Feature, rows: Tensor) -> Feature:

@@ -1,20 +1,20 @@
 """Matrix products of float32 on a CPU, by the faster of the two libraries that torch brings.
 
 torch asks MKL, which runs kernels for older machines on AMD; oneDNN makes its own for
-the CPU at hand. Measured (EPYC with AVX-512, two threads, torch 2.13): products of a
-softmax over 3,416 items 166 against 210 GFLOP/s, layers of a d 64 block 135 against 175.
-The operator is the one that torch.compile uses; elsewhere, and where it is missing, torch's own product.
+the CPU at hand. Measured for the products of a softmax over 3,416 items (EPYC with
+AVX-512, two threads, torch 2.13): 166 against 210 GFLOP/s. The operator is the one that
+torch.compile uses; elsewhere, and where it is missing, torch's own product.
+
+oneDNN keeps the code that it makes for every shape, a megabyte or so each, for ever: only
+for products whose shapes come again and again, never for all tokens of a batch.
 """
 
 from __future__ import annotations
 
 import platform
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 _LARGEST = 1 << 25  # bytes: oneDNN's operator always makes a new tensor, and memory that large is not kept for it
 _ONEDNN = (
@@ -42,31 +42,3 @@ def fits(a_RK: Tensor, b_NK: Tensor) -> bool:
         and 0 < 4 * len(a_RK) * len(b_NK) < _LARGEST
         and a_RK.shape[1] > 0
     )
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` by `product`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or x.dim() != 2
-        if plain or not fits(x, self.weight):
-            return F.linear(x, self.weight, self.bias)
-        out: Tensor = _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, w_NK: Tensor, b_N: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x_RK, w_NK)
-        ctx.has_bias = b_N is not None
-        return _ONEDNN(x_RK, w_NK, b_N, "none", [], "")  # type: ignore[no-any-return, misc]
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_RK, w_NK = ctx.saved_tensors
-        grad_RN = grad_RN.contiguous()
-        grad_x = product(grad_RN, w_NK.T.contiguous()) if ctx.needs_input_grad[0] else None
-        # Over many rows MKL is the faster one.
-        return grad_x, grad_RN.T @ x_RK, grad_RN.sum(0) if ctx.has_bias else None

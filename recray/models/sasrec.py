@@ -22,7 +22,6 @@ from recray.models import Examples
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.embedding import Table
 from recray.models.parts import dropout, select
-from recray.models.products import Linear
 from recray.records import DatasetRecord
 
 _GROUPS = 4  # groups of rows by length: more waste less padding but start more small kernels
@@ -100,10 +99,10 @@ class _Block(nn.Module):
         dim, inner = options.dim, options.dim * options.expansion
         self.heads, self.dropout, self.gated = options.heads, options.dropout, options.feed_forward == "gated"
         self.attention_norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv = Linear(dim, 3 * dim)
-        self.out = Linear(dim, dim)
-        self.up = Linear(dim, 2 * inner if self.gated else inner)
-        self.down = Linear(inner, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.up = nn.Linear(dim, 2 * inner if self.gated else inner)
+        self.down = nn.Linear(inner, dim)
 
     def forward(self, x_TD: Tensor, groups: list[_Group]) -> Tensor:
         x_TD = x_TD + dropout(

@@ -59,7 +59,7 @@ def _each(config: LossConfig, model: _Vectors, batch: Batch, table: ItemTable) -
 TABLE = ItemTable(torch.cat([torch.zeros(2), torch.arange(N - 2, 0, -1).float()]))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 256])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 256])  # of 7 rows
 # Logits up to 5 or so, up to 50, whose powers half precision cannot hold, and so large that exp of them is infinite.
 @pytest.mark.parametrize("size", [1.0, 6.0, 60.0])
 @pytest.mark.parametrize("way", ["oneDNN", "mm", torch.bfloat16, torch.float16])

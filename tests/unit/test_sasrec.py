@@ -1,5 +1,8 @@
 """sasrec against the plain implementation: torch's own encoder layers on padded rows and its cross-entropy."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from recray.config import LossConfig
 from recray.models import sasrec
 from recray.models.batch import FIRST_ID, Batch, ItemTable, Jagged
 from recray.models.losses import RetrievalObjective
-from recray.models.products import Linear
+from recray.models.products import product
 from recray.records import DatasetRecord
 
 ITEMS, DIM, LENGTH, LAYERS = 300, 32, 20, 2
@@ -104,21 +107,39 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(heads: int) -> None:
     assert curve[0][-1] < 0.9 * curve[0][0]
 
 
-@pytest.mark.parametrize("rows", [0, 1, 300])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_torchs_with_its_gradients(rows: int, bias: bool) -> None:
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    """Every batch has another number of tokens, and oneDNN keeps code for every shape that it is given."""
+    script = """
+import resource, torch
+from recray.config import LossConfig
+from recray.models import sasrec
+from recray.models.batch import Batch, ItemTable, Jagged
+from recray.models.losses import RetrievalObjective
+from recray.records import DatasetRecord
+class Alone:
+    def all_gather(self, x): return x
+items = ItemTable(torch.ones(300))
+record = DatasetRecord(fingerprint="", num_items=300, num_users=2, counts={}, shards={}, seed=0)
+model = sasrec.build(sasrec.Options(dim=32, history_length=50), record, items)
+objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=64), items, Alone())
+def peak(lengths):
+    for n in lengths:
+        ids = torch.randint(2, 300, (20 * n,))
+        history = Jagged(ids, torch.arange(0, 20 * n + 1, n))
+        total, _ = objective(Batch(torch.ones(20).long(), history, ids, torch.ones(20 * n), torch.arange(20 * n)))
+        total.backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(peak([50, *range(20, 24)]), peak(range(24, 50)))
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    first, second = map(float, out.split())
+    assert second - first < 30, (first, second)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (64, 300, 8), (300, 64, 500)])
+def test_a_product_is_torchs(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    ours, theirs = Linear(24, 40, bias), nn.Linear(24, 40, bias).double()
-    theirs.load_state_dict({name: value.double() for name, value in ours.state_dict().items()})
-    x = torch.randn(rows, 24, requires_grad=True)
-    y = x.detach().double().requires_grad_()
-    factor = torch.randn(40, rows).T  # gradients need not be contiguous
-    found, wanted = ours(x), theirs(y)
-    (found * factor).sum().backward()
-    (wanted * factor.double()).sum().backward()
-    assert torch.allclose(found.double(), wanted, atol=1e-5)
-    assert x.grad is not None and y.grad is not None
-    assert torch.allclose(x.grad.double(), y.grad, atol=1e-5)
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None
-        assert torch.allclose(one.grad.double(), other.grad, atol=1e-4)
+    rows, columns, width = shape
+    a, b = torch.randn(rows, width), torch.randn(width, columns).T  # one of them stands the other way round
+    for left, right in ((a, b), (b, a)):
+        assert torch.allclose(product(left, right).double(), left.double() @ right.double().T, atol=1e-4)
