@@ -20,14 +20,18 @@ from recray.models.batch import FIRST_ID, Jagged
 from recray.models.scoring import best_of
 
 MAX_EVENTS = 50_000_000  # every query is a pass over all events
+# Of an item's count, on the side of the user's own items; the other side has the rest. On gowalla's validation split
+# NDCG@20 of the filter alone is 0.118 with 3/4, 0.112 with 1/2, 0.107 with 1.
+_FROM = 0.75
 _ENTRIES = 1 << 25  # of a dense matrix alive at a time (128 MB)
 
 
 class ItemFilter:
-    """Normalised item-item linear filter (the linear part of GF-CF, Shen et al., CIKM 2021).
+    """Normalised item-item linear filter (the linear part of GF-CF, Shen et al., CIKM 2021, with other powers).
 
     With R the user-item matrix of the events of `splits`, a user with items x scores
-    x D_i^-1/2 R' D_u^-1 R D_i^-1/2. The products are sparse: no item-item matrix is made.
+    x D_i^-3/4 R' D_u^-1 R D_i^-1/4: between a random walk (powers 1 and 0), which favours what is popular, and
+    GF-CF's halves. The products are sparse: no item-item matrix is made.
     """
 
     def __init__(self, dataset: PreparedDataset, splits: Sequence[str]) -> None:
@@ -40,7 +44,8 @@ class ItemFilter:
             pairs.append(torch.unique((user * n + item)[kept]))
         user_E, item_E = (found := torch.unique(torch.cat(pairs))) // n, found % n
         shape = (dataset.record.num_users, n)
-        self._scale_N = torch.bincount(item_E, minlength=n).clamp(min=1).rsqrt()
+        count_N = torch.bincount(item_E, minlength=n).clamp(min=1).float()
+        self._from_N, self._to_N = count_N**-_FROM, count_N ** (_FROM - 1)
         self._by_user = _sparse(user_E, item_E, 1 / torch.bincount(user_E)[user_E].float(), shape)
         self._by_item = _sparse(item_E, user_E, torch.ones(len(item_E)), shape[::-1])
 
@@ -50,9 +55,9 @@ class ItemFilter:
         for low in range(0, question.batch.num_rows, at_once):
             seen = _rows(question.seen, low, low + at_once)
             row = torch.repeat_interleave(torch.arange(len(seen.offsets) - 1), seen.lengths())
-            had_NB = torch.zeros(len(self._scale_N), len(seen.offsets) - 1)
-            had_NB[seen.values, row] = self._scale_N[seen.values]
-            scores_BN = (self._by_item @ (self._by_user @ had_NB)).T.contiguous().mul_(self._scale_N)
+            had_NB = torch.zeros(len(self._from_N), len(seen.offsets) - 1)
+            had_NB[seen.values, row] = self._from_N[seen.values]
+            scores_BN = (self._by_item @ (self._by_user @ had_NB)).T.contiguous().mul_(self._to_N)
             yield slice(low, low + at_once), scores_BN
 
     def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
