@@ -36,7 +36,7 @@ from recray.retrieval import baselines, embed
 from recray.retrieval.blend import check_blend, open_blend
 from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
-from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter
+from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter, num_events
 from recray.retrieval.ranker import open_ranker, ranker_parents
 from recray.retrieval.systems import ExactSearch, IndexSearch, Oracle, Reranked, System
 
@@ -71,8 +71,8 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     index = index_of(config, record)
     if index is None:
         print(f"evaluate: there is no index in {config.run_uri}/index; exact search only", flush=True)
-    if "item_filter" in config.evaluation.baselines and not _filter_fits(dataset, split):
-        events = sum(dataset.record.counts[f"events_{name}"] for name in _before(split))
+    events = num_events(dataset, _before(split))
+    if "item_filter" in config.evaluation.baselines and events > MAX_EVENTS:
         print(f"evaluate: item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}")
     scores, counts = _merged(
         share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
@@ -128,7 +128,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
         elif name == "recent_popularity" and dataset.record.has_time:
             window = duration(config.evaluation.recent_window)
             systems[name] = baselines.recent_popularity(dataset, split, window)
-        elif name == "item_filter" and _filter_fits(dataset, split):
+        elif name == "item_filter" and num_events(dataset, before) <= MAX_EVENTS:
             systems[name] = ItemFilter(dataset, before) if blend is None else blend.item_filter
         elif name == "oracle" and config.data.source == "simulated":
             oracle = SimulatedOracle(config.data.simulated, config.run.seed)
@@ -139,10 +139,6 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
 def _before(split: str) -> tuple[str, ...]:
     """The splits whose events are known when this one is asked for."""
     return SPLITS[: SPLITS.index(split)]
-
-
-def _filter_fits(dataset: PreparedDataset, split: str) -> bool:
-    return sum(dataset.record.counts[f"events_{name}"] for name in _before(split)) <= MAX_EVENTS
 
 
 def _score(

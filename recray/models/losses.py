@@ -30,10 +30,7 @@ from recray.models import Retriever
 from recray.models.batch import FIRST_ID, Batch, ItemTable
 from recray.models.products import fits, product
 
-_LARGEST_EXPONENT = (
-    86.0  # 2 to the power of it and of its negative are far inside of float32, and so are products with them
-)
-
+_LARGEST_EXPONENT = 86.0  # 2 to the power of it and of its negative are inside of float32, and products with them
 _LOGITS = 1 << 26  # alive at a time (256 MB)
 
 

@@ -22,7 +22,7 @@ from recray.data.prepared import PreparedDataset
 from recray.errors import ConfigError
 from recray.models.batch import FIRST_ID
 from recray.models.scoring import best_of
-from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter, allowed
+from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter, allowed, num_events
 from recray.retrieval.systems import System, queries
 
 _LEAST = 1e-5  # of a share: what the filter has no score for is unlikely, not impossible
@@ -65,7 +65,7 @@ class Blended:
 
 def check_blend(config: Config, dataset: PreparedDataset, splits: tuple[str, ...]) -> None:
     """Raises ConfigError where `retrieval.filter_weight` asks for a filter over too many events."""
-    events = sum(dataset.record.counts[f"events_{split}"] for split in splits)
+    events = num_events(dataset, splits)
     if config.retrieval.filter_weight and events > MAX_EVENTS:
         raise ConfigError(
             f"retrieval.filter_weight = {config.retrieval.filter_weight}: every query of the filter is a pass over all events, "

@@ -1,7 +1,7 @@
 """What answers a question with a ranking: the model, its index, both with a ranker behind, the oracle.
 
-The item filter beside the model is in recray.retrieval.blend, baselines are in baselines and item_filter. All leave out what the user had when
-`filter_seen` says so, and fill lists that fall short with id 0.
+The item filter beside the model is in recray.retrieval.blend, baselines are in baselines and item_filter. All leave out
+what the user had when `filter_seen` says so, and fill lists that fall short with id 0.
 
 Shape legend: B queries, K places.
 """
