@@ -47,10 +47,11 @@ class _Group:
         self.rows, self.length = len(lengths_R), int(lengths_R[-1])
         self.tokens = int(lengths_R.sum())
         self.padded = self.tokens < self.rows * self.length
+        self.real_RL: Tensor | None = None  # bool; None where all are
         if self.padded:
             step_L = torch.arange(self.length, device=lengths_R.device)
             # Rows start at the left, so that "causal" alone keeps real tokens from the padding behind them.
-            real_RL = step_L < lengths_R[:, None]
+            self.real_RL = real_RL = step_L < lengths_R[:, None]
             starts_R = lengths_R.cumsum(0) - lengths_R
             self.token_RL = torch.where(real_RL, starts_R[:, None] + step_L, 0).flatten()  # any token for padding
             self.place_T = real_RL.flatten().nonzero()[:, 0]
@@ -105,9 +106,24 @@ class _Block(nn.Module):
         self.down = nn.Linear(inner, dim)
 
     def forward(self, x_TD: Tensor, groups: list[_Group]) -> Tensor:
-        x_TD = x_TD + dropout(
-            self.out(self._attend(self.qkv(self.attention_norm(x_TD)), groups)), self.dropout, self.training
-        )
+        y_TD = self._attend(self.qkv(self.attention_norm(x_TD)), groups)
+        return self._feed(x_TD + dropout(self.out(y_TD), self.dropout, self.training))
+
+    def last(self, x_TD: Tensor, groups: list[_Group], last_R: Tensor) -> Tensor:
+        """(R, D): `forward` of each row's last token, `last_R`; of the others only keys and values are needed."""
+        dim = x_TD.shape[1]
+        normed_TD = self.attention_norm(x_TD)
+        q_RD = F.linear(normed_TD[last_R], self.qkv.weight[:dim], self.qkv.bias[:dim])
+        kv = F.linear(normed_TD, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        parts = [q_RD[:0]]
+        rows, tokens = [group.rows for group in groups], [group.tokens for group in groups]
+        for group, q_part, kv_part in zip(groups, torch.split(q_RD, rows), torch.split(kv, tokens), strict=True):
+            q, k, v = map(self._heads, (q_part[:, None], *group.pad(kv_part).chunk(2, 2)))
+            real = None if group.real_RL is None else group.real_RL[:, None, None]
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=real).flatten(1))
+        return self._feed(x_TD[last_R] + dropout(self.out(torch.cat(parts)), self.dropout, self.training))
+
+    def _feed(self, x_TD: Tensor) -> Tensor:
         inner = self.up(self.feed_norm(x_TD))
         if self.gated:
             gate, value = inner.chunk(2, dim=-1)
@@ -119,11 +135,15 @@ class _Block(nn.Module):
     def _attend(self, qkv: Tensor, groups: list[_Group]) -> Tensor:
         parts = []
         for group, part in zip(groups, torch.split(qkv, [group.tokens for group in groups]), strict=True):
-            q, k, v = (torch.unflatten(x, 2, (self.heads, -1)).transpose(1, 2) for x in group.pad(part).chunk(3, 2))
+            q, k, v = map(self._heads, group.pad(part).chunk(3, 2))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             parts.append(group.unpad(y.transpose(1, 2).flatten(2)))
         # Without any token still a function of every weight: DDP waits for all gradients.
         return torch.cat(parts) if parts else qkv[:, : qkv.shape[1] // 3]
+
+    def _heads(self, x_RLD: Tensor) -> Tensor:
+        """(R, H, L, D / H)"""
+        return torch.unflatten(x_RLD, 2, (self.heads, -1)).transpose(1, 2)
 
 
 class SASRec(nn.Module):
@@ -150,19 +170,23 @@ class SASRec(nn.Module):
         x_TD = self.item_table(history.values) * self.options.dim**0.5 + F.embedding(from_end_T, self.position)
         x_TD = dropout(x_TD, self.options.dropout, self.training)
         groups = [_Group(part) for part in lengths_B[lengths_B > 0].chunk(_GROUPS) if len(part)]
-        for block in self.blocks:
+        *earlier, final = self.blocks
+        for block in earlier:
             x_TD = block(x_TD, groups)
-        # One more row, of zeros, for users without a history. No parameter: it would have no gradient in training.
-        x_TD = torch.cat([x_TD, x_TD.new_zeros(1, self.options.dim)])
-        offset_B, length_B = (
-            torch.empty_like(lengths_B).index_copy_(0, order_B, x) for x in (history.offsets[:-1], lengths_B)
-        )
-        if batch.position_Q is not None:
-            row_Q = torch.bucketize(batch.position_Q, batch.history.offsets[1:], right=True)
-            token_Q = batch.position_Q + (offset_B - batch.history.offsets[:-1])[row_Q]
-        else:
-            token_Q = torch.where(length_B > 0, offset_B + length_B - 1, len(from_end_T))
-        q_QD = self.norm(x_TD.index_select(0, token_Q))
+        if batch.position_Q is None:
+            with_history = lengths_B > 0
+            # Users without a history have zeros. No parameter: it would have no gradient in training.
+            x_BD = x_TD.new_zeros(len(lengths_B), self.options.dim)
+            x_BD[order_B[with_history]] = final.last(x_TD, groups, history.offsets[1:][with_history] - 1)
+            return self._query(x_BD)
+        x_TD = final(x_TD, groups)
+        offset_B = torch.empty_like(lengths_B).index_copy_(0, order_B, history.offsets[:-1])
+        row_Q = torch.bucketize(batch.position_Q, batch.history.offsets[1:], right=True)
+        token_Q = batch.position_Q + (offset_B - batch.history.offsets[:-1])[row_Q]
+        return self._query(x_TD.index_select(0, token_Q))
+
+    def _query(self, x_QD: Tensor) -> Tensor:
+        q_QD: Tensor = self.norm(x_QD)
         return F.normalize(q_QD, dim=-1) if self.options.normalize else q_QD
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from recray.models.batch import Jagged
 from recray.models.scoring import merge, top_k
 from recray.training.context import Context
 
-_QUERIES = 512
+_QUERIES = 128  # few enough that a transformer's activations stay near the cache
 _IMPRESSIONS = 8192
 _ITEMS = 65_536  # whose vectors are made at a time
 
