@@ -107,6 +107,24 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(heads: int) -> None:
     assert curve[0][-1] < 0.9 * curve[0][0]
 
 
+@pytest.mark.parametrize(("layers", "feed_forward"), [(1, "mlp"), (2, "gated")])
+@pytest.mark.parametrize("lengths", [[3, 0, 20, 7, 1, 20], [5, 5, 5], [0, 0]])
+def test_a_query_is_the_last_position_of_training(layers: int, feed_forward: str, lengths: list[int]) -> None:
+    torch.manual_seed(3)
+    table = {"dim": DIM, "history_length": LENGTH, "layers": layers, "heads": 2, "feed_forward": feed_forward}
+    model = sasrec.build(sasrec.Options.model_validate(table), RECORD, TABLE).eval()
+    nn.init.normal_(model.norm.bias)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    history = Jagged(torch.randint(FIRST_ID, ITEMS, (sum(lengths),)), offsets)
+    users = torch.ones(len(lengths), dtype=torch.int64)
+    q_BD = model.query_vectors(Batch(users, history))
+    last_B = offsets[1:] - 1
+    with_history = torch.tensor(lengths) > 0
+    every = model.query_vectors(Batch(users, history, position_Q=last_B[with_history]))
+    torch.testing.assert_close(q_BD[with_history], every)
+    torch.testing.assert_close(q_BD[~with_history], model.norm.bias.expand(int((~with_history).sum()), -1))
+
+
 def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     """Every batch has another number of tokens, and oneDNN keeps code for every shape that it is given."""
     script = """
