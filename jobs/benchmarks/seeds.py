@@ -60,7 +60,7 @@ class _Runs:
 
     def __init__(self, config: str, overrides: list[str], folder: str, at_once: int) -> None:
         self._config, self._overrides, self._folder = config, overrides, folder
-        self._threads = max(1, (os.cpu_count() or 1) // at_once)
+        self._threads = max(1, len(os.sched_getaffinity(0)) // at_once)
 
     def prepare(self, seed: int) -> None:
         if not Path(self._folder, f"data-{seed}", "dataset", "dataset.json").exists():
