@@ -183,11 +183,10 @@ class EvaluationConfig(Section):
     filter_seen: bool = Field(True, description="items in a user's history are not recommended again")
     batch_size: int = Field(512, ge=1, description="users scored at a time")
     bootstrap: int = Field(500, ge=0, description="resamples for the intervals; 0 = none")
-    baselines: list[Literal["popularity", "recent_popularity", "item_filter", "oracle"]] = [
-        "popularity",
-        "item_filter",
-        "oracle",
-    ]
+    baselines: list[Literal["popularity", "recent_popularity", "hindsight", "item_filter", "oracle"]] = Field(
+        ["popularity", "item_filter", "oracle"],
+        description="hindsight: the split's own popularity, the most that one list for everybody could reach; oracle: of a simulated log",
+    )
     recent_window: str = Field("1h", description="recent_popularity: how long before the split events count")
 
     @field_validator("k")

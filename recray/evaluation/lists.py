@@ -128,6 +128,8 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
         elif name == "recent_popularity" and dataset.record.has_time:
             window = duration(config.evaluation.recent_window)
             systems[name] = baselines.recent_popularity(dataset, split, window)
+        elif name == "hindsight":
+            systems[name] = baselines.hindsight(dataset, split)
         elif name == "item_filter" and num_events(dataset, before) <= MAX_EVENTS:
             systems[name] = ItemFilter(dataset, before) if blend is None else blend.item_filter
         elif name == "oracle" and config.data.source == "simulated":

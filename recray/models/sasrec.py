@@ -174,6 +174,7 @@ class SASRec(nn.Module):
         for block in earlier:
             x_TD = block(x_TD, groups)
         if batch.position_Q is None:
+            assert isinstance(final, _Block)
             with_history = lengths_B > 0
             # Users without a history have zeros. No parameter: it would have no gradient in training.
             x_BD = x_TD.new_zeros(len(lengths_B), self.options.dim)

@@ -11,6 +11,7 @@ _TITLES = {
     "reranked": "ranked again",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",
+    "hindsight": "popularity in hindsight",
     "item_filter": "item-item filter",
     "oracle": "oracle (the best possible)",
 }

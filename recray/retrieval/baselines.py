@@ -9,6 +9,7 @@ import numpy as np
 
 from recray.batches import Question
 from recray.data.prepared import PreparedDataset
+from recray.data.split import SPLITS
 from recray.models.batch import FIRST_ID, Jagged
 from recray.retrieval.item_filter import new_events
 
@@ -40,14 +41,24 @@ class Popularity:
 def recent_popularity(dataset: PreparedDataset, split: str, window_us: int) -> Popularity:
     """By counts in the window before the split; then by train count."""
     until = dataset.record.starts(split)
-    recent_N = np.zeros(dataset.record.num_items)
-    for name in ("train", "valid") if split == "test" else ("train",):
-        for table in dataset.iter_tables(name):
-            # Rows of valid begin with their train events: only targets are new.
-            new = new_events(table)
-            times = table["time"].combine_chunks().flatten().to_numpy()
-            near = new & (times >= until - window_us) & (times < until)
-            items = table["item"].combine_chunks().flatten().to_numpy()
-            recent_N += np.bincount(items[near], minlength=len(recent_N))
+    recent_N = sum(_chosen(dataset, name, until - window_us, until) for name in SPLITS[: SPLITS.index(split)])
     counts_N = dataset.item_counts()
     return Popularity(recent_N + counts_N / (counts_N.sum() + 1))
+
+
+def hindsight(dataset: PreparedDataset, split: str) -> Popularity:
+    """By counts in the split itself: hardly any list for everybody hits more, and none can be known before."""
+    return Popularity(_chosen(dataset, split))
+
+
+def _chosen(dataset: PreparedDataset, split: str, begin: int | None = None, end: int | None = None) -> np.ndarray:
+    """(N,) how often each item was chosen in a split, at begin <= time < end."""
+    chosen_N = np.zeros(dataset.record.num_items)
+    for table in dataset.iter_tables(split):
+        # Rows of later splits begin with earlier events: only targets are new.
+        kept = new_events(table)
+        if begin is not None:
+            times = table["time"].combine_chunks().flatten().to_numpy()
+            kept &= (times >= begin) & (times < end)
+        chosen_N += np.bincount(table["item"].combine_chunks().flatten().to_numpy()[kept], minlength=len(chosen_N))
+    return chosen_N

@@ -77,6 +77,15 @@ def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedD
     assert found[0].tolist() == _brute(recent, [], 5)
 
 
+@pytest.mark.parametrize(("split", "chosen"), [("valid", [11, 10, 10]), ("test", [5, 6, 2, 3])])
+def test_hindsight_counts_the_split_itself(dataset: PreparedDataset, split: str, chosen: list[int]) -> None:
+    (table,) = dataset.iter_tables("test")
+    (question,) = questions(table, 8, 5, "user")
+    found = baselines.hindsight(dataset, split)(question, 6, True)
+    counts = np.bincount(chosen, minlength=N).astype(float)
+    assert found.tolist() == [_brute(counts, seen, 6) for seen in ([2, 3, 4], [8], [4, 9, 10])]
+
+
 BEFORE = {  # items of users 2 to 6 before each split; validation adds 11 and 10 to the first, 10 to the second
     "valid": [[2, 3, 4], [3, 2], [5, 2, 6, 7], [8], [4, 9, 10]],
     "test": [[2, 3, 4, 11, 10], [3, 2, 10], [5, 2, 6, 7], [8], [4, 9, 10]],
