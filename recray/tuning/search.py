@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,11 +28,11 @@ class Search(Protocol):
 
 
 class Listed:
-    """A fixed order of points: a random one without repetitions, or a grid's own."""
+    """A fixed order of points: random ones without repetitions, or a grid's."""
 
     def __init__(self, space: Space, grid: bool) -> None:
         self._points: list[Point] = []
-        self._more = space.grid() if grid else _random(space)
+        self._more = _grid(space) if grid else _random(space)
 
     def point(self, number: int, known: Point | None = None) -> Point | None:
         if known is not None:
@@ -41,6 +42,16 @@ class Listed:
 
     def learn(self, trial: Trial) -> None:
         pass
+
+
+def _grid(space: Space) -> Iterator[Point]:
+    """In a random order where trials may be ended early: they are held against those before, and in a grid's own order
+    each could be better than the last."""
+    if space.base.tune.scheduler == "none":
+        return space.grid()
+    points = list(space.grid())
+    np.random.default_rng([space.base.run.seed, 8]).shuffle(points)  # type: ignore[arg-type]
+    return iter(points)
 
 
 def _random(space: Space) -> Any:

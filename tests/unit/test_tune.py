@@ -118,6 +118,21 @@ def test_a_grid_has_every_combination_once() -> None:
         check(_config(space, search="grid", trials=5), [])
 
 
+def test_a_grid_is_in_its_own_order_unless_trials_are_ended_early() -> None:
+    space = {"model.dim": {"low": 1, "high": 20, "step": 1}}
+
+    def dims(**table: Any) -> list[int]:
+        found = search.make(check(_config(space, search="grid", **table), []), "max", [])
+        points = [found.point(number) for number in range(1, 22)]
+        assert points.pop() is None
+        return [point["model.dim"] for point in points if point is not None]
+
+    whole = list(range(1, 21))
+    assert dims(scheduler="none") == whole
+    assert dims(scheduler="asha") == dims(scheduler="asha") != whole
+    assert sorted(dims(scheduler="asha")) == whole
+
+
 def test_random_search_gives_the_same_points_again_and_none_twice() -> None:
     space = check(_config({"model.dim": {"low": 1, "high": 6}}), [])
     first, second = search.make(space, "max", []), search.make(space, "max", [])
