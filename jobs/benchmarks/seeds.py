@@ -60,7 +60,7 @@ class _Runs:
 
     def __init__(self, config: str, overrides: list[str], folder: str, at_once: int) -> None:
         self._config, self._overrides, self._folder = config, overrides, folder
-        self._threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+        self._threads = max(1, _cores() // at_once)
 
     def prepare(self, seed: int) -> None:
         if not Path(self._folder, f"data-{seed}", "dataset", "dataset.json").exists():
@@ -94,6 +94,11 @@ class _Runs:
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
         return usage.ru_maxrss / 1024
+
+
+def _cores() -> int:
+    """That this process may use; where the system does not say, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commit() -> str:

@@ -100,7 +100,7 @@ def _grid(folder: str, scheduler: str, epochs: int, seeds: int) -> dict[str, Any
             "split": {"kind": "leave_last"},
         },
         "model": {"name": "sasrec", "layers": 1, "history_length": 50},
-        # As in the table that README compares with; the grid is then an hour on two cores.
+        # Sampled, for the grid is long.
         "loss": {"name": "sampled_softmax", "negatives": 512, "in_batch": False},
         "optim": {"schedule": "linear"},
         "training": {"epochs": epochs, "global_batch_size": 128},

@@ -185,7 +185,7 @@ class EvaluationConfig(Section):
     bootstrap: int = Field(500, ge=0, description="resamples for the intervals; 0 = none")
     baselines: list[Literal["popularity", "recent_popularity", "hindsight", "item_filter", "oracle"]] = Field(
         ["popularity", "item_filter", "oracle"],
-        description="hindsight: the split's own popularity, the most that one list for everybody could reach; oracle: of a simulated log",
+        description="hindsight: the split's own popularity, about the most that one list for everybody could reach; oracle: of a simulated log",
     )
     recent_window: str = Field("1h", description="recent_popularity: how long before the split events count")
 

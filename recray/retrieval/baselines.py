@@ -1,4 +1,4 @@
-"""Baselines that count: what any model must beat. They rank as recray.retrieval.systems do. The third is in item_filter.
+"""Baselines that count: what any model must beat. They rank as recray.retrieval.systems do. The linear one is in item_filter.
 
 Shape legend: B queries, N items, K places.
 """
@@ -47,7 +47,7 @@ def recent_popularity(dataset: PreparedDataset, split: str, window_us: int) -> P
 
 
 def hindsight(dataset: PreparedDataset, split: str) -> Popularity:
-    """By counts in the split itself: hardly any list for everybody hits more, and none can be known before."""
+    """By counts in the split itself, which nobody knows before: about the most that one list for everybody can hit."""
     return Popularity(_chosen(dataset, split))
 
 

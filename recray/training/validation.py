@@ -21,7 +21,8 @@ from recray.models.batch import Jagged
 from recray.models.scoring import merge, top_k
 from recray.training.context import Context
 
-_QUERIES = 128  # few enough that a transformer's activations stay near the cache
+_QUERIES_ON_CPU = 128  # at a time: few enough that a transformer's activations stay near the cache
+_QUERIES = 512
 _IMPRESSIONS = 8192
 _ITEMS = 65_536  # whose vectors are made at a time
 
@@ -42,6 +43,7 @@ def validate(
     name, _, k = metric.partition("@")
     model.eval()  # type: ignore[attr-defined]
     shared = _exchanges(model, context)
+    at_once = _QUERIES_ON_CPU if context.device.type == "cpu" else _QUERIES
     # Of sharded tables each worker scores the items whose rows it has, for the queries of all.
     share = (context.rank, context.world_size) if shared else (0, 1)
     v_ND = _item_vectors(model, dataset.record.num_items, share, context)
@@ -49,7 +51,7 @@ def validate(
     for table in dataset.iter_tables("valid"):
         # Worker r takes every world_size-th row of every shard.
         mine = table.take(pa.array(range(context.rank, len(table), context.world_size)))
-        found = questions(mine, _QUERIES, history_length, evaluation.queries) if len(mine) else iter(())
+        found = questions(mine, at_once, history_length, evaluation.queries) if len(mine) else iter(())
         spare = questions(table, 1, history_length, evaluation.queries)
         for question, real in _in_step(found, spare, context, shared):
             q_BD = model.query_vectors(question.batch.to(context.device)).float()

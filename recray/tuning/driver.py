@@ -200,6 +200,11 @@ def _best_toml(space: Space, record: TuneRecord) -> str:
         lines.append(
             f"# Validation {record.metric} over {len(finalist.results)} other seeds: {finalist.mean:.4f} +- {finalist.std:.4f}."
         )
+    if config.retrieval.filter_weight:
+        lines.append(
+            "# retrieval.filter_weight is not of the sweep: choose it anew by `recray evaluate --split valid`, without"
+        )
+        lines.append("# training.refit, before the test split is opened.")
     table = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     table = {key: value for key, value in table.items() if key != "tune"}
     return "\n".join(lines) + "\n\n" + tomli_w.dumps(table)

@@ -88,6 +88,16 @@ def test_mixed_precision_learns_as_fp32_does(name: str, dtype: torch.dtype) -> N
     assert mixed[-1] == pytest.approx(full[-1], rel=0.1) and mixed[-1] < mixed[0]
 
 
+def test_queries_of_the_gpu_are_those_of_the_cpu() -> None:
+    """One query a row, as search asks for, of rows with histories of any length."""
+    batch = _batch("events")
+    vectors = [
+        _objective("sasrec", device).eval().model.query_vectors(batch.to(torch.device(device))).cpu()  # type: ignore[operator, union-attr]
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.allclose(*vectors, atol=1e-4)
+
+
 def test_precision_is_the_best_that_the_card_has() -> None:
     wanted = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     assert optim.precision("auto", torch.device("cuda")) is wanted
