@@ -53,7 +53,7 @@ def overhead(
 def against_grid(
     events: Annotated[str, typer.Option(help="amazon-beauty's events.parquet")],
     users: Annotated[int, typer.Option(help="only so many users, for a shorter run; 0 = all")] = 0,
-    epochs: Annotated[int, typer.Option(help="of a trial at most")] = 18,
+    epochs: Annotated[int, typer.Option(help="of a trial at most")] = 24,
     seeds: Annotated[int, typer.Option(help="on which both winners are trained again")] = 3,
     out: Annotated[str | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
@@ -108,6 +108,7 @@ def _grid(folder: str, scheduler: str, epochs: int, seeds: int) -> dict[str, Any
         "tune": {
             "search": "grid",
             "scheduler": scheduler,
+            "grace_epochs": 2,  # after one, points that learn slowly at first and win in the end are ended
             "top": 1,
             "seeds": seeds,
             "space": {
