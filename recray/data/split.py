@@ -16,6 +16,11 @@ SPLITS = ("train", "valid", "test")
 _UNITS = {"d": 86_400_000_000, "h": 3_600_000_000, "m": 60_000_000, "s": 1_000_000}
 
 
+def before(split: str) -> tuple[str, ...]:
+    """The splits whose events are known when this one is asked for."""
+    return SPLITS[: SPLITS.index(split)]
+
+
 @dataclass(frozen=True)
 class Boundaries:
     """Microseconds (or positions): train < valid_start <= valid < test_start <= test < end."""

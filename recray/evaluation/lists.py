@@ -25,7 +25,7 @@ from recray.batches import Question, questions
 from recray.config import Config
 from recray.data.prepared import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
-from recray.data.split import SPLITS, duration
+from recray.data.split import before, duration
 from recray.errors import DataError
 from recray.evaluation.folder import report_folder
 from recray.evaluation.shards import share_out
@@ -67,11 +67,11 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     folder = report_folder(config, record, split)
-    check_blend(config, dataset, _before(split))
+    check_blend(config, dataset, before(split))
     index = index_of(config, record)
     if index is None:
         print(f"evaluate: there is no index in {config.run_uri}/index; exact search only", flush=True)
-    events = num_events(dataset, _before(split))
+    events = num_events(dataset, before(split))
     if "item_filter" in config.evaluation.baselines and events > MAX_EVENTS:
         print(f"evaluate: item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}")
     scores, counts = _merged(
@@ -114,9 +114,9 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
     systems: dict[str, System] = {"model": ExactSearch(model, torch.from_numpy(vectors_ND))}
     if storage.exists(storage.join(index_uri, "index.json")):
         systems["index"] = IndexSearch(model, ItemIndex.open(index_uri))
-    before = _before(split)
+    known = before(split)
     search = systems.get("index", systems["model"])
-    blend = open_blend(config, dataset, before, search, model, torch.from_numpy(vectors_ND))
+    blend = open_blend(config, dataset, known, search, model, torch.from_numpy(vectors_ND))
     if blend is not None:
         systems["blended"] = search = blend
     ranker = open_ranker(config, dataset)
@@ -130,17 +130,12 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
             systems[name] = baselines.recent_popularity(dataset, split, window)
         elif name == "hindsight":
             systems[name] = baselines.hindsight(dataset, split)
-        elif name == "item_filter" and num_events(dataset, before) <= MAX_EVENTS:
-            systems[name] = ItemFilter(dataset, before) if blend is None else blend.item_filter
+        elif name == "item_filter" and num_events(dataset, known) <= MAX_EVENTS:
+            systems[name] = ItemFilter(dataset, known) if blend is None else blend.item_filter
         elif name == "oracle" and config.data.source == "simulated":
             oracle = SimulatedOracle(config.data.simulated, config.run.seed)
             systems[name] = Oracle(oracle, dataset, split)
     return systems, vectors_ND
-
-
-def _before(split: str) -> tuple[str, ...]:
-    """The splits whose events are known when this one is asked for."""
-    return SPLITS[: SPLITS.index(split)]
 
 
 def _score(

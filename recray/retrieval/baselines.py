@@ -9,7 +9,7 @@ import numpy as np
 
 from recray.batches import Question
 from recray.data.prepared import PreparedDataset
-from recray.data.split import SPLITS
+from recray.data.split import before
 from recray.models.batch import FIRST_ID, Jagged
 from recray.retrieval.item_filter import new_events
 
@@ -41,7 +41,7 @@ class Popularity:
 def recent_popularity(dataset: PreparedDataset, split: str, window_us: int) -> Popularity:
     """By counts in the window before the split; then by train count."""
     until = dataset.record.starts(split)
-    recent_N = sum(_chosen(dataset, name, until - window_us, until) for name in SPLITS[: SPLITS.index(split)])
+    recent_N = sum(_chosen(dataset, name, until - window_us, until) for name in before(split))
     counts_N = dataset.item_counts()
     return Popularity(recent_N + counts_N / (counts_N.sum() + 1))
 
