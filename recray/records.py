@@ -220,7 +220,8 @@ class Trial(Part):
     number: int
     values: dict[str, Any]  # dotted key -> value; of pbt the last ones
     seed: int
-    status: Literal["done", "pruned", "failed", "cut"]  # cut: the budget was used up while it ran
+    # paused: waits at a rung of ASHA; pruned: ended early; cut: the budget was used up while it ran
+    status: Literal["done", "paused", "pruned", "failed", "cut"]
     reason: str = ""  # of a failure
     best: float | None = None  # best value over its epochs
     epochs: int = 0

@@ -15,7 +15,9 @@ from recray.data.prepared import PreparedDataset
 from recray.errors import RecrayError
 from recray.records import Finalist, Trial, TuneRecord
 from recray.tuning.check import check, metric_of
+from recray.tuning.halving import make_rungs
 from recray.tuning.importance import importance
+from recray.tuning.jobs import Jobs
 from recray.tuning.ledger import Job, Ledger
 from recray.tuning.page import render
 from recray.tuning.resources import Node, Share, local_node, share
@@ -90,45 +92,36 @@ def _search(ledger: Ledger, space: Space, part: Share, past: list[Trial]) -> lis
     config = ledger.config
     metric, mode = metric_of(config)
     ended = [trial for trial in past if trial.status != "cut"]
-    search = make(space, mode, ended)
-    total = config.tune.trials or _DEFAULT_TRIALS.get(config.tune.search)
+    total = config.tune.trials or _DEFAULT_TRIALS.get(config.tune.search, 0)
     if config.tune.search == "grid":
         total = sum(1 for _ in space.grid())
-    known = {trial.number: trial for trial in past}
-    numbers = iter(range(1, (total or 0) + 1))
-
-    def next_job() -> Job | None:
-        for number in numbers:
-            if number in known and known[number].status != "cut":
-                continue
-            begun = ledger.begun(number)
-            point = search.point(number, begun)
-            if point is None:
-                return None
-            job = ledger.job(number, point)
-            if begun is None:
-                ledger.begin(job)
-            return job
-        return None
-
-    def learn(trial: Trial) -> None:
-        known[trial.number] = trial
-        search.learn(trial)
-
-    seconds, epochs = config.tune.seconds, config.tune.epochs
-    budget = Budget(
-        None if seconds is None else seconds - sum(trial.seconds for trial in ended) / part.concurrent,
-        None if epochs is None else epochs - sum(trial.epochs for trial in ended),
-    )
-    if len(ended) >= (total or 0) or budget.stop_all():
+    rungs = make_rungs(config, space, mode, ended)
+    jobs = Jobs(ledger, make(space, mode, ended), rungs, total, past)
+    seconds = config.tune.seconds
+    if seconds is not None:
+        seconds -= sum(trial.seconds for trial in ended) / part.concurrent
+    epochs = {ledger.job(trial.number, trial.values).folder: trial.epochs for trial in ended}
+    budget = Budget(seconds, config.tune.epochs, epochs)
+    if (len(ended) >= total and not jobs.waiting()) or budget.stop_all():
         return past
     _start(config)
+    scheduler = make_scheduler(config, space, metric, mode, ended, rungs)
     with Board("tune", metric, mode, total, ended) as board:
-        cut = run_jobs(ledger, next_job, part, make_scheduler(config, space, metric, mode, ended), budget, board, learn)
+        cut = run_jobs(ledger, jobs.next, part, scheduler, budget, board, jobs.ended)
     if budget.over:
         print(f"tune: the budget is used up; {len(cut)} trials were cut, and go on when it is larger", flush=True)
-    known |= {trial.number: trial for trial in cut}
-    return [known[number] for number in sorted(known)]
+        known = {trial.number: trial for trial in [*jobs.trials(), *cut]}
+        return [known[number] for number in sorted(known)]
+    return [_settled(ledger, trial) for trial in jobs.trials()]
+
+
+def _settled(ledger: Ledger, trial: Trial) -> Trial:
+    """With the search at its end, who still waits was ended early."""
+    if trial.status != "paused":
+        return trial
+    trial = trial.model_copy(update={"status": "pruned"})
+    ledger.end(ledger.job(trial.number, trial.values), trial)
+    return trial
 
 
 def _best_first(trials: list[Trial], mode: str) -> list[Trial]:
@@ -155,7 +148,9 @@ def _retrain(ledger: Ledger, part: Share, best: list[Trial]) -> list[Trial]:
     if len(trials) < len(jobs):
         _start(config)
         with Board("seeds", metric, mode, len(jobs), trials) as board:
-            run_jobs(ledger, lambda: next(left, None), part, FIFOScheduler(), Budget(None, None), board, trials.append)
+            run_jobs(
+                ledger, lambda: next(left, None), part, FIFOScheduler(), Budget(None, None, {}), board, trials.append
+            )
     return sorted(trials, key=lambda trial: (trial.number, trial.seed))
 
 

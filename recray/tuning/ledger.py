@@ -3,7 +3,7 @@
 <run>/tune/sweep.json             what makes trials comparable; another sweep is refused
            trials/0007/           an ordinary run folder (train/, checkpoint/), and
                point.json         the trial's values, written before it starts
-               trial.json         TrialRecord, written when it ended: it is not run again
+               trial.json         TrialRecord, written when it ended, and is not run again, or waits at a rung
            seeds/0007-2/          the same of a finalist on seed 2
            tune.json              TuneRecord, written last
            tune.html  best.toml
@@ -97,7 +97,7 @@ class Ledger:
         return TrialRecord.read(uri).trial
 
     def past(self) -> list[Trial]:
-        """Trials of the search that have a record, by number: those that ended, and those that a budget cut."""
+        """Trials of the search that have a record, by number: those that ended, that wait, and that a budget cut."""
         trials, number = [], 1
         while self.begun(number) is not None:
             trial = self.read(f"trials/{number:04d}")
@@ -106,11 +106,11 @@ class Ledger:
         return trials
 
     def end(self, job: Job, trial: Trial) -> None:
-        """Write the record, then drop what only going on would need; what was cut may go on."""
+        """Write the record, then drop what only going on would need; what waits or was cut may go on."""
         body = trial_config(self.config, job).model_dump(mode="json")
         folder = storage.join(self.uri, job.folder)
         TrialRecord(parents=[self.dataset.record.id], config=body, seconds=trial.seconds, trial=trial).write(folder)
-        if trial.status != "cut":
+        if trial.status not in ("paused", "cut"):
             storage.delete_folder(storage.join(folder, "train"))
 
 

@@ -17,7 +17,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13px } td, th { paddi
 td:last-child, th:last-child { text-align: left } tr.winner { background: #fff4e5; font-weight: 600 } .scroll { overflow-x: auto }
 svg { width: 100%; height: auto; display: block } svg text { font: 12px system-ui, sans-serif; fill: #51606f; paint-order: stroke; stroke: #fff; stroke-width: 3px }
 """
-_COLOURS = {"done": "#2a6fb0", "pruned": "#b4bec8", "failed": "#c0392b", "cut": "#8e7cc3"}
+_COLOURS = {"done": "#2a6fb0", "pruned": "#b4bec8", "failed": "#c0392b", "paused": "#8e7cc3", "cut": "#8e7cc3"}
 _WINNER = "#e67e22"
 
 
@@ -42,7 +42,7 @@ def render(record: TuneRecord) -> str:
         ),
         _section(
             "Parallel coordinates",
-            "A line is a trial. Orange: the winner; blue: trained to its end; grey: ended early; purple: cut by the budget.",
+            "A line is a trial. Orange: the winner; blue: trained to its end; grey: ended early; purple: cut, or left waiting, by the budget.",
             _parallel(record),
         ),
         _section(
@@ -84,7 +84,7 @@ def _so_far(record: TuneRecord) -> list[tuple[float, float]]:
 
 def _winner_last(record: TuneRecord) -> Sequence[Trial]:
     """So that what matters is drawn over the rest."""
-    order = {"pruned": 0, "cut": 1, "failed": 1, "done": 2}
+    order = {"pruned": 0, "paused": 1, "cut": 1, "failed": 1, "done": 2}
     return sorted(record.trials, key=lambda trial: (trial.number == record.winner, order[trial.status]))
 
 

@@ -12,11 +12,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from ray import tune
 from ray.tune.schedulers import (
-    ASHAScheduler,
     FIFOScheduler,
     MedianStoppingRule,
     PopulationBasedTraining,
@@ -28,6 +27,7 @@ from recray import storage
 from recray.config import Config
 from recray.records import Trial, TrialEpoch
 from recray.tuning.check import metric_of
+from recray.tuning.halving import Rungs
 from recray.tuning.ledger import Job, Ledger
 from recray.tuning.resources import Share
 from recray.tuning.space import Space
@@ -46,40 +46,44 @@ _ENVIRONMENT = {
 
 
 class Budget(tune.Stopper):  # type: ignore[misc]
-    """Wall time and epochs that the search may still use."""
+    """Wall time that the search may still use, and epochs of all its trials; `done`: those of earlier starts, by folder."""
 
-    def __init__(self, seconds: float | None, epochs: int | None) -> None:
+    def __init__(self, seconds: float | None, epochs: int | None, done: dict[str, int]) -> None:
         self._until = time.monotonic() + seconds if seconds is not None else math.inf
         self._epochs = epochs if epochs is not None else math.inf
-        self._seen: dict[str, int] = {}
+        self._done = dict(done)
         self.over = False
 
+    def count(self, folder: str, epoch: int) -> None:
+        """A trial has so many epochs behind it."""
+        self._done[folder] = max(self._done.get(folder, 0), epoch)
+
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._seen[trial_id] = max(self._seen.get(trial_id, 0), int(result.get("epoch", 0)))
         return False
 
     def stop_all(self) -> bool:
-        self.over = self.over or time.monotonic() > self._until or sum(self._seen.values()) >= self._epochs
+        self.over = self.over or time.monotonic() > self._until or sum(self._done.values()) >= self._epochs
         return self.over
 
 
 def run_jobs(
     ledger: Ledger,
-    next_job: Callable[[], Job | None],
+    next_job: Callable[[], Job | Literal["later"] | None],
     share: Share,
     scheduler: TrialScheduler,
     budget: Budget,
     board: Board,
     ended: Callable[[Trial], None],
 ) -> list[Trial]:
-    """Do jobs until there are no more or the budget is used up. Each that ends is written to the ledger.
+    """Do jobs until there are no more or the budget is used up. Each that ends, or waits, is written to the ledger.
 
     Returns the ones that the budget cut; the next start goes on with them.
     """
     os.environ.update(_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = ledger.config
-    watch = _Watch(ledger, board, ended)
+    stopped: Literal["paused", "pruned"] = "paused" if isinstance(scheduler, _Asha) else "pruned"
+    watch = _Watch(ledger, budget, board, ended, stopped)
     folder = storage.join(ledger.uri, "ray")
     base = config.model_dump(mode="json", exclude_unset=True)
     trainable = tune.with_resources(
@@ -88,6 +92,7 @@ def run_jobs(
     population = isinstance(scheduler, PopulationBasedTraining)
     jobs: list[Job] = []
     while population and (job := next_job()) is not None:  # PBT wants its members, and no search
+        assert job != "later"
         jobs.append(job)
     tuner = tune.Tuner(
         trainable,
@@ -99,7 +104,7 @@ def run_jobs(
             max_concurrent_trials=share.concurrent,
             reuse_actors=True,
             trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_dirname_creator=lambda trial: f"{_name(trial)}-{trial.trial_id}",  # who waited comes again
         ),
         run_config=tune.RunConfig(
             name=f"sweep-{int(time.time())}",
@@ -128,7 +133,7 @@ def _trainable(config: dict[str, Any], base: dict[str, Any], cpus: int) -> None:
 class _Queue(Searcher):  # type: ignore[misc]
     """Hands jobs to Tune, one when it asks."""
 
-    def __init__(self, next_job: Callable[[], Job | None]) -> None:
+    def __init__(self, next_job: Callable[[], Job | Literal["later"] | None]) -> None:
         super().__init__()
         self._next_job = next_job
 
@@ -137,6 +142,8 @@ class _Queue(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> Any:
         job = self._next_job()
+        if job == "later":
+            return None
         return Searcher.FINISHED if job is None else {"job": asdict(job)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -158,11 +165,13 @@ class _Queue(Searcher):  # type: ignore[misc]
 class _State:
     """What is known of a trial while it runs."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, before: Trial | None) -> None:
+        """before: what a trial that goes on had reached."""
         self.job = job
-        self.curve: list[TrialEpoch] = []
+        self.curve = list(before.curve) if before else []
         self.switches: list[dict[str, Any]] = []
-        self.seconds, self.epochs, self.ended, self.pruned, self.reason = 0.0, 0, False, False, ""
+        self.seconds, self.epochs = (before.seconds, before.epochs) if before else (0.0, 0)
+        self.ended, self.stopped, self.reason = False, False, ""
 
     def trial(self, status: Any, mode: str) -> Trial:
         values = [one.value for one in self.curve]
@@ -184,8 +193,16 @@ class _State:
 class _Watch(tune.Callback):  # type: ignore[misc]
     """Follows trials, writes the record of each that ends, and tells the board."""
 
-    def __init__(self, ledger: Ledger, board: Board, ended: Callable[[Trial], None]) -> None:
-        self._ledger, self._board, self._ended = ledger, board, ended
+    def __init__(
+        self,
+        ledger: Ledger,
+        budget: Budget,
+        board: Board,
+        ended: Callable[[Trial], None],
+        stopped: Literal["paused", "pruned"],
+    ) -> None:
+        """stopped: what a trial is that the scheduler stopped."""
+        self._ledger, self._budget, self._board, self._ended, self._stopped = ledger, budget, board, ended, stopped
         self._metric, self._mode = metric_of(ledger.config)
         self._states: dict[str, _State] = {}
 
@@ -194,7 +211,9 @@ class _Watch(tune.Callback):  # type: ignore[misc]
 
     def _state(self, trial: Any) -> _State:
         job = Job.of(str(trial), trial.config["job"])
-        state = self._states.setdefault(trial.trial_id, _State(job))
+        state = self._states.get(trial.trial_id)
+        if state is None:
+            state = self._states[trial.trial_id] = _State(job, self._ledger.read(job.folder))
         if job.values != state.job.values:  # PBT gave it another member's weights and new values
             state.job = job
             state.switches.append({"epoch": state.epochs, **job.values})
@@ -210,8 +229,9 @@ class _Watch(tune.Callback):  # type: ignore[misc]
     ) -> None:
         state = self._state(trial)
         state.ended, state.reason = "ended" in result, str(result.get("failed", ""))
-        state.pruned = bool(result.get("done"))  # set where the scheduler decided to stop it
+        state.stopped = bool(result.get("done"))  # set where the scheduler decided to stop it
         epoch = int(result["epoch"])
+        self._budget.count(state.job.folder, epoch)
         known = {one.epoch for one in state.curve}
         if "failed" not in result and epoch not in known:
             state.epochs = epoch
@@ -229,8 +249,8 @@ class _Watch(tune.Callback):  # type: ignore[misc]
             self._end(trial, "failed")
         elif state.ended:
             self._end(trial, "done")
-        elif state.pruned:
-            self._end(trial, "pruned")
+        elif state.stopped:
+            self._end(trial, self._stopped)
         # else the budget cut it, or something ended the whole sweep
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -263,16 +283,25 @@ def _reason(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-class _Asha(ASHAScheduler):  # type: ignore[misc]
+class _Asha(FIFOScheduler):  # type: ignore[misc]
+    """Stops a trial that has to wait at its rung; the queue hands it out again."""
+
+    def __init__(self, rungs: Rungs, metric: str) -> None:
+        super().__init__()
+        self._rungs, self._metric = rungs, metric
+
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """What an interrupted trial reports again was decided before: it went on."""
-        action = super().on_trial_result(controller, trial, result)
-        return str(TrialScheduler.CONTINUE if result.get("again") else action)
+        if self._metric not in result or "failed" in result:
+            return str(TrialScheduler.CONTINUE)
+        number = Job(**trial.config["job"]).number
+        goes_on = self._rungs.reach(number, int(result["epoch"]), float(result[self._metric]))
+        return str(TrialScheduler.CONTINUE if goes_on or result.get("again") else TrialScheduler.STOP)
 
 
 class _Median(MedianStoppingRule):  # type: ignore[misc]
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """As above."""
+        """As with ASHA."""
         action = super().on_trial_result(controller, trial, result)
         if result.get("again"):
             self._stopped_trials.discard(trial)
@@ -290,37 +319,25 @@ class _Past:
         return []
 
 
-def make_scheduler(config: Config, space: Space, metric: str, mode: str, past: list[Trial]) -> TrialScheduler:
+def make_scheduler(
+    config: Config, space: Space, metric: str, mode: str, past: list[Trial], rungs: Rungs | None
+) -> TrialScheduler:
     """The scheduler of the configuration, which knows the curves of trials that ended before."""
     options = config.tune
-    scheduler: TrialScheduler
     if options.search == "pbt":
         return _population(space, metric, mode)
+    if rungs is not None:
+        return _Asha(rungs, metric)
     if options.scheduler == "none":
         return FIFOScheduler()
-    if options.scheduler == "median":
-        scheduler = _Median(
-            time_attr="epoch",
-            metric=metric,
-            mode=mode,
-            grace_period=options.grace_epochs,
-            min_samples_required=3,
-            min_time_slice=math.inf,  # nobody is paused for others
-        )
-    else:
-        longest = config.training.epochs
-        if "training.epochs" in space.axes:
-            axis = space.axes["training.epochs"]
-            longest = int(max(axis.choices or [axis.high]))
-        # Nobody is stopped after its last epoch, which would only keep it from being published.
-        scheduler = _Asha(
-            time_attr="epoch",
-            metric=metric,
-            mode=mode,
-            max_t=longest + 1,
-            grace_period=options.grace_epochs,
-            reduction_factor=options.reduction_factor,
-        )
+    scheduler = _Median(
+        time_attr="epoch",
+        metric=metric,
+        mode=mode,
+        grace_period=options.grace_epochs,
+        min_samples_required=3,
+        min_time_slice=math.inf,  # nobody is paused for others
+    )
     for trial in past:
         stub = _Past(f"past-{trial.number}")
         scheduler.on_trial_add(stub, stub)

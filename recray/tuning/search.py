@@ -23,7 +23,7 @@ class Search(Protocol):
         ...
 
     def learn(self, trial: Trial) -> None:
-        """A trial that ended."""
+        """A trial that ended, or waits."""
         ...
 
 
@@ -128,10 +128,11 @@ class Tpe:
 
     def learn(self, trial: Trial) -> None:
         state = self._optuna.trial.TrialState
-        asked = self._asked[trial.number]
+        # Who had waited and was told of ends a second time, as another trial of the same values.
+        asked = self._asked.pop(trial.number, None) or self._ask(trial.values)[0]
         if trial.status == "failed" or trial.best is None:
             self._study.tell(asked, state=state.FAIL)
-        elif trial.status == "pruned":
+        elif trial.status in ("paused", "pruned"):
             for one in trial.curve:
                 asked.report(one.value, one.epoch)
             self._study.tell(asked, state=state.PRUNED)

@@ -13,12 +13,13 @@ from recray.records import Trial, TrialEpoch, TuneRecord
 from recray.tuning.space import Point, plain, show
 
 _BEST = 5  # trials that ended and stay in the table
+_STATES = ("done", "paused", "pruned", "failed", "cut")
 
 
 class Board:
     def __init__(self, title: str, metric: str, mode: str, total: int | None, past: list[Trial]) -> None:
         self._title, self._metric, self._mode, self._total = title, metric, mode, total
-        self._ended = list(past)
+        self._ended = {(trial.number, trial.seed): trial for trial in past}  # who goes on is counted as before
         self._running: dict[int, tuple[Point, TrialEpoch | None]] = {}
         self._started = time.perf_counter()
         self._live = Live(console=Console(), refresh_per_second=4) if sys.stdout.isatty() else None
@@ -40,7 +41,7 @@ class Board:
 
     def end(self, trial: Trial) -> None:
         self._running.pop(trial.number, None)
-        self._ended.append(trial)
+        self._ended[trial.number, trial.seed] = trial
         if self._live is not None:
             self._live.update(self._table())
             return
@@ -55,11 +56,12 @@ class Board:
         )
 
     def _best(self) -> list[Trial]:
-        known = [trial for trial in self._ended if trial.best is not None]
+        known = [trial for trial in self._ended.values() if trial.best is not None]
         return sorted(known, key=lambda trial: trial.best or 0.0, reverse=self._mode == "max")[:_BEST]
 
     def _table(self) -> Table:
-        counts = {status: sum(t.status == status for t in self._ended) for status in ("done", "pruned", "failed")}
+        states = [trial.status for trial in self._ended.values()]
+        counts = {status: states.count(status) for status in ("done", "paused", "pruned", "failed")}
         shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         total = f" of {self._total}" if self._total else ""
         table = Table(
@@ -82,7 +84,7 @@ class Board:
 
 def summary(record: TuneRecord, folder: str) -> str:
     """The finalists and where everything is, for the end of a sweep."""
-    counts = {status: sum(t.status == status for t in record.trials) for status in ("done", "pruned", "failed", "cut")}
+    counts = {status: sum(t.status == status for t in record.trials) for status in _STATES}
     shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     lines = [f"{len(record.trials)} trials ({shown}), {record.cpu_hours:.3f} CPU hours", ""]
     own = {trial.number: trial for trial in record.trials}

@@ -141,6 +141,25 @@ def test_epochs_are_a_budget_and_a_larger_one_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_who_waits_at_a_rung_goes_on_where_it_was(tmp_path: Path) -> None:
+    """One trial at a time, rungs after 1 and 2 of 4 epochs; the first budget ends in the middle."""
+    space = {"optim.learning_rate": {"choices": [1e-5, 2e-3, 5e-3, 1e-2]}}
+    options = {"reduction_factor": 2, "top": 0, "concurrent": 1}
+    short = recray.tune(parse_config(_table(tmp_path, space, epochs=4, **options)))
+    assert sum(trial.epochs for trial in short.trials) == 4
+    assert "paused" in [trial.status for trial in short.trials]
+    whole = recray.tune(parse_config(_table(tmp_path, space, **options)))
+    assert {trial.status for trial in whole.trials} == {"done", "pruned"} and len(whole.trials) == 4
+    for trial in whole.trials:
+        assert [one.epoch for one in trial.curve] == list(range(1, trial.epochs + 1))
+        assert not Path(tmp_path, f"small/tune/trials/{trial.number:04d}/train").exists()
+    for before, after in zip(short.trials, whole.trials, strict=False):
+        assert after.curve[: before.epochs] == before.curve
+    (slow,) = (trial for trial in whole.trials if trial.values["optim.learning_rate"] == 1e-5)
+    assert slow.epochs < 4 and max(trial.epochs for trial in whole.trials) == 4
+
+
+@pytest.mark.usefixtures("ray_local")
 def test_a_population_takes_over_weights_and_stays_inside_its_ranges(tmp_path: Path) -> None:
     space = {
         "optim.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -172,12 +191,13 @@ def build(options, dataset, items):
 """
 
 
-def test_a_killed_sweep_goes_on_and_a_killed_trial_does_not_end_it(tmp_path: Path) -> None:
-    """kill -9 on the driver once two trials have ended; the next start runs the others, each to its end, none again."""
+@pytest.mark.parametrize("scheduler", ["none", "asha"])
+def test_a_killed_sweep_goes_on_and_a_killed_trial_does_not_end_it(tmp_path: Path, scheduler: str) -> None:
+    """kill -9 on the driver once three lines told of trials; the next start does the rest, and nothing twice."""
     (tmp_path / "odd_models").mkdir()
     (tmp_path / "odd_models" / "odd.py").write_text(ODD)
     space = {"model.dim": {"choices": [16, 5, 12, 6, 8, 10]}}
-    table = _table(tmp_path, space, top=0, scheduler="none")
+    table = _table(tmp_path, space, top=0, scheduler=scheduler, reduction_factor=2)
     table["model"]["name"], table["training"]["epochs"] = "odd_models.odd", 12
     (tmp_path / "sweep.json").write_text(json.dumps(table))
     code = "import json, sys, recray; from recray.config import parse_config\nrecray.tune(parse_config(json.load(open(sys.argv[1]))))"
@@ -185,20 +205,32 @@ def test_a_killed_sweep_goes_on_and_a_killed_trial_does_not_end_it(tmp_path: Pat
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as child:
         assert child.stdout is not None
-        ended = 0
+        told = 0
         for line in child.stdout:
-            ended += line.startswith("tune: ")
-            if ended == 2:
+            told += line.startswith("tune: ")
+            if told == 3:
                 child.kill()
     trials = tmp_path / "small" / "tune" / "trials"
-    first = {path: path.stat().st_mtime_ns for path in trials.glob("*/trial.json")}
-    assert 2 <= len(first) < 6
+    first = {path: TrialRecord.read(str(path.parent)).trial for path in trials.glob("*/trial.json")}
+    assert first
+    written = {path: path.stat().st_mtime_ns for path, trial in first.items() if trial.status != "paused"}
+    assert len(written) < 6
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    assert all(path.stat().st_mtime_ns == at for path, at in first.items())
+    assert all(path.stat().st_mtime_ns == at for path, at in written.items())
     record = TuneRecord.read(str(tmp_path / "small" / "tune"))
-    assert [trial.values["model.dim"] for trial in record.trials] == [16, 5, 12, 6, 8, 10]
-    assert [trial.status for trial in record.trials] == ["done", "failed", "done", "failed", "done", "done"]
-    assert "its process was killed" in record.trials[1].reason
-    assert record.trials[3].reason == "MemoryError: cannot allocate"
-    for trial in record.trials:
-        assert [one.epoch for one in trial.curve] == (list(range(1, 13)) if trial.status == "done" else [])
+    by_dim = {trial.values["model.dim"]: trial for trial in record.trials}
+    assert sorted(by_dim) == [5, 6, 8, 10, 12, 16] and len(record.trials) == 6
+    assert by_dim[5].status == by_dim[6].status == "failed"
+    assert "its process was killed" in by_dim[5].reason
+    assert by_dim[6].reason == "MemoryError: cannot allocate"
+    for dim, trial in by_dim.items():
+        assert [one.epoch for one in trial.curve] == list(range(1, trial.epochs + 1))
+        assert (trial.epochs == 12) is (trial.status == "done")
+        assert trial.status == "done" or dim in (5, 6) or scheduler == "asha"
+        assert not (trials / f"{trial.number:04d}" / "train").exists()
+    for path, trial in first.items():  # what a waiting trial had done is not done again
+        (now,) = (one for one in record.trials if one.number == trial.number)
+        assert now.curve[: trial.epochs] == trial.curve, path
+    if scheduler == "asha":  # rungs after 1, 2, 4 and 8 epochs; at least one of the four goes to its end
+        states = [by_dim[dim].status for dim in (8, 10, 12, 16)]
+        assert set(states) == {"done", "pruned"}
