@@ -220,7 +220,7 @@ class Trial(Part):
     number: int
     values: dict[str, Any]  # dotted key -> value; of pbt the last ones
     seed: int
-    # paused: waits at a rung of ASHA; pruned: ended early; cut: the budget was used up while it ran
+    # paused: waits at a rung of ASHA; pruned: ended early; cut: goes on with the sweep's next start
     status: Literal["done", "paused", "pruned", "failed", "cut"]
     reason: str = ""  # of a failure
     best: float | None = None  # best value over its epochs
@@ -228,6 +228,11 @@ class Trial(Part):
     seconds: float = 0.0
     curve: list[TrialEpoch] = []
     switches: list[dict[str, Any]] = []  # pbt: epoch at which another member was taken over, and the values since
+
+    @property
+    def over(self) -> bool:
+        """It will not train again."""
+        return self.status not in ("paused", "cut")
 
 
 class TrialRecord(Record):

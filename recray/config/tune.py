@@ -58,7 +58,7 @@ class TuneConfig(Section):
     gpus_per_trial: float | None = Field(
         None, gt=0, description="of a trial of one worker, 0.5 = two share one; with scaling.use_gpu 1 when unset"
     )
-    grace_epochs: int = Field(1, ge=1, description="no trial is ended before, or waits; asha: the first rung")
+    grace_epochs: int = Field(1, ge=1, description="no trial is stopped before so many; asha: its first rung")
     reduction_factor: float = Field(4.0, gt=1, description="asha: one of so many goes on at each rung, the others wait")
     perturb_epochs: int = Field(2, ge=1, description="pbt: epochs between two looks at the others")
     top: int = Field(3, ge=0, description="so many of the best are trained again before one is called best; 0 = none")

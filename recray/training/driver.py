@@ -16,13 +16,18 @@ from recray.training.context import LocalContext, RayContext, threads
 from recray.training.position import Phase, best_epoch, last_epoch, same_training
 
 
-def train(config: Config, on_epoch: loop.OnEpoch | None = None, callback: Any = None) -> CheckpointRecord:
+def train(
+    config: Config, on_epoch: loop.OnEpoch | None = None, callback: Any = None, until: int | None = None
+) -> CheckpointRecord:
     """Train the model on config.dataset_uri; the best epoch becomes <run>/checkpoint.
 
     A run that was ended goes on from its last complete epoch; one that is complete
     for this configuration is returned as it is. Who watches gets every epoch's entry
     of the history: `on_epoch` where training is in this process, else `callback`
     (a ray.train.UserCallback), to which the workers report.
+
+    `until`: stop after so many epochs where that is before the end. Nothing is published, the record is that epoch's,
+    and another call goes on from there on the same schedule.
     """
     started = time.perf_counter()
     dataset = PreparedDataset.open(config.dataset_uri)
@@ -34,6 +39,7 @@ def train(config: Config, on_epoch: loop.OnEpoch | None = None, callback: Any = 
             print(f"train: {target} is there for this dataset and configuration ({record.id}); reused", flush=True)
             return record
     select = Phase("train", config.training.epochs)
+    until = until if until is not None and until < config.training.epochs else None
     last = last_epoch(config, select, dataset) if config.training.resume else 0
     if last:
         print(f"train: going on after epoch {last}", flush=True)
@@ -42,9 +48,14 @@ def train(config: Config, on_epoch: loop.OnEpoch | None = None, callback: Any = 
             storage.delete_folder(storage.join(config.run_uri, phase))
     if _in_this_process(config):
         with threads(config.scaling):
-            loop.fit(config, LocalContext(config.scaling.use_gpu), on_epoch=on_epoch)
+            loop.fit(config, LocalContext(config.scaling.use_gpu), on_epoch=on_epoch, until=until)
     else:
-        _run_workers(config, [callback] if callback is not None else [])
+        _run_workers(config, [callback] if callback is not None else [], until)
+    if (
+        until is not None and (reached := last_epoch(config, select, dataset)) >= until
+    ):  # else its patience ended before
+        print(f"train: stopped after epoch {reached} of {config.training.epochs}", flush=True)
+        return CheckpointRecord.read(select.folder(config, reached))
     chosen = best_epoch(config, dataset)
     best = CheckpointRecord.read(select.folder(config, chosen))
     published = Phase("refit", chosen) if config.training.refit else select
@@ -79,7 +90,7 @@ def _in_this_process(config: Config) -> bool:
     return scaling.num_workers == 0
 
 
-def _run_workers(config: Config, callbacks: list[Any]) -> None:
+def _run_workers(config: Config, callbacks: list[Any], until: int | None) -> None:
     runtime.start(config.scaling, tasks=False)
     if not runtime.is_own():
         resources.wait_for_workers(config.scaling)
@@ -89,7 +100,7 @@ def _run_workers(config: Config, callbacks: list[Any]) -> None:
     local = "://" not in config.run_uri
     trainer = _trainer_class()(
         train_loop_per_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks)},
+        train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks), "until": until},
         backend_config=_backend(scaling),
         scaling_config=ray_train.ScalingConfig(
             num_workers=scaling.num_workers,
@@ -135,7 +146,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     import ray.train
 
     with threads(config.scaling):
-        loop.fit(config, RayContext(config.scaling), on_epoch=ray.train.report if settings["report"] else None)
+        report = ray.train.report if settings["report"] else None
+        loop.fit(config, RayContext(config.scaling), on_epoch=report, until=settings["until"])
 
 
 def _root(error: Exception) -> Exception:

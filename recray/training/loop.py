@@ -35,15 +35,22 @@ from recray.training.validation import validate, validate_clicks
 OnEpoch = Callable[[dict[str, float]], None]
 
 
-def fit(config: Config, context: Context, losses: list[float] | None = None, on_epoch: OnEpoch | None = None) -> None:
+def fit(
+    config: Config,
+    context: Context,
+    losses: list[float] | None = None,
+    on_epoch: OnEpoch | None = None,
+    until: int | None = None,
+) -> None:
     """Train on config.dataset_uri until the best epoch is known, then refit where the configuration says so.
 
     `on_epoch` is called with each epoch's entry of the history, once the epoch is on disk, on every worker alike.
+    `until`: no further than so many epochs, and no refit.
     """
     keep_memory()
     select = Phase("train", config.training.epochs)
-    run(config, context, select, losses, on_epoch)
-    if config.training.refit:
+    run(config, context, select, losses, on_epoch, until)
+    if config.training.refit and until is None:
         dataset = PreparedDataset.open(config.dataset_uri)
         run(config, context, refit_phase(config, dataset), losses)
 
@@ -54,10 +61,11 @@ def run(
     phase: Phase,
     losses: list[float] | None = None,
     on_epoch: OnEpoch | None = None,
+    until: int | None = None,
 ) -> None:
-    """Train a phase; the threads that feed it end with it, however it ends."""
+    """Train a phase, at most `until` so many of its epochs; the threads that feed it end with it, however it ends."""
     with contextlib.ExitStack() as closing:
-        _run(config, context, phase, losses, on_epoch, closing)
+        _run(config, context, phase, losses, on_epoch, until, closing)
 
 
 def _run(
@@ -66,6 +74,7 @@ def _run(
     phase: Phase,
     losses: list[float] | None,
     on_epoch: OnEpoch | None,
+    until: int | None,
     closing: contextlib.ExitStack,
 ) -> None:
     """Train on config.dataset_uri. `losses` collects each step's global loss.
@@ -110,7 +119,7 @@ def _run(
     position = Position.resume(config, phase, dataset, model, optimizer, scaler, ema)
     # Workers draw different negatives; one worker draws as the loop without Ray does.
     torch.manual_seed(config.run.seed * 1_000_003 + position.epoch * 1009 + context.rank)
-    epochs = range(position.epoch, phase.epochs)
+    epochs = range(position.epoch, phase.epochs if until is None else min(until, phase.epochs))
     plans = {e: plan(shards, config.run.seed, e, context.rank, context.world_size, examples) for e in epochs}
     tables = context.tables(dataset, shards, [part for parts in plans.values() for part in parts])
     make = _Batches(config, dataset, shards, plans, examples, batch_size, epoch_batches, _decay(config, dataset, phase))

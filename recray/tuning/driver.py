@@ -95,22 +95,22 @@ def _search(ledger: Ledger, space: Space, part: Share, past: list[Trial]) -> lis
     total = config.tune.trials or _DEFAULT_TRIALS.get(config.tune.search, 0)
     if config.tune.search == "grid":
         total = sum(1 for _ in space.grid())
-    rungs = make_rungs(config, space, mode, ended)
+    rungs = make_rungs(config, space, mode, past)
     jobs = Jobs(ledger, make(space, mode, ended), rungs, total, past)
     seconds = config.tune.seconds
     if seconds is not None:
-        seconds -= sum(trial.seconds for trial in ended) / part.concurrent
-    epochs = {ledger.job(trial.number, trial.values).folder: trial.epochs for trial in ended}
-    budget = Budget(seconds, config.tune.epochs, epochs)
+        seconds -= sum(trial.seconds for trial in past) / part.concurrent
+    budget = Budget(seconds, config.tune.epochs, {trial.number: trial.epochs for trial in past})
     if (len(ended) >= total and not jobs.waiting()) or budget.stop_all():
         return past
     _start(config)
-    scheduler = make_scheduler(config, space, metric, mode, ended, rungs)
+    scheduler = make_scheduler(config, space, metric, mode, ended)
     with Board("tune", metric, mode, total, ended) as board:
         cut = run_jobs(ledger, jobs.next, part, scheduler, budget, board, jobs.ended)
     if budget.over:
-        print(f"tune: the budget is used up; {len(cut)} trials were cut, and go on when it is larger", flush=True)
         known = {trial.number: trial for trial in [*jobs.trials(), *cut]}
+        left = sum(not trial.over for trial in known.values())
+        print(f"tune: the budget is used up; {left} trials are not at their end: a larger one goes on", flush=True)
         return [known[number] for number in sorted(known)]
     return [_settled(ledger, trial) for trial in jobs.trials()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from recray.records import Trial
@@ -21,28 +22,38 @@ class Jobs:
 
     def next(self) -> Job | Literal["later"] | None:
         """None when there are no more; "later" when trials that run now decide about it."""
-        job = self._lifted(last=False) or self._new() or self._lifted(last=True)
+        rungs = self._rungs
+        job = (self._lifted(rungs.lift(self.waiting())) if rungs else None) or self._new()
+        if job is None and rungs:
+            job = self._lifted(rungs.lift_last(self.waiting(), self._running))
         if job is None:
-            return "later" if self._rungs is not None and self._running else None
+            return "later" if rungs and self._running else None
         self._running.add(job.number)
-        return job
+        return replace(job, until=rungs.next_of(job.number)) if rungs else job
 
     def ended(self, trial: Trial) -> None:
         """It trains no longer, for good or until it is lifted."""
         self._running.discard(trial.number)
         self._known[trial.number] = trial
+        if self._rungs:
+            self._rungs.hear(trial)
         self._search.learn(trial)
 
     def trials(self) -> list[Trial]:
         return [self._known[number] for number in sorted(self._known)]
 
     def waiting(self) -> set[int]:
-        waits = {trial.number for trial in self._known.values() if trial.status == "paused"}
-        return waits - self._running
+        return {trial.number for trial in self._known.values() if trial.status == "paused"}
 
-    def _lifted(self, last: bool) -> Job | None:
-        number = self._rungs.lift(self.waiting(), last) if self._rungs is not None else None
-        return None if number is None else self._ledger.job(number, self._known[number].values)
+    def _lifted(self, number: int | None) -> Job | None:
+        if number is None:
+            return None
+        # Written down first: were the sweep killed now, it would have to go on with this one.
+        trial = self._known[number].model_copy(update={"status": "cut"})
+        job = self._ledger.job(number, trial.values)
+        self._ledger.end(job, trial)
+        self._known[number] = trial
+        return job
 
     def _new(self) -> Job | None:
         for number in self._numbers:

@@ -3,7 +3,7 @@
 <run>/tune/sweep.json             what makes trials comparable; another sweep is refused
            trials/0007/           an ordinary run folder (train/, checkpoint/), and
                point.json         the trial's values, written before it starts
-               trial.json         TrialRecord, written when it ended, and is not run again, or waits at a rung
+               trial.json         TrialRecord, written when it stops training: for good, at a rung, by the budget
            seeds/0007-2/          the same of a finalist on seed 2
            tune.json              TuneRecord, written last
            tune.html  best.toml
@@ -32,6 +32,7 @@ class Job:
     folder: str  # below the sweep's: trials/NNNN or seeds/NNNN-SEED
     values: Point
     seed: int
+    until: int | None = None  # epochs after which it waits at a rung; None: to its end
 
     @property
     def number(self) -> int:
@@ -44,7 +45,7 @@ class Job:
 
     @staticmethod
     def of(name: str, settings: dict[str, Any]) -> Job:
-        return Job(name.replace("-", "/", 1), settings["values"], settings["seed"])
+        return Job(name.replace("-", "/", 1), settings["values"], settings["seed"], settings["until"])
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Ledger:
         body = trial_config(self.config, job).model_dump(mode="json")
         folder = storage.join(self.uri, job.folder)
         TrialRecord(parents=[self.dataset.record.id], config=body, seconds=trial.seconds, trial=trial).write(folder)
-        if trial.status not in ("paused", "cut"):
+        if trial.over:
             storage.delete_folder(storage.join(folder, "train"))
 
 

@@ -1,4 +1,4 @@
-"""Jobs through Ray Tune: its scheduler ends trials early, its actors run them. Records are ours, not Tune's.
+"""Jobs through Ray Tune: a scheduler stops trials early, Tune's actors run them. Records are ours, not Tune's.
 
 Tune's own snapshots come every few seconds and hold pickles, so a sweep that was killed goes on from its ledger
 instead: a trial that ended has its record, one that did not has its epochs on disk and reports them again first.
@@ -25,9 +25,9 @@ from ray.tune.search import Searcher
 
 from recray import storage
 from recray.config import Config
+from recray.errors import RecrayError
 from recray.records import Trial, TrialEpoch
 from recray.tuning.check import metric_of
-from recray.tuning.halving import Rungs
 from recray.tuning.ledger import Job, Ledger
 from recray.tuning.resources import Share
 from recray.tuning.space import Space
@@ -46,17 +46,17 @@ _ENVIRONMENT = {
 
 
 class Budget(tune.Stopper):  # type: ignore[misc]
-    """Wall time that the search may still use, and epochs of all its trials; `done`: those of earlier starts, by folder."""
+    """Wall time that the search may still use, and epochs of all its trials; done: those of earlier starts, by trial."""
 
-    def __init__(self, seconds: float | None, epochs: int | None, done: dict[str, int]) -> None:
+    def __init__(self, seconds: float | None, epochs: int | None, done: dict[int, int]) -> None:
         self._until = time.monotonic() + seconds if seconds is not None else math.inf
         self._epochs = epochs if epochs is not None else math.inf
         self._done = dict(done)
         self.over = False
 
-    def count(self, folder: str, epoch: int) -> None:
+    def count(self, number: int, epoch: int) -> None:
         """A trial has so many epochs behind it."""
-        self._done[folder] = max(self._done.get(folder, 0), epoch)
+        self._done[number] = max(self._done.get(number, 0), epoch)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -82,8 +82,7 @@ def run_jobs(
     os.environ.update(_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = ledger.config
-    stopped: Literal["paused", "pruned"] = "paused" if isinstance(scheduler, _Asha) else "pruned"
-    watch = _Watch(ledger, budget, board, ended, stopped)
+    watch = _Watch(ledger, budget, board, ended)
     folder = storage.join(ledger.uri, "ray")
     base = config.model_dump(mode="json", exclude_unset=True)
     trainable = tune.with_resources(
@@ -102,7 +101,7 @@ def run_jobs(
             search_alg=None if population else _Queue(next_job),
             num_samples=1 if population else -1,
             max_concurrent_trials=share.concurrent,
-            reuse_actors=True,
+            reuse_actors=config.scaling.num_workers <= 1,  # a stopped trainer of several workers ends with its process
             trial_name_creator=_name,
             trial_dirname_creator=lambda trial: f"{_name(trial)}-{trial.trial_id}",  # who waited comes again
         ),
@@ -166,12 +165,12 @@ class _State:
     """What is known of a trial while it runs."""
 
     def __init__(self, job: Job, before: Trial | None) -> None:
-        """before: what a trial that goes on had reached."""
+        """before: the record of a trial that goes on. It reports its epochs again; when they were is known from there."""
         self.job = job
-        self.curve = list(before.curve) if before else []
+        self.curve: list[TrialEpoch] = []
+        self.times = {one.epoch: one.at for one in before.curve} if before else {}
         self.switches: list[dict[str, Any]] = []
-        self.seconds, self.epochs = (before.seconds, before.epochs) if before else (0.0, 0)
-        self.ended, self.stopped, self.reason = False, False, ""
+        self.seconds, self.epochs, self.ended, self.pruned, self.reason = 0.0, 0, "", False, ""
 
     def trial(self, status: Any, mode: str) -> Trial:
         values = [one.value for one in self.curve]
@@ -193,18 +192,11 @@ class _State:
 class _Watch(tune.Callback):  # type: ignore[misc]
     """Follows trials, writes the record of each that ends, and tells the board."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        budget: Budget,
-        board: Board,
-        ended: Callable[[Trial], None],
-        stopped: Literal["paused", "pruned"],
-    ) -> None:
-        """stopped: what a trial is that the scheduler stopped."""
-        self._ledger, self._budget, self._board, self._ended, self._stopped = ledger, budget, board, ended, stopped
+    def __init__(self, ledger: Ledger, budget: Budget, board: Board, ended: Callable[[Trial], None]) -> None:
+        self._ledger, self._budget, self._board, self._ended = ledger, budget, board, ended
         self._metric, self._mode = metric_of(ledger.config)
         self._states: dict[str, _State] = {}
+        self._failed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as above
@@ -228,19 +220,18 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         state = self._state(trial)
-        state.ended, state.reason = "ended" in result, str(result.get("failed", ""))
-        state.stopped = bool(result.get("done"))  # set where the scheduler decided to stop it
+        state.ended, state.reason = str(result.get("ended", "")), str(result.get("failed", ""))
+        state.pruned = bool(result.get("done"))  # set where the scheduler decided to stop it
         epoch = int(result["epoch"])
-        self._budget.count(state.job.folder, epoch)
+        self._budget.count(state.job.number, epoch)
         known = {one.epoch for one in state.curve}
         if "failed" not in result and epoch not in known:
             state.epochs = epoch
             state.seconds += float(result["seconds"]) + float(result.get("validation_seconds", 0.0))
             if self._metric in result:
                 value, loss = float(result[self._metric]), float(result["loss"])
-                state.curve.append(
-                    TrialEpoch(epoch=epoch, value=value, loss=loss, seconds=state.seconds, at=time.time())
-                )
+                at = state.times.get(epoch, time.time())
+                state.curve.append(TrialEpoch(epoch=epoch, value=value, loss=loss, seconds=state.seconds, at=at))
         self._board.epoch(state.job.number, state.job.values, state.curve[-1] if state.curve else None)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -248,13 +239,14 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         if state.reason:
             self._end(trial, "failed")
         elif state.ended:
-            self._end(trial, "done")
-        elif state.stopped:
-            self._end(trial, self._stopped)
+            self._end(trial, state.ended)
+        elif state.pruned:
+            self._end(trial, "pruned")
         # else the budget cut it, or something ended the whole sweep
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         state = self._state(trial)
+        self._failed.add(trial.trial_id)
         with open(trial.error_file) as file:
             state.reason = _reason(file.read())
         self._end(trial, "failed")
@@ -266,9 +258,19 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._board.end(made)
         self._ended(made)
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune says nothing of a trial whose process could not be used again, and would wait for it for ever."""
+        for trial in trials:
+            if trial.status == "ERROR" and trial.trial_id not in self._failed:
+                raise RecrayError(
+                    f"{trial} could not start: the process that it was given did not stop its last trial in time. "
+                    f"Give the same command again: it goes on with the sweep"
+                )
+
     def cut(self) -> list[Trial]:
-        """The trials that the budget cut, written down with what they had reached."""
-        made = [(state.job, state.trial("cut", self._mode)) for state in self._states.values()]
+        """The trials that ran when the budget was used up, written down with what they had reached; some have just ended."""
+        states = self._states.values()
+        made = [(s.job, s.trial("failed" if s.reason else s.ended or "cut", self._mode)) for s in states]
         for job, trial in made:
             self._ledger.end(job, trial)
         return [trial for _, trial in made]
@@ -283,25 +285,9 @@ def _reason(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-class _Asha(FIFOScheduler):  # type: ignore[misc]
-    """Stops a trial that has to wait at its rung; the queue hands it out again."""
-
-    def __init__(self, rungs: Rungs, metric: str) -> None:
-        super().__init__()
-        self._rungs, self._metric = rungs, metric
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """What an interrupted trial reports again was decided before: it went on."""
-        if self._metric not in result or "failed" in result:
-            return str(TrialScheduler.CONTINUE)
-        number = Job(**trial.config["job"]).number
-        goes_on = self._rungs.reach(number, int(result["epoch"]), float(result[self._metric]))
-        return str(TrialScheduler.CONTINUE if goes_on or result.get("again") else TrialScheduler.STOP)
-
-
 class _Median(MedianStoppingRule):  # type: ignore[misc]
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """As with ASHA."""
+        """What an interrupted trial reports again was decided before: it went on."""
         action = super().on_trial_result(controller, trial, result)
         if result.get("again"):
             self._stopped_trials.discard(trial)
@@ -319,16 +305,15 @@ class _Past:
         return []
 
 
-def make_scheduler(
-    config: Config, space: Space, metric: str, mode: str, past: list[Trial], rungs: Rungs | None
-) -> TrialScheduler:
-    """The scheduler of the configuration, which knows the curves of trials that ended before."""
+def make_scheduler(config: Config, space: Space, metric: str, mode: str, past: list[Trial]) -> TrialScheduler:
+    """Tune's part of the configuration's scheduler, which knows the curves of trials that ended before.
+
+    With ASHA there is none: trials end at their rungs by themselves, and `Jobs` hands them out again.
+    """
     options = config.tune
     if options.search == "pbt":
         return _population(space, metric, mode)
-    if rungs is not None:
-        return _Asha(rungs, metric)
-    if options.scheduler == "none":
+    if options.scheduler != "median":
         return FIFOScheduler()
     scheduler = _Median(
         time_attr="epoch",

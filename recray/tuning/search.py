@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,18 +91,20 @@ class Tpe:
                 seed=space.base.run.seed * 100_003 + len(past),
             )
         direction = "maximize" if mode == "max" else "minimize"
-        self._study = optuna.create_study(sampler=sampler, direction=direction)
         self._optuna, self._space = optuna, space
-        self._asked: dict[int, Any] = {}
+        self._new_study = partial(optuna.create_study, sampler=sampler, direction=direction)
+        self._study = self._new_study()
+        self._asked: dict[int, tuple[Any, Point]] = {}  # running: the study's own trial, and its values
+        self._told: dict[int, Trial] = {}
         for trial in past:
-            self._asked[trial.number] = self._ask(trial.values)[0]
+            self._asked[trial.number] = self._ask(trial.values)
             self.learn(trial)
 
     def point(self, number: int, known: Point | None = None) -> Point | None:
         for _ in range(_REDRAWS):
             asked, point = self._ask(known)
             if known is not None or self._space.valid(point):
-                self._asked[number] = asked
+                self._asked[number] = (asked, point)
                 return point
             self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
         raise ConfigError(f"{_REDRAWS} points in a row are refused by the configuration: check tune.space")
@@ -127,9 +130,18 @@ class Tpe:
         return asked, point
 
     def learn(self, trial: Trial) -> None:
+        again = trial.number in self._told  # it had waited, and the study would count it twice
+        self._told[trial.number] = trial
+        if again:
+            self._study = self._new_study()
+            for one in self._told.values():
+                self._tell(self._ask(one.values)[0], one)
+            self._asked = {number: self._ask(point) for number, (_, point) in self._asked.items()}
+        else:
+            self._tell(self._asked.pop(trial.number)[0], trial)
+
+    def _tell(self, asked: Any, trial: Trial) -> None:
         state = self._optuna.trial.TrialState
-        # Who had waited and was told of ends a second time, as another trial of the same values.
-        asked = self._asked.pop(trial.number, None) or self._ask(trial.values)[0]
         if trial.status == "failed" or trial.best is None:
             self._study.tell(asked, state=state.FAIL)
         elif trial.status in ("paused", "pruned"):

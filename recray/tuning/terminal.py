@@ -19,7 +19,7 @@ _STATES = ("done", "paused", "pruned", "failed", "cut")
 class Board:
     def __init__(self, title: str, metric: str, mode: str, total: int | None, past: list[Trial]) -> None:
         self._title, self._metric, self._mode, self._total = title, metric, mode, total
-        self._ended = {(trial.number, trial.seed): trial for trial in past}  # who goes on is counted as before
+        self._ended = {(trial.number, trial.seed): trial for trial in past}  # a waiting one that goes on stays
         self._running: dict[int, tuple[Point, TrialEpoch | None]] = {}
         self._started = time.perf_counter()
         self._live = Live(console=Console(), refresh_per_second=4) if sys.stdout.isatty() else None
@@ -60,12 +60,11 @@ class Board:
         return sorted(known, key=lambda trial: trial.best or 0.0, reverse=self._mode == "max")[:_BEST]
 
     def _table(self) -> Table:
-        states = [trial.status for trial in self._ended.values()]
-        counts = {status: states.count(status) for status in ("done", "paused", "pruned", "failed")}
+        counts = {status: sum(t.status == status for t in self._ended.values()) for status in _STATES}
         shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         total = f" of {self._total}" if self._total else ""
         table = Table(
-            title=f"{self._title}: {len(self._ended)}{total} ended ({shown or 'none'}), {len(self._running)} running, "
+            title=f"{self._title}: {len(self._ended)}{total} tried ({shown or 'none'}), {len(self._running)} running, "
             f"{time.perf_counter() - self._started:.0f} s",
             title_justify="left",
         )

@@ -22,21 +22,25 @@ from recray.tuning.ledger import Job, trial_config
 
 
 def run_trial(settings: dict[str, Any], base: dict[str, Any], cpus: int) -> None:
-    """Train the Job in `settings`. Reports every epoch's entry of the history, at the end with "ended" or "failed".
+    """Train the Job in `settings`. Reports every epoch's entry of the history, the last with "ended" ("done", or "paused"
+    at a rung) or "failed".
 
     A failure is reported, not raised: the process lives on for the next trial.
     """
     from ray import tune
 
     torch.set_num_threads(cpus)
+    # Ray reads it when this process is to get another trial: the threads of the one before may take that long to end.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
     started = Config.model_validate(base)
     last: dict[str, Any] = {"epoch": 0.0, started.training.metric: float("nan")}
     try:
-        config = on_this_node(trial_config(started, Job.of(tune.get_context().get_trial_name(), settings)))
-        reporter = _Reporter(config, last, started.tune.search == "pbt")
+        job = Job.of(tune.get_context().get_trial_name(), settings)
+        config = on_this_node(trial_config(started, job))
+        reporter = _Reporter(config, last, job.until, started.tune.search == "pbt")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             reporter.go_on()
-            train(config, on_epoch=reporter.epoch, callback=_callback(config))
+            train(config, on_epoch=reporter.epoch, callback=_callback(config), until=job.until)
         reporter.end()
     except Exception as error:
         lines = f"{type(error).__name__}: {error}".strip().splitlines()
@@ -66,8 +70,9 @@ def on_this_node(config: Config) -> Config:
 class _Reporter:
     """Passes epochs to Tune. The last one goes with the news that the trial ended, so that nobody stops it before."""
 
-    def __init__(self, config: Config, last: dict[str, Any], population: bool) -> None:
+    def __init__(self, config: Config, last: dict[str, Any], until: int | None, population: bool) -> None:
         self._config, self._last, self._population = config, last, population
+        self._until = min(until or config.training.epochs, config.training.epochs)
         self._dataset = PreparedDataset.open(config.dataset_uri)
         self._select = Phase("train", config.training.epochs)
 
@@ -93,7 +98,7 @@ class _Reporter:
 
     def epoch(self, entry: dict[str, float]) -> None:
         self._last.update(entry)
-        if int(entry["epoch"]) < self._config.training.epochs:
+        if int(entry["epoch"]) < self._until:
             self._report(entry)
 
     def _report(self, entry: dict[str, float], again: bool = False) -> None:
@@ -114,9 +119,12 @@ class _Reporter:
     def end(self) -> None:
         from ray import tune
 
-        history = CheckpointRecord.read(storage.join(self._config.run_uri, "checkpoint")).history
-        # The checkpoint's own history ends at its best epoch; workers of a trainer reported the others themselves.
-        tune.report({**(self._last if self._last["epoch"] else history[-1]), "ended": True})
+        folder, ended = storage.join(self._config.run_uri, "checkpoint"), "done"
+        if not storage.exists(storage.join(folder, CheckpointRecord.file_name())):
+            folder, ended = self._select.folder(self._config, self._until), "paused"
+        # A checkpoint's own history ends at its best epoch; workers of a trainer reported the others themselves.
+        history = CheckpointRecord.read(folder).history
+        tune.report({**(self._last if self._last["epoch"] else history[-1]), "ended": ended})
 
     def _take_over(self, folder: str) -> None:
         """Epochs of the member that Tune chose become this trial's own, under this trial's configuration."""

@@ -135,28 +135,47 @@ def test_epochs_are_a_budget_and_a_larger_one_goes_on(tmp_path: Path) -> None:
     assert [(trial.status, trial.epochs) for trial in short.trials] == [("done", 4), ("cut", 2)]
     whole = recray.tune(parse_config(_table(tmp_path, space, **options)))
     assert [(trial.status, trial.epochs) for trial in whole.trials] == [("done", 4)] * 3
-    assert whole.trials[1].curve[:2] == [
-        one.model_copy(update={"at": whole.trials[1].curve[at].at}) for at, one in enumerate(short.trials[1].curve)
-    ]
+    assert whole.trials[1].curve[:2] == short.trials[1].curve
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_who_waits_at_a_rung_goes_on_where_it_was(tmp_path: Path) -> None:
-    """One trial at a time, rungs after 1 and 2 of 4 epochs; the first budget ends in the middle."""
-    space = {"optim.learning_rate": {"choices": [1e-5, 2e-3, 5e-3, 1e-2]}}
+    """One trial at a time, rungs after 1 and 2 of 4 epochs; the first start ends after an epoch of the first two."""
+    space = {"optim.learning_rate": {"choices": [5e-3, 1e-5, 1e-2, 2e-3]}}  # visited as 1e-2, 1e-5, 5e-3, 2e-3
     options = {"reduction_factor": 2, "top": 0, "concurrent": 1}
-    short = recray.tune(parse_config(_table(tmp_path, space, epochs=4, **options)))
-    assert sum(trial.epochs for trial in short.trials) == 4
-    assert "paused" in [trial.status for trial in short.trials]
+    short = recray.tune(parse_config(_table(tmp_path, space, epochs=2, **options)))
+    assert [trial.values["optim.learning_rate"] for trial in short.trials] == [1e-2, 1e-5]
+    assert [(trial.status, trial.epochs) for trial in short.trials] == [("paused", 1)] * 2
     whole = recray.tune(parse_config(_table(tmp_path, space, **options)))
     assert {trial.status for trial in whole.trials} == {"done", "pruned"} and len(whole.trials) == 4
     for trial in whole.trials:
         assert [one.epoch for one in trial.curve] == list(range(1, trial.epochs + 1))
         assert not Path(tmp_path, f"small/tune/trials/{trial.number:04d}/train").exists()
-    for before, after in zip(short.trials, whole.trials, strict=False):
-        assert after.curve[: before.epochs] == before.curve
-    (slow,) = (trial for trial in whole.trials if trial.values["optim.learning_rate"] == 1e-5)
-    assert slow.epochs < 4 and max(trial.epochs for trial in whole.trials) == 4
+    first, slow, *_ = whole.trials
+    assert first.epochs > 1 and first.curve[:1] == short.trials[0].curve  # its seconds too: it was not trained again
+    assert slow.epochs == 1 and slow.curve == short.trials[1].curve
+    assert max(trial.epochs for trial in whole.trials) == 4
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_wait_and_go_on(tmp_path: Path) -> None:
+    """In a process of its own, with as many CPUs as one trial of two workers needs: who waits must hold none."""
+    table = _table(tmp_path, {"optim.learning_rate": {"choices": [1e-5, 1e-2]}}, top=0)
+    table["scaling"], table["training"]["epochs"] = {"num_workers": 2, "reader": "worker"}, 2
+    (tmp_path / "sweep.json").write_text(json.dumps(table))
+    code = (
+        "import json, sys, ray, recray; from recray.config import parse_config\n"
+        "ray.init(num_cpus=4, include_dashboard=False)\n"
+        "recray.tune(parse_config(json.load(open(sys.argv[1]))))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "sweep.json")], check=True, timeout=500)
+    trials = TuneRecord.read(str(tmp_path / "small" / "tune")).trials
+    ended = {
+        trial.values["optim.learning_rate"]: (trial.status, [one.epoch for one in trial.curve]) for trial in trials
+    }
+    assert ended == {1e-2: ("done", [1, 2]), 1e-5: ("pruned", [1])}
+    for trial in trials:
+        assert not Path(tmp_path, f"small/tune/trials/{trial.number:04d}/train").exists()
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -197,7 +216,7 @@ def test_a_killed_sweep_goes_on_and_a_killed_trial_does_not_end_it(tmp_path: Pat
     (tmp_path / "odd_models").mkdir()
     (tmp_path / "odd_models" / "odd.py").write_text(ODD)
     space = {"model.dim": {"choices": [16, 5, 12, 6, 8, 10]}}
-    table = _table(tmp_path, space, top=0, scheduler=scheduler, reduction_factor=2)
+    table = _table(tmp_path, space, top=0, scheduler=scheduler, reduction_factor=2, concurrent=2)
     table["model"]["name"], table["training"]["epochs"] = "odd_models.odd", 12
     (tmp_path / "sweep.json").write_text(json.dumps(table))
     code = "import json, sys, recray; from recray.config import parse_config\nrecray.tune(parse_config(json.load(open(sys.argv[1]))))"
@@ -213,7 +232,7 @@ def test_a_killed_sweep_goes_on_and_a_killed_trial_does_not_end_it(tmp_path: Pat
     trials = tmp_path / "small" / "tune" / "trials"
     first = {path: TrialRecord.read(str(path.parent)).trial for path in trials.glob("*/trial.json")}
     assert first
-    written = {path: path.stat().st_mtime_ns for path, trial in first.items() if trial.status != "paused"}
+    written = {path: path.stat().st_mtime_ns for path, trial in first.items() if trial.over}
     assert len(written) < 6
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())
@@ -228,7 +247,7 @@ def test_a_killed_sweep_goes_on_and_a_killed_trial_does_not_end_it(tmp_path: Pat
         assert (trial.epochs == 12) is (trial.status == "done")
         assert trial.status == "done" or dim in (5, 6) or scheduler == "asha"
         assert not (trials / f"{trial.number:04d}" / "train").exists()
-    for path, trial in first.items():  # what a waiting trial had done is not done again
+    for path, trial in first.items():  # what a waiting trial had done is not done again: its seconds are the same
         (now,) = (one for one in record.trials if one.number == trial.number)
         assert now.curve[: trial.epochs] == trial.curve, path
     if scheduler == "asha":  # rungs after 1, 2, 4 and 8 epochs; at least one of the four goes to its end

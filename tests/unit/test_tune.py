@@ -167,6 +167,22 @@ def test_tpe_learns_from_records_where_the_best_is(mode: str) -> None:
     assert learned.point(42, known) == known
 
 
+def test_tpe_counts_a_trial_that_had_waited_once() -> None:
+    optuna = pytest.importorskip("optuna")
+    space = check(_config({"loss.temperature": {"low": 0.1, "high": 10}}, search="tpe"), [])
+    tpe = search.make(space, "max", [])
+    points = [tpe.point(number) for number in (1, 2, 3)]
+    assert points[0] is not None and points[1] is not None
+    for value, status in ((0.1, "paused"), (0.2, "paused"), (0.3, "done")):
+        tpe.learn(_trial(1, points[0], value, status))
+    tpe.learn(_trial(2, points[1], 0.2, "failed"))
+    states = optuna.trial.TrialState
+    study = tpe._study  # type: ignore[attr-defined]
+    assert sorted(t.state.name for t in study.trials) == ["COMPLETE", "FAIL", "RUNNING"]
+    (best,) = study.get_trials(states=[states.COMPLETE])
+    assert best.value == 0.3 and best.params == points[0]
+
+
 def _share(nodes: list[dict[str, float]], *overrides: str, **tune: Any) -> tuple[resources.Share, list[str]]:
     return resources.share(_config({"model.dim": {"choices": [8]}}, *overrides, **tune), nodes)
 

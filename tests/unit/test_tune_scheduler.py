@@ -9,14 +9,12 @@ pytest.importorskip("ray.tune")
 from recray.config import Config, parse_config
 from recray.records import Trial, TrialEpoch
 from recray.tuning.check import check
-from recray.tuning.halving import make_rungs
 from recray.tuning.runner import Budget, make_scheduler
 
 
 class _Running:
     def __init__(self, number: int) -> None:
         self.trial_id = str(number)
-        self.config = {"job": {"folder": f"trials/{number:04d}", "values": {}, "seed": 1}}
 
     def get_live_trials(self) -> list[Any]:
         return []
@@ -28,8 +26,7 @@ def _config(scheduler: str) -> Config:
 
 
 def _scheduler(config: Config, mode: str, past: list[Trial]) -> Any:
-    space = check(config, [])
-    return make_scheduler(config, space, "ndcg@10", mode, past, make_rungs(config, space, mode, past))
+    return make_scheduler(config, check(config, []), "ndcg@10", mode, past)
 
 
 def _past(number: int, values: list[float]) -> Trial:
@@ -37,10 +34,9 @@ def _past(number: int, values: list[float]) -> Trial:
     return Trial(number=number, values={}, seed=1, status="done", best=max(values), epochs=len(values), curve=curve)
 
 
-@pytest.mark.parametrize("name", ["asha", "median"])
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_a_scheduler_knows_trials_of_earlier_starts(name: str, mode: str) -> None:
-    config = _config(name)
+def test_a_scheduler_knows_trials_of_earlier_starts(mode: str) -> None:
+    config = _config("median")
     sign = 1.0 if mode == "max" else -1.0
     past = [_past(n, [sign * (0.1 * n + 0.01 * epoch) for epoch in range(20)]) for n in range(1, 5)]
     for value, stops in ((0.05, True), (0.9, False)):
@@ -51,9 +47,8 @@ def test_a_scheduler_knows_trials_of_earlier_starts(name: str, mode: str) -> Non
         assert (scheduler.on_trial_result(trial, trial, first) == "STOP") is stops
 
 
-@pytest.mark.parametrize("name", ["asha", "median"])
-def test_what_was_reported_before_an_interruption_is_not_judged_again(name: str) -> None:
-    config = _config(name)
+def test_what_was_reported_before_an_interruption_is_not_judged_again() -> None:
+    config = _config("median")
     past = [_past(n, [0.5] * 20) for n in range(1, 5)]
     scheduler = _scheduler(config, "max", past)
     trial = _Running(9)
@@ -64,22 +59,12 @@ def test_what_was_reported_before_an_interruption_is_not_judged_again(name: str)
     assert any(scheduler.on_trial_result(trial, trial, one) == "STOP" for one in later)
 
 
-def test_nobody_is_stopped_after_its_last_epoch() -> None:
-    config = _config("asha")
-    past = [_past(n, [0.5] * 20) for n in range(1, 5)]
-    scheduler = _scheduler(config, "max", past)
-    trial = _Running(9)
-    scheduler.on_trial_add(trial, trial)
-    reports = [{"epoch": epoch, "ndcg@10": 0.6} for epoch in range(1, 21)]
-    assert [scheduler.on_trial_result(trial, trial, one) for one in reports] == ["CONTINUE"] * 20
-
-
 def test_a_budget_counts_epochs_once() -> None:
     """Those of earlier starts, and those that a trial reports again when it goes on, too."""
-    budget = Budget(None, 7, {"trials/0001": 2})
+    budget = Budget(None, 7, {1: 2})
     for trial, epoch in ((2, 1), (2, 2), (3, 1), (3, 1), (2, 1), (2, 2), (1, 1), (1, 2), (1, 3)):
-        budget.count(f"trials/000{trial}", epoch)
+        budget.count(trial, epoch)
         assert not budget.stop_all()
-    budget.count("trials/0002", 3)
+    budget.count(2, 3)
     assert budget.stop_all()
     assert Budget(0.0, None, {}).stop_all()
