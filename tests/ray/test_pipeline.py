@@ -220,6 +220,22 @@ def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
     assert state["step"] == (done + 2) * checkpoint.load_state(last_epoch(run))["step"] // 3
 
 
+def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run: Config, tmp_path: Path) -> None:
+    """Nothing is drawn with this loss, so that in two parts it is the same training as in one."""
+    keys = ["scaling.num_workers=0", "loss.name=softmax", "optim.schedule=linear"]
+    whole = _with_dataset(run, tmp_path / "whole", *keys)
+    parts = _with_dataset(run, tmp_path / "parts", *keys)
+    expected = recray.train(whole)
+    first = recray.train(parts, until=1)
+    assert first.epoch == 1 and len(first.history) == 1
+    assert not storage.exists(f"{parts.run_uri}/checkpoint/checkpoint.json")
+    assert recray.train(parts, until=1) == first  # already there
+    record = recray.train(parts, until=3)  # as many as there are: to the end
+    known = ("epoch", "loss", "ndcg@10")
+    assert [{k: e[k] for k in known} for e in record.history] == [{k: e[k] for k in known} for e in expected.history]
+    assert record.value == expected.value and storage.exists(f"{parts.run_uri}/checkpoint/checkpoint.json")
+
+
 def test_a_relative_output_means_the_same_folder_to_a_worker(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
