@@ -301,7 +301,10 @@ class _Work:
         try:
             return list(ray.get(refs))
         except BaseException:
-            for ref in refs:
+            # Others often fail of the same at the same time, and Ray 2.60 aborts this process where a task ends while it
+            # is cancelled ("Tried to complete task that was not pending"): only who goes on for longer is cancelled.
+            _, left = ray.wait(refs, num_returns=len(refs), timeout=2)
+            for ref in left:
                 ray.cancel(ref)
             ray.wait(refs, num_returns=len(refs), timeout=30)
             raise
