@@ -51,9 +51,8 @@ def train(
             loop.fit(config, LocalContext(config.scaling.use_gpu), on_epoch=on_epoch, until=until)
     else:
         _run_workers(config, [callback] if callback is not None else [], until)
-    if (
-        until is not None and (reached := last_epoch(config, select, dataset)) >= until
-    ):  # else its patience ended before
+    reached = last_epoch(config, select, dataset)
+    if until is not None and reached >= until:  # else its patience ended before
         print(f"train: stopped after epoch {reached} of {config.training.epochs}", flush=True)
         return CheckpointRecord.read(select.folder(config, reached))
     chosen = best_epoch(config, dataset)

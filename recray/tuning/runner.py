@@ -168,12 +168,15 @@ class _State:
         """before: the record of a trial that goes on. It reports its epochs again; when they were is known from there."""
         self.job = job
         self.curve: list[TrialEpoch] = []
+        self.before = before
         self.times = {one.epoch: one.at for one in before.curve} if before else {}
         self.switches: list[dict[str, Any]] = []
         self.seconds, self.epochs, self.ended, self.pruned, self.reason = 0.0, 0, "", False, ""
 
     def trial(self, status: Any, mode: str) -> Trial:
-        values = [one.value for one in self.curve]
+        # Who stopped before it had reported everything again has not lost it.
+        known = self.before if self.before and self.before.epochs > self.epochs else self
+        values = [one.value for one in known.curve]
         best = (max(values) if mode == "max" else min(values)) if values else None
         return Trial(
             number=self.job.number,
@@ -182,9 +185,9 @@ class _State:
             status=status,
             reason=self.reason,
             best=best,
-            epochs=self.epochs,
-            seconds=self.seconds,
-            curve=self.curve,
+            epochs=known.epochs,
+            seconds=known.seconds,
+            curve=known.curve,
             switches=self.switches,
         )
 

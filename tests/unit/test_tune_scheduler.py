@@ -9,7 +9,8 @@ pytest.importorskip("ray.tune")
 from recray.config import Config, parse_config
 from recray.records import Trial, TrialEpoch
 from recray.tuning.check import check
-from recray.tuning.runner import Budget, make_scheduler
+from recray.tuning.ledger import Job
+from recray.tuning.runner import Budget, _State, make_scheduler
 
 
 class _Running:
@@ -68,3 +69,12 @@ def test_a_budget_counts_epochs_once() -> None:
     budget.count(2, 3)
     assert budget.stop_all()
     assert Budget(0.0, None, {}).stop_all()
+
+
+def test_what_a_trial_had_reached_is_not_lost_where_it_fails_as_it_goes_on() -> None:
+    before = _past(3, [0.1, 0.4, 0.2])
+    state = _State(Job("trials/0003", {}, 1), before)
+    state.reason = "its process was killed"
+    made = state.trial("failed", "max")
+    assert (made.status, made.reason, made.best, made.epochs) == ("failed", "its process was killed", 0.4, 3)
+    assert made.curve == before.curve
