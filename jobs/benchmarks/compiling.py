@@ -20,6 +20,7 @@ _MODELS: dict[str, dict[str, Any]] = {
 def run(
     epochs: Annotated[int, typer.Option(min=2, help="of each; the first compiles, the fastest other counts")] = 3,
     model: Annotated[list[str] | None, typer.Option(help="[default: two_tower and sasrec]")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[str | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """two_tower and SASRec without Ray, 60,000 simulated events: events/s compiled over events/s as they are, and
@@ -36,10 +37,10 @@ def run(
                 table["run"] = {"name": f"compile-{compiled}", "output": folder, "dataset": f"{folder}/dataset"}
                 table["data"] = {"source": "simulated", "simulated": {"events": 60_000, "users": 500, "items": 500}}
                 table["training"] |= {"epochs": epochs, "compile": compiled, "validate_every": epochs}
-                table["scaling"] = {"num_workers": 0}
+                table["scaling"] = {"num_workers": 0, "use_gpu": device == "cuda"}
                 config = parse_config(table)
                 recray.prepare(config)
                 first, *later = recray.train(config).history
                 rates[compiled] = max(entry["events_per_second"] for entry in later)
         figures |= {f"{name}_compiled_over_eager": rates[True] / rates[False], f"{name}_first_epoch": first["seconds"]}
-    report(figures, out)
+    report(figures | {"device": device}, out)

@@ -73,8 +73,10 @@ class LossConfig(Section):
         0.9, ge=-1, le=1, description="cosine_contrastive: cosine below which a negative costs nothing"
     )
     negative_weight: float = Field(150.0, gt=0, description="cosine_contrastive: weight of the mean negative term")
-    chunk_size: int = Field(
-        512, ge=1, description="softmax: rows of logits alive at a time, fewer where they take more than 256 MB"
+    chunk_size: int | None = Field(
+        None,
+        ge=1,
+        description="softmax: rows of logits alive at a time, fewer where they take more than 256 MB; unset: 512 on a CPU, as many as 256 MB hold on a GPU",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="bce: labels are moved so far towards one half")
     positive_weight: float = Field(1.0, gt=0, description="bce: weight of clicks against non-clicks")

@@ -34,8 +34,9 @@ class Jagged:
         lengths = self.lengths()
         kept = lengths.clamp(max=length)
         offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
-        within = torch.arange(int(offsets[-1]), device=kept.device) - torch.repeat_interleave(offsets[:-1], kept)
-        return Jagged(self.values[torch.repeat_interleave(self.offsets[1:] - kept, kept) + within], offsets)
+        entries = int(offsets[-1])
+        shift = torch.repeat_interleave(self.offsets[1:] - kept - offsets[:-1], kept, output_size=entries)
+        return Jagged(self.values[shift + torch.arange(entries, device=kept.device)], offsets)
 
     def rows(self, start: int, stop: int) -> Jagged:
         offsets = self.offsets[start : stop + 1]
@@ -51,7 +52,9 @@ class Jagged:
         """(B, length) with row b's last entries at the right end and PAD before them."""
         lengths = self.lengths()
         out = self.values.new_zeros(len(lengths), length)
-        row_T = torch.repeat_interleave(torch.arange(len(lengths), device=self.values.device), lengths)
+        row_T = torch.repeat_interleave(
+            torch.arange(len(lengths), device=self.values.device), lengths, output_size=len(self.values)
+        )
         from_end_T = self.offsets[1:][row_T] - torch.arange(len(self.values), device=self.values.device)
         keep_T = from_end_T <= length
         out[row_T[keep_T], length - from_end_T[keep_T]] = self.values[keep_T]

@@ -32,6 +32,7 @@ from recray.models.products import fits, product
 
 _LARGEST_EXPONENT = 86.0  # 2 to the power of it and of its negative are inside of float32, and products with them
 _LOGITS = 1 << 26  # alive at a time (256 MB)
+_ROWS_ON_CPU = 512  # of them: what its caches hold; on a GPU every chunk costs the start of eight kernels
 
 
 class Gather(Protocol):
@@ -139,7 +140,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q_QD: Tensor, v_ND: Tensor, target_Q: Tensor, weight_Q: Tensor, temperature: float, chunk: int
+        ctx: Any, q_QD: Tensor, v_ND: Tensor, target_Q: Tensor, weight_Q: Tensor, temperature: float, chunk: int | None
     ) -> Tensor:
         q_QD = q_QD / (temperature * math.log(2))  # powers of 2 take a third of the time of those of e
         positive_QD = v_ND[target_Q]
@@ -148,7 +149,8 @@ class _ChunkedSoftmax(torch.autograd.Function):
         bounded = float(bound) < _LARGEST_EXPONENT
         sum_Q, top_Q = torch.empty(len(q_QD), device=q_QD.device), torch.zeros(len(q_QD), device=q_QD.device)
         learns = any(ctx.needs_input_grad)
-        chunk = max(1, min(chunk, _LOGITS // len(v_ND)))
+        most = _LOGITS // len(v_ND)
+        chunk = max(1, min(chunk or (most if q_QD.is_cuda else _ROWS_ON_CPU), most))
         logits = q_QD.new_empty(min(chunk, len(q_QD)), len(v_ND))
         # The items' gradient is made turned round where that is the faster product. A chunk of another size is not worth
         # what it would leave behind (recray.models.products).

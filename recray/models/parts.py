@@ -124,11 +124,12 @@ def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequentia
     return nn.Sequential(*layers, nn.Linear(width, out))
 
 
-def select(feature: Feature, rows: Tensor) -> Feature:
-    """The feature's values of these rows."""
+def select(feature: Feature, rows: Tensor, entries: int | None = None) -> Feature:
+    """The feature's values of these rows; `entries`: how many a Jagged has there, if known, or a GPU is waited for."""
     if not isinstance(feature, Jagged):
         return feature[rows]
     starts, lengths = feature.offsets[rows], feature.lengths()[rows]
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    within = torch.arange(int(offsets[-1]), device=rows.device) - torch.repeat_interleave(offsets[:-1], lengths)
-    return Jagged(feature.values[torch.repeat_interleave(starts, lengths) + within], offsets)
+    entries = int(offsets[-1]) if entries is None else entries
+    shift = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=entries)
+    return Jagged(feature.values[shift + torch.arange(entries, device=rows.device)], offsets)

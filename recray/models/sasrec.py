@@ -43,9 +43,9 @@ class Options(ModelOptions):
 class _Group:
     """Rows of like length, whose tokens follow one another; padded to the longest where they are not of one length."""
 
-    def __init__(self, lengths_R: Tensor) -> None:
-        self.rows, self.length = len(lengths_R), int(lengths_R[-1])
-        self.tokens = int(lengths_R.sum())
+    def __init__(self, lengths: list[int], lengths_R: Tensor) -> None:
+        """Ascending, and the same on the device, which is not waited for."""
+        self.rows, self.length, self.tokens = len(lengths), lengths[-1], sum(lengths)
         self.padded = self.tokens < self.rows * self.length
         self.real_RL: Tensor | None = None  # bool; None where all are
         if self.padded:
@@ -54,7 +54,9 @@ class _Group:
             self.real_RL = real_RL = step_L < lengths_R[:, None]
             starts_R = lengths_R.cumsum(0) - lengths_R
             self.token_RL = torch.where(real_RL, starts_R[:, None] + step_L, 0).flatten()  # any token for padding
-            self.place_T = real_RL.flatten().nonzero()[:, 0]
+            gap_R = torch.arange(self.rows, device=lengths_R.device) * self.length - starts_R
+            self.place_T = torch.repeat_interleave(gap_R, lengths_R, output_size=self.tokens)
+            self.place_T += torch.arange(self.tokens, device=lengths_R.device)
 
     def pad(self, x_TD: Tensor) -> Tensor:
         """(R, L, D)"""
@@ -66,6 +68,12 @@ class _Group:
         """(T, D)"""
         x_TD = x_RLD.reshape(self.rows * self.length, -1)
         return _Unpad.apply(x_TD, self.token_RL, self.place_T) if self.padded else x_TD  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _groups(lengths: list[int], lengths_R: Tensor) -> list[_Group]:
+    size = -(-len(lengths) // _GROUPS)
+    starts = range(0, len(lengths), size) if lengths else ()
+    return [_Group(lengths[at : at + size], lengths_R[at : at + size]) for at in starts]
 
 
 class _Pad(torch.autograd.Function):
@@ -162,23 +170,24 @@ class SASRec(nn.Module):
 
     def query_vectors(self, batch: Batch) -> Tensor:
         lengths_B, order_B = batch.history.lengths().sort()
+        lengths, tokens = lengths_B.tolist(), len(batch.history.values)  # the only place where a GPU is waited for
+        empty = lengths.count(0)
         # Tokens in order of their rows' lengths, so that a group of rows is a slice of them.
-        history = select(batch.history, order_B)
+        history = select(batch.history, order_B, tokens)
         assert isinstance(history, Jagged)
-        from_end_T = torch.repeat_interleave(history.offsets[1:], lengths_B) - 1
-        from_end_T -= torch.arange(len(from_end_T), device=from_end_T.device)
+        from_end_T = torch.repeat_interleave(history.offsets[1:], lengths_B, output_size=tokens) - 1
+        from_end_T -= torch.arange(tokens, device=from_end_T.device)
         x_TD = self.item_table(history.values) * self.options.dim**0.5 + F.embedding(from_end_T, self.position)
         x_TD = dropout(x_TD, self.options.dropout, self.training)
-        groups = [_Group(part) for part in lengths_B[lengths_B > 0].chunk(_GROUPS) if len(part)]
+        groups = _groups(lengths[empty:], lengths_B[empty:])
         *earlier, final = self.blocks
         for block in earlier:
             x_TD = block(x_TD, groups)
         if batch.position_Q is None:
             assert isinstance(final, _Block)
-            with_history = lengths_B > 0
             # Users without a history have zeros. No parameter: it would have no gradient in training.
-            x_BD = x_TD.new_zeros(len(lengths_B), self.options.dim)
-            x_BD[order_B[with_history]] = final.last(x_TD, groups, history.offsets[1:][with_history] - 1)
+            x_BD = x_TD.new_zeros(len(lengths), self.options.dim)
+            x_BD[order_B[empty:]] = final.last(x_TD, groups, history.offsets[1 + empty :] - 1)
             return self._query(x_BD)
         x_TD = final(x_TD, groups)
         offset_B = torch.empty_like(lengths_B).index_copy_(0, order_B, history.offsets[:-1])

@@ -15,6 +15,7 @@ from recray.models.batch import FIRST_ID, Jagged
 # Scores alive at a time: 28 MB, as memory larger than 32 MB comes fresh from the kernel at every call; but as every pass
 # reads all items up to 32 queries, while that is no more than 128 MB.
 _SCORES, _ROWS, _MOST_SCORES = 7 << 20, 32, 1 << 25
+_SCORES_ON_GPU = 1 << 27  # 512 MB: there the starts of kernels cost more than what they read
 _TILE = 32  # columns of which only the largest is looked at first
 
 
@@ -28,7 +29,8 @@ def top_k(
     """
     first, step = share
     items = max(len(v_ND), 1)
-    rows_at_once = max(1, min(max(_ROWS, _SCORES // items), _MOST_SCORES // items))
+    most = _SCORES_ON_GPU if q_BD.is_cuda else min(max(_ROWS * items, _SCORES), _MOST_SCORES)
+    rows_at_once = max(1, most // items)
     q_BD, v_ND = q_BD.float(), v_ND.float()
     buffer = q_BD.new_empty(min(rows_at_once, len(q_BD)), len(v_ND))
     ids, scores = [], []

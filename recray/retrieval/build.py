@@ -9,6 +9,7 @@ index.json        IndexRecord, written last
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from recray import checkpoint, runtime, storage
 from recray.config import Config
@@ -33,8 +34,8 @@ def index(config: Config) -> IndexRecord:
     model, _ = checkpoint.load_model(source)
     if storage.exists(storage.join(target, "index.json")):
         old = IndexRecord.read(target)
-        wanted = config.model_dump(mode="json")["retrieval"]
-        if old.parents == [record.id, dataset.record.id] and old.config["retrieval"] == wanted:
+        same = _of_index(old.config) == _of_index(config.model_dump(mode="json"))
+        if old.parents == [record.id, dataset.record.id] and same:
             print(f"index: {target} is there for this checkpoint and configuration ({old.id}); reused", flush=True)
             return old
     storage.delete_folder(target)
@@ -89,6 +90,11 @@ def index(config: Config) -> IndexRecord:
         flush=True,
     )
     return made
+
+
+def _of_index(config: dict[str, Any]) -> dict[str, Any]:
+    """What an index depends on: not on how the items that it finds are ordered then."""
+    return {key: value for key, value in config["retrieval"].items() if key not in ("ranker", "filter_weight")}
 
 
 def index_of(config: Config, record: CheckpointRecord) -> IndexRecord | None:

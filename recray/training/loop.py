@@ -25,7 +25,7 @@ from recray.models.losses import RetrievalObjective
 from recray.plan import ShardGroup, ShardSlice, num_examples, plan, steps_per_epoch
 from recray.training import fsdp, optim
 from recray.training.accumulate import Accumulation
-from recray.training.context import Context, keep_memory
+from recray.training.context import Context, keep_memory, without_cudnn_attention
 from recray.training.feed import Feed
 from recray.training.placing import placement
 from recray.training.position import Phase, Position, refit_phase
@@ -65,6 +65,7 @@ def run(
 ) -> None:
     """Train a phase, at most `until` so many of its epochs; the threads that feed it end with it, however it ends."""
     with contextlib.ExitStack() as closing:
+        closing.enter_context(without_cudnn_attention())
         _run(config, context, phase, losses, on_epoch, until, closing)
 
 

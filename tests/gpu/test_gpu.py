@@ -85,7 +85,8 @@ def test_steps_on_the_gpu_are_those_of_the_cpu(name: str) -> None:
 def test_mixed_precision_learns_as_fp32_does(name: str, dtype: torch.dtype) -> None:
     full, mixed = _losses(name, "cuda"), _losses(name, "cuda", dtype)
     assert all(map(math.isfinite, mixed))
-    assert mixed[-1] == pytest.approx(full[-1], rel=0.1) and mixed[-1] < mixed[0]
+    # A loss near 0 has few digits left in bf16.
+    assert mixed[-1] == pytest.approx(full[-1], rel=0.1, abs=0.01) and mixed[-1] < mixed[0]
 
 
 def test_queries_of_the_gpu_are_those_of_the_cpu() -> None:

@@ -1,0 +1,92 @@
+"""The stages on Ray with a GPU: one rank of NCCL, mixed precision, trials on halves of a GPU. Skips where Ray is absent."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+ray = pytest.importorskip("ray")
+pytest.importorskip("faiss")
+
+import recray  # noqa: E402
+from recray import runtime  # noqa: E402
+from recray.config import Config, parse_config  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray that recray finds, as it finds a cluster's: training is a Ray worker then, and not this process."""
+    ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, logging_level=logging.ERROR)
+    runtime.quieten_data()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs are, and the dataset that they share."""
+    folder = tmp_path_factory.mktemp("gpu")
+    recray.prepare(_config(folder, "data"))
+    return folder
+
+
+def _config(folder: Path, name: str, *overrides: str, tune: dict[str, Any] | None = None) -> Config:
+    table: dict[str, Any] = {
+        "run": {"name": name, "output": str(folder), "dataset": f"{folder}/data/dataset"},
+        "data": {
+            "source": "simulated",
+            "shard_events": 4000,
+            "simulated": {"events": 30_000, "users": 500, "items": 300},
+        },
+        "model": {"name": "sasrec", "dim": 32, "history_length": 50},
+        "loss": {"name": "softmax"},
+        "optim": {"learning_rate": 3e-3},
+        "training": {"epochs": 8, "global_batch_size": 16},
+        "scaling": {"num_workers": 1, "use_gpu": True},
+        "evaluation": {"k": [10], "bootstrap": 0},
+    }
+    if tune:
+        table["tune"] = tune
+    return parse_config(table, overrides)
+
+
+def _run(config: Config) -> dict[str, float]:
+    recray.train(config)
+    recray.index(config)
+    metrics = recray.evaluate(config).metrics
+    return {system: values["ndcg@10"].value for system, values in metrics.items()}
+
+
+@pytest.mark.parametrize("reader", ["worker", "ray_data"])
+def test_a_ray_worker_on_the_gpu_learns_what_the_cpu_learns(folder: Path, reader: str) -> None:
+    """In bf16 where the card has it: the same within what other seeds differ by."""
+    on_gpu = _run(_config(folder, f"gpu-{reader}", f"scaling.reader={reader}"))
+    on_cpu = _run(_config(folder, f"cpu-{reader}", "scaling.num_workers=0", "scaling.use_gpu=false"))
+    assert on_gpu["model"] > 1.2 * on_gpu["popularity"]
+    assert on_gpu["model"] == pytest.approx(on_cpu["model"], rel=0.15)
+    assert on_gpu["index"] == pytest.approx(on_gpu["model"], abs=1e-4)
+
+
+def test_training_on_the_gpu_goes_on_after_its_last_epoch(folder: Path) -> None:
+    config = _config(folder, "parts")
+    part = recray.train(config, until=3)
+    assert [entry["epoch"] for entry in part.history] == [1, 2, 3]
+    whole = recray.train(config)
+    assert [entry["epoch"] for entry in whole.history] == list(range(1, 9))
+    assert whole.history[:3] == part.history
+
+
+def test_trials_share_a_gpu(folder: Path) -> None:
+    tune = {"search": "grid", "scheduler": "asha", "grace_epochs": 2, "top": 1, "seeds": 1, "gpus_per_trial": 0.5}
+    config = _config(
+        folder, "sweep", tune=tune | {"space": {"optim.learning_rate": {"choices": [1e-5, 3e-3, 1e-3, 1e-4]}}}
+    )
+    record = recray.tune(config)
+    assert all(trial.status != "failed" for trial in record.trials)
+    best = max(record.trials, key=lambda trial: trial.best or 0.0)
+    assert best.epochs == 8 and best.values["optim.learning_rate"] >= 1e-3
+    assert sum(trial.epochs for trial in record.trials) < 32
