@@ -24,7 +24,9 @@ from recray.models.embedding import Table
 from recray.models.parts import dropout, select
 from recray.records import DatasetRecord
 
-_GROUPS = 4  # groups of rows by length: more waste less padding but start more small kernels
+# Groups of rows by length: more waste less padding but start more small operations, four twice as many in a step as one.
+_GROUPS = 4
+_FEW_TOKENS = 1 << 18  # with padding: so few are less work for a GPU than starting the operations is for its host
 
 
 class Options(ModelOptions):
@@ -71,8 +73,11 @@ class _Group:
 
 
 def _groups(lengths: list[int], lengths_R: Tensor) -> list[_Group]:
-    size = -(-len(lengths) // _GROUPS)
-    starts = range(0, len(lengths), size) if lengths else ()
+    if not lengths:
+        return []
+    few = lengths_R.is_cuda and len(lengths) * lengths[-1] <= _FEW_TOKENS
+    size = len(lengths) if few else -(-len(lengths) // _GROUPS)
+    starts = range(0, len(lengths), size)
     return [_Group(lengths[at : at + size], lengths_R[at : at + size]) for at in starts]
 
 

@@ -68,8 +68,11 @@ class _Plain(nn.Module):
         return F.cross_entropy(logits, torch.cat(targets) - FIRST_ID)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_the_loss_curve_is_that_of_the_plain_implementation(heads: int) -> None:
+@pytest.mark.parametrize(("heads", "groups"), [(1, 4), (2, 4), (2, 1)])
+def test_the_loss_curve_is_that_of_the_plain_implementation(
+    heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sasrec, "_GROUPS", groups)  # 1 is what a GPU has for few tokens
     torch.manual_seed(heads)
     options = sasrec.Options(dim=DIM, history_length=LENGTH, layers=LAYERS, heads=heads, dropout=0.0)
     model = sasrec.build(options, RECORD, TABLE)
