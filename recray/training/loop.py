@@ -118,8 +118,6 @@ def _run(
     batch_size = config.training.global_batch_size // (context.world_size * parts)
     epoch_batches = -(-steps_per_epoch(shards, context.world_size, batch_size, examples) // parts) * parts
     position = Position.resume(config, phase, dataset, model, optimizer, scaler, ema)
-    # Workers draw different negatives; one worker draws as the loop without Ray does.
-    torch.manual_seed(config.run.seed * 1_000_003 + position.epoch * 1009 + context.rank)
     epochs = range(position.epoch, phase.epochs if until is None else min(until, phase.epochs))
     plans = {e: plan(shards, config.run.seed, e, context.rank, context.world_size, examples) for e in epochs}
     tables = context.tables(dataset, shards, [part for parts in plans.values() for part in parts])
@@ -130,6 +128,9 @@ def _run(
         if phase.name == "train" and position.stopped(config):
             break
         progress.start_epoch(epoch)
+        # An epoch's draws are its own, whatever was trained before it in this process. Workers draw different negatives;
+        # one worker draws as the loop without Ray does.
+        torch.manual_seed(config.run.seed * 1_000_003 + epoch * 1009 + context.rank)
         loss_sum = torch.zeros(2, dtype=torch.float64)
         rows = 0
         for _ in range(epoch_batches // parts):
