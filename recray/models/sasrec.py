@@ -26,7 +26,7 @@ from recray.records import DatasetRecord
 
 # Groups of rows by length: more waste less padding but start more small operations, four twice as many in a step as one.
 _GROUPS = 4
-_FEW_TOKENS = 1 << 18  # with padding: so few are less work for a GPU than starting the operations is for its host
+_FEW = 1 << 24  # numbers, with padding: so few are less work for a GPU than starting the operations is for its host
 
 
 class Options(ModelOptions):
@@ -72,10 +72,10 @@ class _Group:
         return _Unpad.apply(x_TD, self.token_RL, self.place_T) if self.padded else x_TD  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _groups(lengths: list[int], lengths_R: Tensor) -> list[_Group]:
+def _groups(lengths: list[int], lengths_R: Tensor, dim: int) -> list[_Group]:
     if not lengths:
         return []
-    few = lengths_R.is_cuda and len(lengths) * lengths[-1] <= _FEW_TOKENS
+    few = lengths_R.is_cuda and len(lengths) * lengths[-1] * dim <= _FEW
     size = len(lengths) if few else -(-len(lengths) // _GROUPS)
     starts = range(0, len(lengths), size)
     return [_Group(lengths[at : at + size], lengths_R[at : at + size]) for at in starts]
@@ -184,7 +184,7 @@ class SASRec(nn.Module):
         from_end_T -= torch.arange(tokens, device=from_end_T.device)
         x_TD = self.item_table(history.values) * self.options.dim**0.5 + F.embedding(from_end_T, self.position)
         x_TD = dropout(x_TD, self.options.dropout, self.training)
-        groups = _groups(lengths[empty:], lengths_B[empty:])
+        groups = _groups(lengths[empty:], lengths_B[empty:], self.options.dim)
         *earlier, final = self.blocks
         for block in earlier:
             x_TD = block(x_TD, groups)

@@ -67,7 +67,8 @@ def best_of(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         tied = (best[:, wanted - 1] == best[:, wanted]) & (best[:, wanted] > -torch.inf)
         best, found = best[:, :wanted], found[:, :wanted]
         if bool(tied.any()):
-            found[tied] = _lowest_of_ties(scores_BN[tied], best[tied, -1:], wanted)
+            for row in torch.split(tied.nonzero()[:, 0], max(1, _SCORES // scores_BN.shape[1])):
+                found[row] = _lowest_of_ties(scores_BN[row], best[row, -1:], wanted)
             best = scores_BN.gather(1, found)
     # Stable by id first, then by score: equal scores stand in order of id.
     found, _ = found.sort(dim=1)

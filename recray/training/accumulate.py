@@ -61,7 +61,9 @@ class Accumulation:
             if not self._failed(error is not None, asks):
                 if asks:
                     self._tries -= 1
-                    self._backward(padding_like(micro[0]).to(self._context.device), weight)
+                    gpus = [self._context.device] if self._context.device.type == "cuda" else []
+                    with torch.random.fork_rng(gpus):  # what it draws, training without it would not have drawn
+                        self._backward(padding_like(micro[0]).to(self._context.device), weight)
                 return total
             if all(batch.num_rows <= self.parts for batch in micro):
                 raise error or torch.OutOfMemoryError("another worker ran out of memory with a single row")

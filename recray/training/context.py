@@ -219,7 +219,7 @@ def threads(scaling: ScalingConfig) -> Iterator[None]:
 def without_cudnn_attention() -> Iterator[None]:
     """torch asks cuDNN first for attention on an H100, and cuDNN plans anew for every shape, which no two batches share.
 
-    Measured, SASRec on ml-1m: five sixths of the first epoch.
+    Measured, SASRec on ml-1m: two thirds of the first epoch.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)

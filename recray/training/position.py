@@ -208,7 +208,13 @@ def same_training(config: Config, record: CheckpointRecord, dataset: PreparedDat
 
 def _steering(config: dict[str, Any]) -> list[Any]:
     training = [config["training"].get(name) for name in ("global_batch_size", "accumulation_steps", "half_life")]
-    return [config["run"]["seed"], *training, *(config[name] for name in ("model", "loss", "optim", "data"))]
+    others = (config[name] for name in ("model", "optim", "data"))
+    return [config["run"]["seed"], *training, loss_that_steers(config["loss"]), *others]
+
+
+def loss_that_steers(loss: dict[str, Any]) -> dict[str, Any]:
+    """Of the [loss] of a record, what changes training and not only how fast it is."""
+    return {key: value for key, value in loss.items() if key != "chunk_size"}
 
 
 def last_epoch(config: Config, phase: Phase, dataset: PreparedDataset) -> int:

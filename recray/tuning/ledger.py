@@ -19,6 +19,7 @@ from recray.config import Config, TuneConfig, with_values
 from recray.data.prepared import PreparedDataset
 from recray.errors import LineageError
 from recray.records import Trial, TrialRecord
+from recray.training.position import loss_that_steers
 from recray.tuning.space import Point
 
 # What may change when a sweep goes on: how much is tried, how much of it at a time, and what is done with the best.
@@ -61,11 +62,13 @@ class Ledger:
         """Raises LineageError where another sweep lies in the folder."""
         body = self.config.model_dump(mode="json")
         kept = {key: value for key, value in body["tune"].items() if key not in _FREE}
-        kept |= {key: body[key] for key in ("model", "loss", "optim", "training")}
-        kept |= {"seed": body["run"]["seed"], "dataset": self.dataset.record.id}
+        kept |= {key: body[key] for key in ("model", "optim", "training")}
+        kept |= {"loss": loss_that_steers(body["loss"]), "seed": body["run"]["seed"], "dataset": self.dataset.record.id}
         uri = storage.join(self.uri, "sweep.json")
         if storage.exists(uri):
-            changed = [key for key, value in storage.read_json(uri).items() if kept.get(key) != value]
+            there = storage.read_json(uri)
+            there["loss"] = loss_that_steers(there["loss"])
+            changed = [key for key, value in there.items() if kept.get(key) != value]
             if changed:
                 raise LineageError(
                     f"{self.uri} holds a sweep of another configuration ({', '.join(changed)} differ): set another run.name, or "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recray import registry
 from recray.config import LossConfig, OptimConfig
-from recray.models import Examples, Ranker
+from recray.models import Examples, Ranker, losses, sasrec, scoring
 from recray.models.batch import Batch, ItemTable, Jagged
 from recray.models.click_loss import ClickObjective
 from recray.models.losses import RetrievalObjective
@@ -80,6 +80,13 @@ def test_steps_on_the_gpu_are_those_of_the_cpu(name: str) -> None:
     assert _losses(name, "cuda") == pytest.approx(_losses(name, "cpu"), rel=2e-3)
 
 
+def test_parts_of_a_batch_on_the_gpu_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large batches have them: several groups of rows, several chunks of logits, the last one shorter."""
+    monkeypatch.setattr(sasrec, "_FEW", 0)
+    monkeypatch.setattr(losses, "_LOGITS", 100 * ITEMS)
+    assert _losses("sasrec", "cuda") == pytest.approx(_losses("sasrec", "cpu"), rel=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", registry.names("model"))
 def test_mixed_precision_learns_as_fp32_does(name: str, dtype: torch.dtype) -> None:
@@ -104,7 +111,9 @@ def test_precision_is_the_best_that_the_card_has() -> None:
     assert optim.precision("auto", torch.device("cuda")) is wanted
 
 
-def test_exact_search_finds_the_same_items() -> None:
+@pytest.mark.parametrize("rows_at_once", [100, 30])
+def test_exact_search_finds_the_same_items(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_SCORES_ON_GPU", rows_at_once * 20_000)
     torch.manual_seed(0)
     q, v = torch.randn(100, 64), torch.randn(20_000, 64)
     seen = Jagged(torch.randint(2, 20_000, (5000,)), torch.arange(101) * 50)
