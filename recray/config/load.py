@@ -88,7 +88,7 @@ def _explain(error: ValidationError, table: dict[str, Any], where: str) -> str:
             known = _keys(location[:-1], table)
             near = difflib.get_close_matches(location[-1], known, n=1)
             home = ".".join(location[:-1])
-            hint = f"; did you mean '{'.'.join([*location[:-1], near[0]])}'?" if near else ""
+            hint = f"; did you mean '{'.'.join([*location[:-1], near[0]])}'?" if near else "."
             lines.append(f"unknown key '{dotted}'{hint} Known in {home or 'the top level'}: {', '.join(known)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")

@@ -39,7 +39,7 @@ def test_every_problem_is_reported_at_once() -> None:
         parse_config({"training": {"epochs": 0}, "optim": {"learning_rate": -1}, "nonsense": 1})
     message = str(caught.value)
     assert "3 problems" in message
-    for expected in ("training.epochs", "optim.learning_rate", "unknown key 'nonsense'"):
+    for expected in ("training.epochs", "optim.learning_rate", "unknown key 'nonsense'. Known in"):
         assert expected in message
 
 
