@@ -21,11 +21,11 @@ _HOMES = {
     "Config": "recray.config",
     "load_config": "recray.config",
     "prepare": "recray.data.prepare",
-    "train": "recray.training.driver",
-    "tune": "recray.tuning.driver",
+    "train": "recray.training.launch",
+    "tune": "recray.tuning.study",
     "index": "recray.retrieval.build",
     "evaluate": "recray.evaluation",
-    "recommend": "recray.recommendation",
+    "recommend": "recray.evaluation.recommend",
     "RecrayError": "recray.errors",
 }
 __all__ = ["Config", "RecrayError", "evaluate", "index", "load_config", "prepare", "recommend", "train", "tune"]
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from recray.data.prepare import prepare
     from recray.errors import RecrayError
     from recray.evaluation import evaluate
-    from recray.recommendation import recommend
+    from recray.evaluation.recommend import recommend
     from recray.retrieval.build import index
-    from recray.training.driver import train
-    from recray.tuning.driver import tune
+    from recray.training.launch import train
+    from recray.tuning.study import tune
 
 
 def __getattr__(name: str) -> Any:

@@ -88,7 +88,7 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     best.toml, the winner for `recray run`.
     """
     import recray
-    from recray.tuning.terminal import summary
+    from recray.tuning.console import summary
 
     settings = recray.load_config(config, overrides or [])
     typer.echo(summary(recray.tune(settings), f"{settings.run_uri}/tune"))
@@ -152,8 +152,8 @@ def submit(
 
     The token is RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names.
     """
+    from recray.cluster.submit import Jobs
     from recray.config import load_config
-    from recray.submission import Jobs
 
     jobs = Jobs(address)
     job = jobs.submit(load_config(config, overrides or []), requirements)
@@ -169,7 +169,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Say what is wrong and what to do. Joins the cluster that RAY_ADDRESS names. Exit code 1 where a line is red."""
-    from recray.doctor import examine, show
+    from recray.cluster.doctor import examine, show
 
     if not env:
         raise typer.BadParameter("name what to look at: --env")

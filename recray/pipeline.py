@@ -7,7 +7,7 @@ from recray.data.prepare import prepare
 from recray.evaluation import evaluate
 from recray.records import ReportRecord
 from recray.retrieval.build import index
-from recray.training.driver import train
+from recray.training.launch import train
 
 
 def run_all(config: Config) -> ReportRecord:

@@ -14,7 +14,7 @@ from benchmarks.processes import cpu_seconds
 if TYPE_CHECKING:
     import numpy as np
 
-    from recray.data.prepared import PreparedDataset
+    from recray.data.dataset import PreparedDataset
 
 _HISTORY = 20
 _BATCH = 4096
@@ -80,7 +80,7 @@ def _prepared(folder: str, columns: dict[str, "np.ndarray"]) -> "PreparedDataset
 
     import recray
     from recray.config import parse_config
-    from recray.data.prepared import PreparedDataset
+    from recray.data.dataset import PreparedDataset
 
     pq.write_table(pa.table(columns), f"{folder}/events.parquet")
     context = list(columns)[3:]
@@ -101,18 +101,18 @@ def _prepared(folder: str, columns: dict[str, "np.ndarray"]) -> "PreparedDataset
 
 
 def _measure(dataset: "PreparedDataset", folder: str, epochs: int, rounds: int) -> dict[str, object]:
-    from recray.batches import cut
-    from recray.plan import ShardGroup, num_examples, plan
-    from recray.training.context import read_shards, stream_shards
+    from recray.loading.collate import iter_batches
+    from recray.loading.sampler import ShardGroup, epoch_plan, num_examples
+    from recray.training.distributed import read_shards, stream_shards
 
     shards = [ShardGroup.of(shard) for shard in dataset.record.shards["train"]]
     rows = sum(num_examples(shard, "events") for shard in shards)
 
     def cut_from(read: Callable[..., Iterator[Any]], epochs: int) -> Iterator[int]:
-        plans = [plan(shards, 1, epoch, 0, 1, "events") for epoch in range(epochs)]
+        plans = [epoch_plan(shards, 1, epoch, 0, 1, "events") for epoch in range(epochs)]
         tables = read(dataset, shards, list(itertools.chain(*plans)))
         for parts in plans:
-            for batch in cut((next(tables) for _ in parts), _BATCH, "events", _HISTORY, 1):
+            for batch in iter_batches((next(tables) for _ in parts), _BATCH, "events", _HISTORY, 1):
                 yield batch.num_rows
         next(tables, None)
 
@@ -150,13 +150,13 @@ def _write_flat(dataset: "PreparedDataset", shards: list[Any], folder: str) -> l
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from recray.batches import cut
-    from recray.plan import plan
-    from recray.training.context import read_shards
+    from recray.loading.collate import iter_batches
+    from recray.loading.sampler import epoch_plan
+    from recray.training.distributed import read_shards
 
     files = []
-    tables = read_shards(dataset, shards, plan(shards, 1, 0, 0, 1, "events"))
-    for at, batch in enumerate(cut(tables, 262_144, "events", _HISTORY, 1)):
+    tables = read_shards(dataset, shards, epoch_plan(shards, 1, 0, 0, 1, "events"))
+    for at, batch in enumerate(iter_batches(tables, 262_144, "events", _HISTORY, 1)):
         padded = batch.history.padded(_HISTORY).int().flatten().numpy()
         assert batch.target_Q is not None and batch.weight_Q is not None
         context = {k: v.int() if v.dtype.is_floating_point is False else v for k, v in batch.context.items()}  # type: ignore[union-attr]

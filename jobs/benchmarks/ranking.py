@@ -12,7 +12,7 @@ from benchmarks.peers import figures_of
 
 if TYPE_CHECKING:
     from recray.config import Config
-    from recray.data.prepared import PreparedDataset
+    from recray.data.dataset import PreparedDataset
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
 
     import recray
     from recray.config import parse_config
-    from recray.data.prepared import PreparedDataset
+    from recray.data.dataset import PreparedDataset
 
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def _write_arrays(dataset: "PreparedDataset", length: int, folder: str) -> None:
     """arrays.npz: all impressions of train and test in prepared order, histories padded at the left with 0."""
     import numpy as np
 
-    from recray.batches import impressions
+    from recray.loading.collate import impressions
 
     arrays: dict[str, object] = {"items": dataset.record.num_items, "users": dataset.record.num_users}
     for split in ("train", "test"):

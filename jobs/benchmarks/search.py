@@ -27,9 +27,9 @@ def run(
     import numpy as np
     import torch
 
-    from recray.models.batch import FIRST_ID, Jagged
-    from recray.models.scoring import top_k
-    from recray.retrieval import faiss_index, sweep
+    from recray.loading.batch import FIRST_ID, Jagged
+    from recray.retrieval import faiss_index, recall_sweep
+    from recray.retrieval.exact import top_k
 
     figures: dict[str, object] = {"queries": queries, "k": _K, "dim": _DIM}
     for count in items or [100_000, 1_000_000]:
@@ -57,8 +57,8 @@ def run(
                 figures[f"{name}{kind}_speedup"] = theirs / ours
         index, _ = faiss_index.build(v_ND, "IVF1024,Flat", "never")
         faiss_index.apply(index, {"nprobe": 16})
-        exact = sweep.exact_scores(q_QD, v_ND, _K)
-        ours_of, measured = partial(sweep.measure, index, q_QD, exact, _K), list[float]()
+        exact = recall_sweep.exact_scores(q_QD, v_ND, _K)
+        ours_of, measured = partial(recall_sweep.measure, index, q_QD, exact, _K), list[float]()
         _, bare = _in_turns(
             lambda m=measured, f=ours_of: m.append(f()[3]),  # type: ignore[misc]
             partial(index.search, q_QD, _K + FIRST_ID),
@@ -72,7 +72,7 @@ def _on_device(items: list[int], queries: int, device: str) -> dict[str, object]
     """The same questions to recray's search and to one product and `topk` of whole rows."""
     import torch
 
-    from recray.models.scoring import top_k
+    from recray.retrieval.exact import top_k
 
     def timed(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> None:

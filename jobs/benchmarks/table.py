@@ -54,7 +54,7 @@ def _work(rank: int, mode: str, sizes: list[int], world_size: int, folder: str) 
     import torch
     import torch.distributed as dist
 
-    from recray.training.context import keep_memory
+    from recray.training.distributed import keep_memory
 
     torch.set_num_threads(1)
     keep_memory()
@@ -87,11 +87,11 @@ class _Trainer:
 
         from recray import registry
         from recray.config import LossConfig, OptimConfig
-        from recray.models import embedding
-        from recray.models.batch import ItemTable
-        from recray.models.losses import RetrievalObjective
+        from recray.layers import embedding
+        from recray.loading.batch import ItemTable
+        from recray.losses.retrieval import RetrievalObjective
         from recray.records import DatasetRecord
-        from recray.training.context import data_parallel
+        from recray.training.distributed import data_parallel
         from recray.training.optim import Optimizers
 
         module = registry.load("model", "two_tower")
@@ -99,7 +99,7 @@ class _Trainer:
         record = DatasetRecord(fingerprint="", num_items=rows, num_users=2, counts={}, shards={}, seed=0)
         items = ItemTable(torch.ones(rows))
         torch.manual_seed(0)
-        with embedding.placed(embedding.Placement(mode, rank, world_size)):  # type: ignore[arg-type]
+        with embedding.use_plan(embedding.TablePlan(mode, rank, world_size)):  # type: ignore[arg-type]
             model = module.build(options, record, items)
         objective: torch.nn.Module = RetrievalObjective(model, LossConfig(), items, _Gather())
         self._objective = data_parallel(objective) if world_size > 1 else objective
@@ -111,7 +111,7 @@ class _Trainer:
 
     def step(self) -> tuple[float, float]:
         """Seconds, and seconds of the processor, without making the batch."""
-        from recray.models import embedding
+        from recray.layers import embedding
 
         batch = _batch(self._rows, self._size)
         started, used = time.perf_counter(), time.process_time()
@@ -132,7 +132,7 @@ class _Gather:
 def _batch(rows: int, size: int):  # type: ignore[no-untyped-def]
     import torch
 
-    from recray.models.batch import FIRST_ID, Batch, Jagged
+    from recray.loading.batch import FIRST_ID, Batch, Jagged
 
     history = Jagged(torch.randint(FIRST_ID, rows, (size * _HISTORY,)), torch.arange(0, size * _HISTORY + 1, _HISTORY))
     return Batch(torch.ones(size, dtype=torch.int64), history, torch.randint(FIRST_ID, rows, (size,)), torch.ones(size))

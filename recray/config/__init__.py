@@ -10,8 +10,7 @@ from recray.config.data import (
     SplitConfig,
 )
 from recray.config.load import load_config, parse_config, with_values
-from recray.config.section import Section
-from recray.config.sections import (
+from recray.config.schema import (
     Config,
     EmbeddingConfig,
     EvaluationConfig,
@@ -23,6 +22,7 @@ from recray.config.sections import (
     ScalingConfig,
     TrainingConfig,
 )
+from recray.config.section import Section
 from recray.config.tune import Axis, TuneConfig
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from recray import registry, storage
-from recray.config.sections import Config, ModelOptions
+from recray.config.schema import Config, ModelOptions
 from recray.errors import ConfigError, RecrayError
 
 

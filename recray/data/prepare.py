@@ -36,9 +36,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import errors, registry, runtime, storage
+from recray import errors, registry, storage
+from recray.cluster import runtime
 from recray.config import Config, DataConfig, FeatureConfig
-from recray.data import buckets, features, negatives, split, vocab
+from recray.data import features, negatives, partition, split, vocab
 from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.data.split import SPLITS
@@ -140,7 +141,7 @@ class _Work:
 
         share = self._sample_share(counts["events_kept"])
         outputs = self._each(
-            buckets.count, stats, boundaries, draw, context_kinds, share, num_returns=3 + len(context_kinds)
+            partition.count, stats, boundaries, draw, context_kinds, share, num_returns=3 + len(context_kinds)
         )
         _add(counts, self._get([out[0] for out in outputs]))
         split.check(counts, first, last, boundaries, self.source.has_time)
@@ -168,7 +169,7 @@ class _Work:
                 )
         sampler = self._sampler(items, share, [out[2] for out in outputs])
         keys = items["item"].combine_chunks()
-        encoders = buckets.Encoders(keys, context, user, users, sampler, self.config.min_history, self.seed)
+        encoders = partition.Encoders(keys, context, user, users, sampler, self.config.min_history, self.seed)
         shards = self._write(stats, counts, boundaries, draw, encoders)
         for name in SPLITS:
             if not shards[name]:
@@ -230,14 +231,14 @@ class _Work:
         counts: dict[str, int],
         boundaries: split.Boundaries | None,
         draw: split.Draw | None,
-        encoders: buckets.Encoders,
+        encoders: partition.Encoders,
     ) -> dict[str, list[Shard]]:
         """Step 4: shards of all buckets; what was written is put into `counts`."""
         import ray
 
         offsets = vocab.NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
         calls = self._each(
-            buckets.write, stats, boundaries, draw, ray.put(encoders), self.uri, offsets=offsets[:-1].tolist()
+            partition.write, stats, boundaries, draw, ray.put(encoders), self.uri, offsets=offsets[:-1].tolist()
         )
         parts = self._get(calls)
         for name in SPLITS:
@@ -253,7 +254,7 @@ class _Work:
         events = self.source.events
         if num_buckets > 1:
             events = events.map_batches(
-                buckets.add_bucket,
+                partition.add_bucket,
                 batch_format="pyarrow",
                 batch_size=None,
                 zero_copy_batch=True,
@@ -262,14 +263,14 @@ class _Work:
         scanned = num_buckets <= _SCANNED_BUCKETS and self.source.num_events <= _SCANNED_EVENTS
         if num_buckets == 1 or scanned:
             refs = events.to_arrow_refs()
-            task = ray.remote(buckets.sort_blocks)
+            task = ray.remote(partition.sort_blocks)
             stats = self._get(
                 [task.remote(sort, bucket if num_buckets > 1 else None, *refs) for bucket in range(num_buckets)]
             )
         else:
             partitions = max(min(num_buckets, 200), num_buckets // _PARTITION_BUCKETS)
             grouped = events.groupby("bucket", num_partitions=partitions)
-            result = grouped.map_groups(buckets.sort_group, batch_format="pyarrow", fn_kwargs={"sort": sort})
+            result = grouped.map_groups(partition.sort_group, batch_format="pyarrow", fn_kwargs={"sort": sort})
             stats = [{k: int(v) for k, v in row.items()} for row in result.take_all()]
         stats = sorted((s for s in stats if s["events_read"]), key=lambda s: s["bucket"])
         if not stats:
@@ -290,7 +291,7 @@ class _Work:
         task = ray.remote(function).options(num_returns=num_returns)
         extra = [()] * len(stats) if offsets is None else [(offset,) for offset in offsets]
         return [
-            task.remote(buckets.sorted_file(self.sorted_uri, entry["bucket"]), entry["bucket"], *args, *more)
+            task.remote(partition.sorted_file(self.sorted_uri, entry["bucket"]), entry["bucket"], *args, *more)
             for entry, more in zip(stats, extra, strict=False)
         ]
 
@@ -320,8 +321,8 @@ class _Work:
 
     def _boundaries(self, stats: list[dict[str, int]], first: int, last: int) -> split.Boundaries:
         """Step 2: from a histogram of all times in _TIME_BINS bins."""
-        bins = self._merge(self._each(buckets.histogram, stats, first, last))
-        edges = buckets.edges(first, last)
+        bins = self._merge(self._each(partition.histogram, stats, first, last))
+        edges = partition.edges(first, last)
         counts = np.zeros(len(edges) - 1, np.int64)
         counts[bins["value"].to_numpy()] = bins["n"].to_numpy()
         return split.temporal(self.config.split, edges, counts, self.source.has_time)
@@ -329,7 +330,7 @@ class _Work:
     def _kinds(self, entry: dict[str, int]) -> tuple[dict[str, FeatureConfig], ...]:
         """Kinds of the context, user and item features. Raises DataError where tables and log do not fit together."""
         config, source = self.config, self.source
-        schema, _ = storage.read_schema(buckets.sorted_file(self.sorted_uri, entry["bucket"]))
+        schema, _ = storage.read_schema(partition.sorted_file(self.sorted_uri, entry["bucket"]))
         missing = [name for name in config.context_features if name not in config.columns.context]
         missing += [name for name in config.columns.context if name not in schema.names]
         if missing:

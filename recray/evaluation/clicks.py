@@ -13,16 +13,17 @@ from functools import partial
 import numpy as np
 import torch
 
-from recray import checkpoint, storage
-from recray.batches import impressions
+from recray import storage
 from recray.config import Config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
 from recray.evaluation.folder import report_folder
-from recray.evaluation.shards import share_out
+from recray.evaluation.parallel import map_shards
+from recray.loading.collate import impressions
 from recray.metrics.clicks import NAMES, RANKING, Clicks
 from recray.models import Ranker
 from recray.records import Interval, ReliabilityBin, ReportRecord
+from recray.training import checkpoint
 
 _BATCH = 8192
 _Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logit
@@ -34,7 +35,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     dataset = PreparedDataset.open(config.dataset_uri)
     record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
     folder = report_folder(config, record, split)
-    parts = share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
+    parts = map_shards("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     if not parts:
         raise DataError(f"the {split} split has no impressions: check data.split and data.min_history")
     scored = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -20,25 +20,26 @@ from functools import partial
 import numpy as np
 import torch
 
-from recray import checkpoint, storage
-from recray.batches import Question, questions
+from recray import storage
 from recray.config import Config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import before, duration
 from recray.errors import DataError
 from recray.evaluation.folder import report_folder
-from recray.evaluation.shards import share_out
-from recray.metrics import ranked
-from recray.metrics.lists import ListCounts
+from recray.evaluation.parallel import map_shards
+from recray.loading.collate import EvalQuery, eval_queries
+from recray.metrics import ranking
+from recray.metrics.beyond_accuracy import ListCounts
 from recray.records import IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
 from recray.retrieval.blend import check_blend, open_blend
 from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
-from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter, num_events
+from recray.retrieval.item_knn import MAX_EVENTS, ItemKNN, num_events
 from recray.retrieval.ranker import open_ranker, ranker_parents
-from recray.retrieval.systems import ExactSearch, IndexSearch, Oracle, Reranked, System
+from recray.retrieval.recommenders import ExactSearch, IndexSearch, Oracle, Reranked, System
+from recray.training import checkpoint
 
 _COUNTED = ("queries", "queries_without_history", "targets", "unknown_targets")
 
@@ -75,7 +76,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     if "item_filter" in config.evaluation.baselines and events > MAX_EVENTS:
         print(f"evaluate: item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}")
     scores, counts = _merged(
-        share_out("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
+        map_shards("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     )
     if not counts["queries"]:
         raise DataError(f"no query of the {split} split has a history: check data.split, or train on more of the log")
@@ -101,7 +102,7 @@ def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterato
         scores = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in systems}
         counts = dict.fromkeys(_COUNTED, 0)
         options = config.evaluation
-        for question in questions(table, options.batch_size, config.model.history_length, options.queries):
+        for question in eval_queries(table, options.batch_size, config.model.history_length, options.queries):
             _score(question, config, systems, vectors_ND, scores, counts)
         yield scores, counts
 
@@ -131,7 +132,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
         elif name == "hindsight":
             systems[name] = baselines.hindsight(dataset, split)
         elif name == "item_filter" and num_events(dataset, known) <= MAX_EVENTS:
-            systems[name] = ItemFilter(dataset, known) if blend is None else blend.item_filter
+            systems[name] = ItemKNN(dataset, known) if blend is None else blend.item_filter
         elif name == "oracle" and config.data.source == "simulated":
             oracle = SimulatedOracle(config.data.simulated, config.run.seed)
             systems[name] = Oracle(oracle, dataset, split)
@@ -139,7 +140,7 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
 
 
 def _score(
-    question: Question,
+    question: EvalQuery,
     config: Config,
     systems: dict[str, System],
     vectors_ND: np.ndarray,
@@ -150,7 +151,7 @@ def _score(
     ks = config.evaluation.k
     rows = (question.seen.lengths() > 0).numpy()
     values, offsets = question.targets.values.numpy(), question.targets.offsets.numpy()
-    wanted = ranked.num_distinct(values, offsets)[rows]
+    wanted = ranking.num_distinct(values, offsets)[rows]
     target_row = np.repeat(rows, np.diff(offsets))
     added = (rows.sum(), (~rows).sum(), target_row.sum(), ((values == 1) & target_row).sum())
     for name, number in zip(_COUNTED, added, strict=True):
@@ -158,7 +159,7 @@ def _score(
     for name, rank in systems.items():
         if isinstance(rank, Reranked):
             candidates = rank.search(question, rank.candidates, config.evaluation.filter_seen)
-            hit = ranked.hits(candidates, values, offsets)[rows].sum(axis=1) / wanted
+            hit = ranking.hits(candidates, values, offsets)[rows].sum(axis=1) / wanted
             scores[name].candidate_recall += float(hit.sum())
             begun = time.perf_counter()
             ids = rank.order(question, candidates, max(ks))[0]
@@ -166,14 +167,14 @@ def _score(
             begun = time.perf_counter()
             ids = rank(question, max(ks), config.evaluation.filter_seen)
         scores[name].seconds += time.perf_counter() - begun
-        found = ranked.per_user(ranked.hits(ids, values, offsets)[rows], wanted, ks)
+        found = ranking.per_user(ranking.hits(ids, values, offsets)[rows], wanted, ks)
         scores[name].values.append(np.stack([found[metric] for metric in _names(ks)], axis=1))
         scores[name].lists.add(ids[rows], vectors_ND)
         scores[name].short_lists += int((ids[rows] == 0).any(axis=1).sum())
 
 
 def _names(ks: list[int]) -> list[str]:
-    return [f"{name}@{k}" for k in ks for name in ranked.NAMES]
+    return [f"{name}@{k}" for k in ks for name in ranking.NAMES]
 
 
 def _merged(parts: list[_Part]) -> _Part:
@@ -198,7 +199,7 @@ def _summary(scores: _Scores, config: Config, dataset: PreparedDataset) -> dict[
     low: list[float | None] = [None] * values.shape[1]
     high = low
     if config.evaluation.bootstrap:
-        low, high = (x.tolist() for x in ranked.bootstrap(values, config.evaluation.bootstrap, config.run.seed))
+        low, high = (x.tolist() for x in ranking.bootstrap(values, config.evaluation.bootstrap, config.run.seed))
     means = values.mean(axis=0).tolist()
     out = {n: Interval(value=m, low=a, high=b) for n, m, a, b in zip(_names(ks), means, low, high, strict=True)}
     lists = scores.lists.metrics(max(ks), dataset.item_counts(), dataset.record.counts["users_train"])

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from recray.models.batch import Batch
+from recray.loading.batch import Batch
 
 Examples = Literal["events", "others", "sequences", "impressions"]
 

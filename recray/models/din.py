@@ -16,12 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from recray.layers.dice import Dice
+from recray.layers.feature_encoder import Dropout, mean_pool, select
+from recray.layers.ranker_inputs import Inputs, RankerOptions
+from recray.layers.target_attention import TargetAttention
+from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.models import Examples
-from recray.models.attention import TargetAttention
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.dice import Dice
-from recray.models.inputs import Inputs, RankerOptions
-from recray.models.parts import Dropout, mean_pool, select
 from recray.records import DatasetRecord
 
 

@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recray.config import ModelOptions
+from recray.layers.embedding import Table
+from recray.layers.feature_encoder import dropout, select
+from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.models import Examples
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.embedding import Table
-from recray.models.parts import dropout, select
 from recray.records import DatasetRecord
 
 # Groups of rows by length: more waste less padding but start more small operations, four twice as many in a step as one.

@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recray.config import ModelOptions
+from recray.layers.embedding import Table
+from recray.layers.feature_encoder import FeatureEncoder, ItemFeatures, mean_pool, mlp
+from recray.loading.batch import Batch, ItemTable
 from recray.models import Examples
-from recray.models.batch import Batch, ItemTable
-from recray.models.embedding import Table
-from recray.models.parts import FeatureEncoder, ItemFeatures, mean_pool, mlp
 from recray.records import DatasetRecord
 
 

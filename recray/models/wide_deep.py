@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from recray.layers.feature_encoder import mlp
+from recray.layers.ranker_inputs import HistoryOptions, Inputs
+from recray.loading.batch import Batch, ItemTable
 from recray.models import Examples
-from recray.models.batch import Batch, ItemTable
-from recray.models.inputs import HistoryOptions, Inputs
-from recray.models.parts import mlp
 from recray.records import DatasetRecord
 
 

@@ -1,4 +1,4 @@
-"""Baselines that count: what any model must beat. They rank as recray.retrieval.systems do. The linear one is in item_filter.
+"""Baselines that count: what any model must beat. They rank as recray.retrieval.recommenders do. The linear one is in item_filter.
 
 Shape legend: B queries, N items, K places.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from recray.batches import Question
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.data.split import before
-from recray.models.batch import FIRST_ID, Jagged
-from recray.retrieval.item_filter import new_events
+from recray.loading.batch import FIRST_ID, Jagged
+from recray.loading.collate import EvalQuery
+from recray.retrieval.item_knn import new_events
 
 
 class Popularity:
@@ -21,7 +21,7 @@ class Popularity:
         """counts_N: how often each item id was chosen; ties stand in order of id."""
         self._order = FIRST_ID + np.argsort(-counts_N[FIRST_ID:], kind="stable")
 
-    def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
+    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
         seen = question.seen if filter_seen else Jagged(question.seen.values[:0], question.seen.offsets * 0)
         wanted = min(len(self._order), k + int(seen.lengths().max()))
         row_E = np.repeat(np.arange(question.batch.num_rows), seen.lengths().numpy())

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recray.batches import Question
 from recray.config import Config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
-from recray.models.batch import FIRST_ID
-from recray.models.scoring import best_of
-from recray.retrieval.item_filter import MAX_EVENTS, ItemFilter, allowed, num_events
-from recray.retrieval.systems import System, queries
+from recray.loading.batch import FIRST_ID
+from recray.loading.collate import EvalQuery
+from recray.retrieval.exact import best_of
+from recray.retrieval.item_knn import MAX_EVENTS, ItemKNN, allowed, num_events
+from recray.retrieval.recommenders import System, queries
 
 _LEAST = 1e-5  # of a share: what the filter has no score for is unlikely, not impossible
 
@@ -35,15 +35,15 @@ class Blended:
     search: System
     model: nn.Module
     vectors_ND: Tensor
-    item_filter: ItemFilter
+    item_filter: ItemKNN
     weight: float
     temperature: float
     candidates: int
 
-    def __call__(self, question: Question, k: int, filter_seen: bool) -> np.ndarray:
+    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
         return self.scored(question, k, filter_seen)[0]
 
-    def scored(self, question: Question, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+    def scored(self, question: EvalQuery, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
         wanted = max(k, self.candidates)
         found_BC = torch.from_numpy(self.search(question, wanted, filter_seen))
         q_BD = queries(self.model, question) / self.temperature
@@ -86,5 +86,5 @@ def open_blend(
     if not options.filter_weight:
         return None
     check_blend(config, dataset, splits)
-    item_filter = ItemFilter(dataset, splits)
+    item_filter = ItemKNN(dataset, splits)
     return Blended(search, model, vectors_ND, item_filter, options.filter_weight, config.loss.temperature, options.k)

@@ -11,13 +11,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from recray import checkpoint, runtime, storage
+from recray import storage
+from recray.cluster import runtime
 from recray.config import Config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord, IndexRecord
 from recray.retrieval import embed, faiss_index
-from recray.retrieval.sweep import sweep
+from recray.retrieval.recall_sweep import sweep
+from recray.training import checkpoint
 
 
 def index(config: Config) -> IndexRecord:

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from recray import checkpoint, storage
-from recray.batches import questions
-from recray.data.prepared import PreparedDataset
+from recray import storage
+from recray.data.dataset import PreparedDataset
+from recray.loading.collate import eval_queries
 from recray.records import CheckpointRecord
+from recray.training import checkpoint
 
 _CHUNK = 65_536  # items embedded at a time
 _TASK = 1 << 18  # items of a task, which opens the checkpoint once
@@ -88,7 +89,7 @@ def sample_queries(
     """(<= limit, D) query vectors of validation users with a history, in shuffled order."""
     found, count = [], 0
     for table in dataset.iter_tables("valid"):
-        for question in questions(table, 1024, history_length, queries):
+        for question in eval_queries(table, 1024, history_length, queries):
             rows = question.seen.lengths() > 0
             found.append(model.query_vectors(question.batch)[rows].float().numpy())
             count += len(found[-1])

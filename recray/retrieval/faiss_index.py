@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from recray import storage
 from recray.errors import DependencyError, ResourceError
-from recray.models.batch import FIRST_ID
+from recray.loading.batch import FIRST_ID
 from recray.records import IndexRecord
 
 _TRAIN_PER_LIST = 64  # training vectors per inverted list; faiss warns below 39

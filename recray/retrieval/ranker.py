@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from recray import checkpoint, storage
+from recray import storage
 from recray.config import Config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.models import Ranker
 from recray.records import CheckpointRecord
+from recray.training import checkpoint
 
 
 def open_ranker(config: Config, dataset: PreparedDataset) -> tuple[nn.Module, int, int] | None:

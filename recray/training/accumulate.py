@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recray.batches import padding_like
-from recray.models import dice, embedding
-from recray.models.batch import Batch
-from recray.training.context import Context
+from recray.layers import dice, embedding
+from recray.loading.batch import Batch
+from recray.loading.collate import padding_like
+from recray.training.distributed import Context
 
 _TRIED = 100  # steps in which several workers ask each other whether memory was enough; later ones need no more
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from recray.config import OptimConfig
 from recray.errors import ConfigError
-from recray.models import embedding, exchange
+from recray.layers import collectives, embedding
 from recray.training import fsdp
-from recray.training.touched import TouchedRows, Update
+from recray.training.sparse_optim import SparseOptimizer, Update
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
@@ -34,7 +34,7 @@ class Optimizers:
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding) and module.sparse and not isinstance(module, embedding.Table):
                 raise ConfigError(
-                    f"'{name}' of the model is an nn.Embedding(sparse=True): make it a recray.models.embedding.Table, whose "
+                    f"'{name}' of the model is an nn.Embedding(sparse=True): make it a recray.layers.embedding.Table, whose "
                     f"gradients of touched rows cross workers"
                 )
         self._tables = embedding.tables(model)
@@ -60,7 +60,7 @@ class Optimizers:
             self._dense = kind(groups, config.learning_rate, fused=True)
         update: Update = "sgd" if config.name == "sgd" else "adam"
         update = "adagrad" if config.table_optimizer == "adagrad" else update
-        self._touched = TouchedRows(sparse, update, config.embedding_decay) if sparse else None
+        self._touched = SparseOptimizer(sparse, update, config.embedding_decay) if sparse else None
         self._table_rate = (config.table_learning_rate or config.learning_rate) / config.learning_rate
         self._parts = [part for part in (self._dense, self._touched) if part is not None]
 
@@ -83,7 +83,7 @@ class Optimizers:
             gradients.append(gradient)
             squares[id(parameter) in shared_out] += torch.linalg.vector_norm(gradient) ** 2
         everywhere, here = squares
-        norm = (everywhere + (exchange.total(here) if shared_out else here)).sqrt()
+        norm = (everywhere + (collectives.total(here) if shared_out else here)).sqrt()
         for gradient in gradients:
             gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
 

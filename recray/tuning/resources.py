@@ -21,7 +21,7 @@ class Share:
 
 
 def local_node(config: Config) -> Node:
-    """What a Ray that recray starts on this machine will have (recray.runtime)."""
+    """What a Ray that recray starts on this machine will have (recray.cluster.runtime)."""
     cpus, gpus = os.cpu_count() or 1, 0
     if config.scaling.use_gpu:
         import torch

@@ -28,10 +28,10 @@ from recray.config import Config
 from recray.errors import RecrayError
 from recray.records import Trial, TrialEpoch
 from recray.tuning.check import metric_of
-from recray.tuning.ledger import Job, Ledger
+from recray.tuning.console import Board
 from recray.tuning.resources import Share
 from recray.tuning.space import Space
-from recray.tuning.terminal import Board
+from recray.tuning.store import Job, SweepStore
 from recray.tuning.trial import run_trial
 
 _ENVIRONMENT = {
@@ -67,7 +67,7 @@ class Budget(tune.Stopper):  # type: ignore[misc]
 
 
 def run_jobs(
-    ledger: Ledger,
+    ledger: SweepStore,
     next_job: Callable[[], Job | Literal["later"] | None],
     share: Share,
     scheduler: TrialScheduler,
@@ -195,7 +195,7 @@ class _State:
 class _Watch(tune.Callback):  # type: ignore[misc]
     """Follows trials, writes the record of each that ends, and tells the board."""
 
-    def __init__(self, ledger: Ledger, budget: Budget, board: Board, ended: Callable[[Trial], None]) -> None:
+    def __init__(self, ledger: SweepStore, budget: Budget, board: Board, ended: Callable[[Trial], None]) -> None:
         self._ledger, self._budget, self._board, self._ended = ledger, budget, board, ended
         self._metric, self._mode = metric_of(ledger.config)
         self._states: dict[str, _State] = {}

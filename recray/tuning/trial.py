@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from recray import storage
-from recray.checkpoint import load_state
 from recray.config import Config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.records import CheckpointRecord, DatasetRecord
-from recray.training.driver import train
-from recray.training.position import Phase, last_epoch
-from recray.tuning.ledger import Job, trial_config
+from recray.training.checkpoint import load_state
+from recray.training.launch import train
+from recray.training.state import Phase, last_epoch
+from recray.tuning.store import Job, trial_config
 
 
 def run_trial(settings: dict[str, Any], base: dict[str, Any], cpus: int) -> None:

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from recray import registry
 from recray.config import LossConfig, OptimConfig
-from recray.models import Examples, Ranker, losses, sasrec, scoring
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.click_loss import ClickObjective
-from recray.models.losses import RetrievalObjective
-from recray.models.scoring import top_k
+from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.losses import retrieval
+from recray.losses.click import ClickObjective
+from recray.losses.retrieval import RetrievalObjective
+from recray.models import Examples, Ranker, sasrec
 from recray.records import DatasetRecord
+from recray.retrieval import exact
+from recray.retrieval.exact import top_k
 from recray.training import optim
-from recray.training.context import data_parallel
+from recray.training.distributed import data_parallel
 from recray.training.optim import Optimizers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -65,14 +67,14 @@ def _losses(name: str, device: str, dtype: torch.dtype = torch.float32, steps: i
     optimizer.set_learning_rate(1e-2)
     scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
     batch = _batch(objective.model.examples).to(torch.device(device))  # type: ignore[union-attr]
-    losses = []
+    retrieval = []
     for _ in range(steps):
         with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
             total, weight = objective(batch)
         scaler.scale(total / weight).backward()
         optimizer.step(scaler)
-        losses.append(float(total.detach() / weight))
-    return losses
+        retrieval.append(float(total.detach() / weight))
+    return retrieval
 
 
 @pytest.mark.parametrize("name", registry.names("model"))
@@ -83,7 +85,7 @@ def test_steps_on_the_gpu_are_those_of_the_cpu(name: str) -> None:
 def test_parts_of_a_batch_on_the_gpu_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As large batches have them: several groups of rows, several chunks of logits, the last one shorter."""
     monkeypatch.setattr(sasrec, "_FEW", 0)
-    monkeypatch.setattr(losses, "_LOGITS", 100 * ITEMS)
+    monkeypatch.setattr(retrieval, "_LOGITS", 100 * ITEMS)
     assert _losses("sasrec", "cuda") == pytest.approx(_losses("sasrec", "cpu"), rel=2e-3)
 
 
@@ -113,7 +115,7 @@ def test_precision_is_the_best_that_the_card_has() -> None:
 
 @pytest.mark.parametrize("rows_at_once", [100, 30])
 def test_exact_search_finds_the_same_items(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_SCORES_ON_GPU", rows_at_once * 20_000)
+    monkeypatch.setattr(exact, "_SCORES_ON_GPU", rows_at_once * 20_000)
     torch.manual_seed(0)
     q, v = torch.randn(100, 64), torch.randn(20_000, 64)
     seen = Jagged(torch.randint(2, 20_000, (5000,)), torch.arange(101) * 50)

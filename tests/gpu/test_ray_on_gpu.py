@@ -13,7 +13,7 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("faiss")
 
 import recray  # noqa: E402
-from recray import runtime  # noqa: E402
+from recray.cluster import runtime  # noqa: E402
 from recray.config import Config, parse_config  # noqa: E402
 
 

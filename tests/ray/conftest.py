@@ -15,7 +15,7 @@ def ray_local() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    from recray import runtime
+    from recray.cluster import runtime
 
     started = not ray.is_initialized()
     if started:

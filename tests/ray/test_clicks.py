@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import recray
-from recray import checkpoint, storage
+from recray import storage
 from recray.config import Config, parse_config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
 from recray.report.text import render
+from recray.training import checkpoint
 
 
 def _config(folder: Path, *overrides: str) -> Config:

@@ -9,11 +9,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import recray
-from recray import checkpoint
 from recray.config import Config, parse_config
-from recray.training import fsdp, loop
-from recray.training.context import LocalContext, data_parallel
-from recray.training.position import Phase
+from recray.training import checkpoint, fsdp, trainer
+from recray.training.distributed import LocalContext, data_parallel
+from recray.training.state import Phase
 
 
 class _Context(LocalContext):
@@ -50,9 +49,9 @@ def _config(folder: str, name: str, *overrides: str) -> Config:
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    loop.fit(_config(folder, "whole"), _Context(rank, False))
+    trainer.fit(_config(folder, "whole"), _Context(rank, False))
     for epochs in (2, 3):
-        loop.fit(_config(folder, "parts", f"training.epochs={epochs}"), _Context(rank, True))
+        trainer.fit(_config(folder, "parts", f"training.epochs={epochs}"), _Context(rank, True))
     dist.barrier()
     dist.destroy_process_group()
 

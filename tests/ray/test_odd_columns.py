@@ -9,7 +9,7 @@ import pytest
 
 import recray
 from recray.config import parse_config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 EVENTS = 900

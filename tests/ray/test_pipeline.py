@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import recray
-from recray import checkpoint, runtime, storage
+from recray import storage
+from recray.cluster import runtime
 from recray.config import Config, parse_config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord
 from recray.retrieval.faiss_index import ItemIndex
-from recray.training import driver, position
+from recray.training import checkpoint, launch, state
 
 pytest.importorskip("faiss")
 
@@ -103,7 +104,7 @@ def test_a_single_worker_without_a_cluster_is_this_process(
     def workers(*_: object) -> None:
         raise Asked
 
-    monkeypatch.setattr(driver, "_run_workers", workers)
+    monkeypatch.setattr(launch, "_run_workers", workers)
     config = _with_dataset(run, tmp_path, "training.epochs=1", "scaling.threads_per_worker=1", *keys)
     with pytest.raises(Asked):  # the Ray of these tests is a cluster that was joined
         recray.train(config)
@@ -131,7 +132,7 @@ def test_how_many_logits_are_alive_at_a_time_is_no_other_training(run: Config) -
 
     def same(**loss: object) -> bool:
         config = record.config | {"loss": record.config["loss"] | loss}
-        return position.same_training(run, record.model_copy(update={"config": config}), dataset)
+        return state.same_training(run, record.model_copy(update={"config": config}), dataset)
 
     assert same() and same(chunk_size=512) and not same(temperature=0.5)
 
@@ -225,12 +226,12 @@ def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
         seen = next(line for line in child.stdout if b"epoch 1/200" in line)
         child.kill()
     assert seen and not storage.exists(f"{config.run_uri}/checkpoint/checkpoint.json")
-    done = position.last_epoch(config, position.Phase("train", 200), PreparedDataset.open(f"{config.run_uri}/dataset"))
+    done = state.last_epoch(config, state.Phase("train", 200), PreparedDataset.open(f"{config.run_uri}/dataset"))
     shorter = parse_config(config.model_dump(mode="json"), [f"training.epochs={done + 2}"])
     record = recray.train(shorter)
     assert [int(entry["epoch"]) for entry in record.history][-1] <= done + 2
-    state = checkpoint.load_state(last_epoch(shorter))
-    assert state["step"] == (done + 2) * checkpoint.load_state(last_epoch(run))["step"] // 3
+    found = checkpoint.load_state(last_epoch(shorter))
+    assert found["step"] == (done + 2) * checkpoint.load_state(last_epoch(run))["step"] // 3
 
 
 def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run: Config, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from recray.config import Config
 from recray.data import prepare as stage
+from recray.data.dataset import PreparedDataset
 from recray.data.prepare import prepare
-from recray.data.prepared import PreparedDataset
 from recray.data.sources.base import Source
 from recray.errors import ConfigError, DataError
 

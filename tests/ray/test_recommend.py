@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import recray
-from recray import checkpoint
 from recray.config import Config, parse_config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
 from recray.report.text import render
+from recray.training import checkpoint
 
 pytest.importorskip("faiss")
 

@@ -14,7 +14,7 @@ import pytest
 import recray
 from recray import storage
 from recray.config import Config, load_config, parse_config
-from recray.data.prepared import PreparedDataset
+from recray.data.dataset import PreparedDataset
 from recray.errors import LineageError
 from recray.records import CheckpointRecord, TrialRecord, TuneRecord
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import recray
-from recray import checkpoint
 from recray.config import Config, parse_config
 from recray.retrieval import embed
+from recray.training import checkpoint
 
 pytest.importorskip("faiss")
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from recray.models.batch import Batch, Jagged
+from recray.loading.batch import Batch, Jagged
 from recray.training.accumulate import Accumulation
-from recray.training.context import LocalContext
+from recray.training.distributed import LocalContext
 
 ROWS = 12
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from recray import storage
-from recray.batches import questions
-from recray.data.prepared import PreparedDataset
-from recray.models.batch import Batch
+from recray.data.dataset import PreparedDataset
+from recray.loading.batch import Batch
+from recray.loading.collate import eval_queries
 from recray.records import DatasetRecord, Shard
-from recray.retrieval import baselines, item_filter
+from recray.retrieval import baselines, item_knn
 from recray.retrieval.blend import Blended
-from recray.retrieval.systems import ExactSearch
+from recray.retrieval.recommenders import ExactSearch
 
 N = 12  # item ids 2..11
 
@@ -62,7 +62,7 @@ def _brute(scores_N: np.ndarray, seen: list[int], k: int) -> list[int]:
 def test_popularity_leaves_out_what_was_seen(dataset: PreparedDataset, filter_seen: bool, k: int) -> None:
     counts = dataset.item_counts()
     (table,) = dataset.iter_tables("test")
-    (question,) = questions(table, 8, 5, "user")
+    (question,) = eval_queries(table, 8, 5, "user")
     found = baselines.Popularity(counts)(question, k, filter_seen)
     seen = [[2, 3, 4], [8], [4, 9, 10]]
     assert found.tolist() == [_brute(counts, one if filter_seen else [], k) for one in seen]
@@ -70,7 +70,7 @@ def test_popularity_leaves_out_what_was_seen(dataset: PreparedDataset, filter_se
 
 def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedDataset) -> None:
     (table,) = dataset.iter_tables("test")
-    (question,) = questions(table, 8, 5, "user")
+    (question,) = eval_queries(table, 8, 5, "user")
     # Targets before 5 and from 3 on: 7 (train) and 11, 10 (valid); then by train count.
     recent = dataset.item_counts() / 100 + np.isin(np.arange(N), [7, 10, 11])
     found = baselines.recent_popularity(dataset, "test", 2)(question, 5, False)
@@ -80,7 +80,7 @@ def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedD
 @pytest.mark.parametrize(("split", "chosen"), [("valid", [11, 10, 10]), ("test", [5, 6, 2, 3])])
 def test_hindsight_counts_the_split_itself(dataset: PreparedDataset, split: str, chosen: list[int]) -> None:
     (table,) = dataset.iter_tables("test")
-    (question,) = questions(table, 8, 5, "user")
+    (question,) = eval_queries(table, 8, 5, "user")
     found = baselines.hindsight(dataset, split)(question, 6, True)
     counts = np.bincount(chosen, minlength=N).astype(float)
     assert found.tolist() == [_brute(counts, seen, 6) for seen in ([2, 3, 4], [8], [4, 9, 10])]
@@ -108,12 +108,12 @@ def _filter(split: str, seen: list[list[int]]) -> np.ndarray:
 def test_item_filter_is_its_formula(
     dataset: PreparedDataset, split: str, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(item_filter, "_ENTRIES", entries)
+    monkeypatch.setattr(item_knn, "_ENTRIES", entries)
     seen = [[2, 3, 4], [8], [4, 9, 10]]
     scores = _filter(split, seen)
     (table,) = dataset.iter_tables("test")
-    (question,) = questions(table, 8, 5, "user")
-    built = item_filter.ItemFilter(dataset, ("train",) if split == "valid" else ("train", "valid"))
+    (question,) = eval_queries(table, 8, 5, "user")
+    built = item_knn.ItemKNN(dataset, ("train",) if split == "valid" else ("train", "valid"))
     found = np.concatenate([block.numpy() for _, block in built.blocks(question)])
     assert np.allclose(found, scores, atol=1e-6)
     lists = built(question, 4, True)
@@ -138,9 +138,9 @@ def test_blend_orders_what_both_find_by_both_scores(
     vectors = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
     model, temperature, weight = _Fixed(), 0.5, 2.0
     (table,) = dataset.iter_tables("test")
-    (question,) = questions(table, 8, 5, "user")
+    (question,) = eval_queries(table, 8, 5, "user")
     exact = ExactSearch(model, vectors)
-    built = item_filter.ItemFilter(dataset, ("train", "valid"))
+    built = item_knn.ItemKNN(dataset, ("train", "valid"))
     blend = Blended(exact, model, vectors, built, weight, temperature, candidates)
     ids, scores = blend.scored(question, 4, filter_seen)
     by_filter = _filter("test", seen)

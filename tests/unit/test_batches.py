@@ -5,10 +5,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray.batches import cut, impressions, padding_like, questions
-from recray.examples import Decay
-from recray.models.batch import Jagged
-from recray.plan import ShardGroup, ShardSlice, plan, steps_per_epoch
+from recray.loading.batch import Jagged
+from recray.loading.collate import eval_queries, impressions, iter_batches, padding_like
+from recray.loading.examples import Decay
+from recray.loading.sampler import ShardGroup, ShardSlice, epoch_plan, steps_per_epoch
 
 
 def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table:
@@ -34,7 +34,7 @@ def _shard(table: pa.Table) -> ShardGroup:
 @pytest.mark.parametrize("examples", ["events", "sequences"])
 def test_plan_gives_every_example_to_one_worker_and_equal_shares(world_size: int, examples: str) -> None:
     shards = [_shard(_table([5, 1, 9])), _shard(_table([2])), _shard(_table([30, 1, 1, 1]))]
-    plans = [plan(shards, 3, 1, rank, world_size, examples) for rank in range(world_size)]  # type: ignore[arg-type]
+    plans = [epoch_plan(shards, 3, 1, rank, world_size, examples) for rank in range(world_size)]  # type: ignore[arg-type]
     shares = [sum(s.stop - s.start for s in p) for p in plans]
     assert max(shares) - min(shares) <= 1
     taken = [(s.shard, i) for p in plans for s in p for i in range(s.start, s.stop)]
@@ -45,7 +45,7 @@ def test_plan_gives_every_example_to_one_worker_and_equal_shares(world_size: int
 
 def test_events_see_only_what_came_before() -> None:
     table = _table([6, 1, 4])
-    batches = list(cut([(ShardSlice(0, 0, 0, 11), table)], 4, "events", 3, seed=5))
+    batches = list(iter_batches([(ShardSlice(0, 0, 0, 11), table)], 4, "events", 3, seed=5))
     assert [b.num_rows for b in batches] == [4, 4, 3]
     rows = torch.cat([b.row_B for b in batches if b.row_B is not None])
     assert sorted(rows.tolist()) == list(range(11))
@@ -67,8 +67,8 @@ def test_batches_span_shards_and_any_split_of_the_work_gives_the_same_rows() -> 
     def rows(world_size: int) -> list[tuple[int, int]]:
         found = []
         for rank in range(world_size):
-            parts = plan(shards, 1, 0, rank, world_size, "events")
-            for batch in cut(((p, tables[p.shard]) for p in parts), 5, "events", 3, seed=1):
+            parts = epoch_plan(shards, 1, 0, rank, world_size, "events")
+            for batch in iter_batches(((p, tables[p.shard]) for p in parts), 5, "events", 3, seed=1):
                 assert batch.shard_B is not None and batch.row_B is not None
                 found += list(zip(batch.shard_B.tolist(), batch.row_B.tolist(), strict=True))
         return sorted(found)
@@ -78,7 +78,7 @@ def test_batches_span_shards_and_any_split_of_the_work_gives_the_same_rows() -> 
 
 def test_sequences_ask_at_every_entry_that_has_a_successor() -> None:
     table = _table([6, 1, 3])
-    (batch,) = cut([(ShardSlice(0, 0, 0, 3), table)], 8, "sequences", 4, seed=0)
+    (batch,) = iter_batches([(ShardSlice(0, 0, 0, 3), table)], 8, "sequences", 4, seed=0)
     assert batch.position_Q is not None and batch.target_Q is not None
     assert len(batch.target_Q) == 4 + 0 + 2
     assert torch.equal(batch.history.values[batch.position_Q] + 1, batch.target_Q)
@@ -86,7 +86,7 @@ def test_sequences_ask_at_every_entry_that_has_a_successor() -> None:
 
 def test_questions_split_history_and_targets() -> None:
     table = _table([6, 2], num_targets=[2, 2])
-    (question,) = questions(table, 8, 3, "user")
+    (question,) = eval_queries(table, 8, 3, "user")
     assert question.batch.history.values.tolist() == [3, 4, 5]
     assert question.seen.lengths().tolist() == [4, 0]
     assert question.targets.values.tolist() == [6, 7, 102, 103]
@@ -94,14 +94,14 @@ def test_questions_split_history_and_targets() -> None:
 
 def test_without_order_the_history_is_everything_else() -> None:
     table = _table([4, 1])
-    (batch,) = cut([(ShardSlice(0, 0, 0, 5), table)], 8, "others", 2, seed=5)
+    (batch,) = iter_batches([(ShardSlice(0, 0, 0, 5), table)], 8, "others", 2, seed=5)
     found = {t: h[h > 0].tolist() for t, h in zip(batch.target_Q.tolist(), batch.history.padded(3), strict=True)}
     assert found == {2: [4, 5], 3: [4, 5], 4: [3, 5], 5: [3, 4], 102: []}
 
 
 def test_every_later_event_can_be_a_question() -> None:
     table = _table([6, 2, 3], num_targets=[2, 2, 0])
-    first, second = questions(table, 3, 3, "event")
+    first, second = eval_queries(table, 3, 3, "event")
     assert first.targets.offsets.tolist() == [0, 1, 2, 3] and len(second.targets.values) == 1
     assert first.targets.values.tolist() + second.targets.values.tolist() == [6, 7, 102, 103]
     assert first.seen.padded(5).tolist() == [[0, 2, 3, 4, 5], [2, 3, 4, 5, 6], [0, 0, 0, 0, 0]]
@@ -125,13 +125,13 @@ def test_what_was_shown_and_not_chosen_is_neither_history_nor_target() -> None:
     )
     for examples, size in (("events", 3), ("sequences", 2)):
         part = ShardSlice(0, 0, 0, size)
-        (found,), (wanted,) = (list(cut([(part, t)], 8, examples, 3, seed=1)) for t in (labelled, by_hand))  # type: ignore[arg-type]
+        (found,), (wanted,) = (list(iter_batches([(part, t)], 8, examples, 3, seed=1)) for t in (labelled, by_hand))  # type: ignore[arg-type]
         assert found.target_Q.tolist() == wanted.target_Q.tolist()
         assert found.history.values.tolist() == wanted.history.values.tolist()
         assert found.history.offsets.tolist() == wanted.history.offsets.tolist()
         assert found.context.keys() == wanted.context.keys()
         assert all((found.context[n] == wanted.context[n]).all() for n in found.context)
-    (question,) = questions(labelled, 8, 3, "user")
+    (question,) = eval_queries(labelled, 8, 3, "user")
     assert question.targets.values.tolist() == [6, 7, 104] and question.seen.values.tolist() == [2, 4]
 
 
@@ -140,7 +140,9 @@ def test_weights_of_the_log_of_age_and_of_unknown_items(examples: str) -> None:
     table = _table([4]).append_column("weight", pa.array([[1.0, 2.0, 3.0, 4.0]], pa.list_(pa.float32())))
     table = table.set_column(1, "item", pa.array([[2, 3, 1, 5]], pa.list_(pa.int32())))
     size = 4 if examples == "events" else 1
-    (batch,) = cut([(ShardSlice(0, 0, 0, size), table)], 8, examples, 4, seed=0, decay=Decay(until=3, half_life=1))  # type: ignore[arg-type]
+    (batch,) = iter_batches(
+        [(ShardSlice(0, 0, 0, size), table)], 8, examples, 4, seed=0, decay=Decay(until=3, half_life=1)
+    )  # type: ignore[arg-type]
     weights = dict(zip(batch.target_Q.tolist(), batch.weight_Q.tolist(), strict=True))
     # Time is the place 0..3: an event at 3 keeps its weight, one at 1 keeps a quarter.
     expected = {2: 1 / 8, 3: 2 / 4, 1: 0.0, 5: 4.0}
@@ -153,7 +155,7 @@ def test_old_events_weigh_nothing_rather_than_next_to_nothing() -> None:
 
 
 def test_padding_weighs_nothing() -> None:
-    (batch,) = cut([(ShardSlice(0, 0, 0, 1), _table([3]))], 8, "sequences", 4, seed=0)
+    (batch,) = iter_batches([(ShardSlice(0, 0, 0, 1), _table([3]))], 8, "sequences", 4, seed=0)
     padding = padding_like(batch)
     assert padding.weight_Q is not None and padding.weight_Q.sum() == 0
     assert padding.position_Q is not None
@@ -196,7 +198,7 @@ def test_impressions_see_what_was_chosen_strictly_before(seed: int) -> None:
             history = batch.history.values[batch.history.offsets[b] : batch.history.offsets[b + 1]].tolist()
             found.append((int(batch.user_B[b]), int(batch.target_Q[b]), float(batch.label_Q[b]), history))
     assert found == expected
-    shuffled = list(cut([(ShardSlice(0, 0, 0, len(expected)), table)], 4, "impressions", 3, seed=1))
+    shuffled = list(iter_batches([(ShardSlice(0, 0, 0, len(expected)), table)], 4, "impressions", 3, seed=1))
     assert sum(batch.num_rows for batch in shuffled) == len(expected)
     assert sum(float(batch.label_Q.sum()) for batch in shuffled if batch.label_Q is not None) == sum(
         label for _, _, label, _ in expected

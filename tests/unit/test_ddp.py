@@ -13,17 +13,18 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from recray import registry
-from recray.batches import padding_like
 from recray.config import LossConfig, OptimConfig
-from recray.models import Ranker, dice, exchange
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.click_loss import ClickObjective
-from recray.models.embedding import Mode, Placement, Table, placed, sync
-from recray.models.losses import RetrievalObjective
-from recray.models.parts import mean_pool
+from recray.layers import collectives, dice
+from recray.layers.embedding import Mode, Table, TablePlan, sync, use_plan
+from recray.layers.feature_encoder import mean_pool
+from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.loading.collate import padding_like
+from recray.losses.click import ClickObjective
+from recray.losses.retrieval import RetrievalObjective
+from recray.models import Ranker
 from recray.records import DatasetRecord, Feature
 from recray.training import fsdp
-from recray.training.context import data_parallel
+from recray.training.distributed import data_parallel
 from recray.training.optim import Optimizers
 
 ITEMS, ROWS, STEPS, PARTS = 61, 24, 4, 2
@@ -132,7 +133,7 @@ def _objective(name: str, mode: Mode, rank: int, world_size: int) -> nn.Module:
     """From the same weights however many workers: those of a dense model."""
     torch.manual_seed(0)
     dense = _build(name)
-    with placed(Placement(mode, rank, world_size, small=SMALL)):
+    with use_plan(TablePlan(mode, rank, world_size, small=SMALL)):
         model = _build(name)
     for mine, whole in zip(model.modules(), dense.modules(), strict=True):
         if isinstance(mine, Table) and mine.mode == "row_sharded":
@@ -194,7 +195,7 @@ def _whole(model: nn.Module, world_size: int) -> dict[str, torch.Tensor]:
 
 def _overflow(rank: int, world_size: int) -> tuple[bool, float]:
     """Whether this worker's rows moved, and the scale afterwards, when only worker 0 meets an overflow."""
-    with placed(Placement("row_sharded", rank, world_size)):
+    with use_plan(TablePlan("row_sharded", rank, world_size)):
         table = Table(200, 4)
     optimizer, scaler = Optimizers(OptimConfig(), table), torch.amp.GradScaler("cpu", init_scale=8.0)
     optimizer.set_learning_rate(0.1)
@@ -209,7 +210,7 @@ def _overflow(rank: int, world_size: int) -> tuple[bool, float]:
 def _gathered(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of all, worker r giving r + 1 of them, and the gradient of this worker's when worker r weighs row i by 10^r i."""
     mine = torch.full((rank + 1, 2), float(rank), requires_grad=True)
-    rows = exchange.all_gather(mine)
+    rows = collectives.all_gather(mine)
     (rows * torch.arange(len(rows))[:, None] * 10.0**rank).sum().backward()
     assert mine.grad is not None
     return rows.detach(), mine.grad

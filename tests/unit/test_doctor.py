@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from recray import doctor, environment
 from recray.cli import app
-from recray.doctor import Machine
-from recray.environment import Finding, driver_problem
+from recray.cluster import doctor, environment
+from recray.cluster.doctor import Machine
+from recray.cluster.environment import Finding, driver_problem
 
 
 @pytest.mark.parametrize(

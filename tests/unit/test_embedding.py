@@ -6,19 +6,19 @@ from torch import nn
 
 from recray.config import OptimConfig, parse_config
 from recray.errors import ConfigError
-from recray.models.batch import Jagged
-from recray.models.embedding import Placement, Table, placed, sync, tables
-from recray.models.parts import mean_pool
-from recray.training.context import LocalContext
+from recray.layers.embedding import Table, TablePlan, sync, tables, use_plan
+from recray.layers.feature_encoder import mean_pool
+from recray.loading.batch import Jagged
+from recray.training.distributed import LocalContext
+from recray.training.embedding_plan import table_plan
 from recray.training.optim import Ema, Optimizers
-from recray.training.placing import placement
 
 ROWS, DIM = 300, 6
 
 
-def _table(placement: Placement, seed: int = 0, rows: int = ROWS) -> Table:
+def _table(placement: TablePlan, seed: int = 0, rows: int = ROWS) -> Table:
     torch.manual_seed(seed)
-    with placed(placement):
+    with use_plan(table_plan):
         return Table(rows, DIM)
 
 
@@ -30,11 +30,11 @@ def _ids(step: int) -> torch.Tensor:
 def test_a_sharded_table_has_the_same_rows_on_any_number_of_workers(
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recray.models.embedding._BLOCK", 64)
+    monkeypatch.setattr("recray.layers.embedding._BLOCK", 64)
     whole = torch.zeros(ROWS, DIM)
     for rank in range(workers):
-        whole[rank::workers] = _table(Placement("row_sharded", rank, workers)).weight.detach()
-    assert torch.equal(whole, _table(Placement("row_sharded")).weight)
+        whole[rank::workers] = _table(TablePlan("row_sharded", rank, workers)).weight.detach()
+    assert torch.equal(whole, _table(TablePlan("row_sharded")).weight)
     assert not whole[0].any() and whole[1:].std() == pytest.approx(DIM**-0.5, rel=0.05)
     assert len(torch.unique(whole, dim=0)) == ROWS
 
@@ -42,7 +42,7 @@ def test_a_sharded_table_has_the_same_rows_on_any_number_of_workers(
 @pytest.mark.parametrize("mode", ["sparse_replicated", "row_sharded"])
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_touched_rows_are_updated_as_torch_does(name: str, mode: str) -> None:
-    table = _table(Placement(mode))  # type: ignore[arg-type]
+    table = _table(TablePlan(mode))  # type: ignore[arg-type]
     reference = nn.Embedding(ROWS, DIM, padding_idx=0, sparse=True, _weight=table.weight.detach().clone())
     ours = Optimizers(OptimConfig(name=name), table)
     kind = torch.optim.SGD if name == "sgd" else torch.optim.SparseAdam
@@ -63,7 +63,7 @@ def test_touched_rows_are_updated_as_torch_does(name: str, mode: str) -> None:
 
 
 def test_row_wise_adagrad_by_hand() -> None:
-    table = _table(Placement("row_sharded"))
+    table = _table(TablePlan("row_sharded"))
     optimizer = Optimizers(OptimConfig(table_optimizer="adagrad", table_learning_rate=0.5, embedding_decay=0.1), table)
     optimizer.set_learning_rate(OptimConfig().learning_rate)
     before, total = table.weight.detach().clone(), 0.0
@@ -82,7 +82,7 @@ def test_row_wise_adagrad_by_hand() -> None:
 
 def test_rows_without_a_gradient_do_not_move_by_momentum() -> None:
     """What only padding touched: a worker more must not change what is learned."""
-    table = _table(Placement("sparse_replicated"))
+    table = _table(TablePlan("sparse_replicated"))
     optimizer = Optimizers(OptimConfig(name="adam"), table)
     optimizer.set_learning_rate(0.1)
     for weight in (1.0, 0.0):
@@ -95,7 +95,7 @@ def test_rows_without_a_gradient_do_not_move_by_momentum() -> None:
 
 @pytest.mark.parametrize("mode", ["dense", "sparse_replicated", "row_sharded"])
 def test_means_of_histories(mode: str) -> None:
-    table = _table(Placement(mode))  # type: ignore[arg-type]
+    table = _table(TablePlan(mode))  # type: ignore[arg-type]
     history = Jagged(torch.tensor([5, 9, 9, 3]), torch.tensor([0, 3, 3, 4]))
     w = table.weight.detach()
     wanted = torch.stack([(w[5] + 2 * w[9]) / 3, torch.zeros(DIM), w[3]])
@@ -104,7 +104,7 @@ def test_means_of_histories(mode: str) -> None:
 
 
 def test_ema_of_touched_rows() -> None:
-    table = _table(Placement("sparse_replicated"))
+    table = _table(TablePlan("sparse_replicated"))
     ema, before = Ema(table, 0.9), table.weight.detach().clone()
     with torch.no_grad():
         table.weight[4] += 1
@@ -114,8 +114,8 @@ def test_ema_of_touched_rows() -> None:
 
 def test_auto_by_hand() -> None:
     def chosen(rows: int, **more: object) -> str:
-        placement = Placement(world_size=2, touched={"item": 20_000}, memory=10**9, **more)  # type: ignore[arg-type]
-        return placement.choose(rows, 64, "item")
+        table_plan = TablePlan(world_size=2, touched={"item": 20_000}, memory=10**9, **more)  # type: ignore[arg-type]
+        return table_plan.choose(rows, 64, "item")
 
     assert chosen(40_000) == "dense"  # small
     assert chosen(159_000) == "dense"  # 4 x 20,000 x 2 rows touched cost as much as 160,000 streamed
@@ -123,11 +123,11 @@ def test_auto_by_hand() -> None:
     assert chosen(651_000) == "sparse_replicated"  # 12 x 64 bytes a row are 0.5 GB
     assert chosen(652_000) == "row_sharded"
     assert chosen(1_900_000, row_bytes=4) == "sparse_replicated"
-    assert Placement(touched={"item": 20_000}, memory=10**9).choose(10**7, 64, "item") == "sparse_replicated"
-    placement = Placement(touched={"user": 100})
+    assert TablePlan(touched={"item": 20_000}, memory=10**9).choose(10**7, 64, "item") == "sparse_replicated"
+    table_plan = TablePlan(touched={"user": 100})
     for _ in range(2):
-        placement.choose(10**6, 8, "user")
-    assert placement.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
+        table_plan.choose(10**6, 8, "user")
+    assert table_plan.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
 
 
 def test_what_does_not_go_together_is_refused() -> None:
@@ -154,8 +154,8 @@ def test_what_auto_goes_by() -> None:
         {"model": {"history_length": 9}, "training": {"global_batch_size": 64, "accumulation_steps": 2}},
         ["loss.negatives=100", "optim.table_optimizer=adagrad"],
     )
-    found = placement(config, LocalContext(), 1000)
+    found = table_plan(config, LocalContext(), 1000)
     assert found.touched == {"user": 64, "item": 64 * 10 + 2 * 100, "feature": 64 * 10 + 2 * 100}
     assert (found.row_bytes, found.memory, found.world_size) == (4, None, 1)
     everything = parse_config({"model": {"name": "sasrec"}, "loss": {"name": "softmax"}})
-    assert placement(everything, LocalContext(), 1000).touched["item"] == 1000
+    assert table_plan(everything, LocalContext(), 1000).touched["item"] == 1000

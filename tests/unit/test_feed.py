@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from recray.models.batch import Batch, Jagged
-from recray.training import feed
-from recray.training.feed import Ahead, Feed
-from recray.training.progress import Progress
+from recray.loading import prefetch
+from recray.loading.batch import Batch, Jagged
+from recray.loading.prefetch import DeviceLoader, Prefetcher
+from recray.training.console import Progress
 
 CPU = torch.device("cpu")
 
@@ -29,10 +29,10 @@ def _threads() -> list[threading.Thread]:
 
 
 def test_batches_come_in_order_and_the_threads_end() -> None:
-    with Feed(iter(range(20)), _cut, CPU) as feed:
-        found = [(int(batch.user_B), real) for batch, real in feed]
+    with DeviceLoader(iter(range(20)), _cut, CPU) as prefetch:
+        found = [(int(batch.user_B), real) for batch, real in prefetch]
     assert found == [(i, i % 3 < 2) for i in range(60)]
-    assert feed.seconds().keys() == {"read", "cut", "copy"}
+    assert prefetch.seconds().keys() == {"read", "cut", "copy"}
     assert not _threads()
 
 
@@ -48,8 +48,8 @@ def test_an_early_end_closes_what_is_read() -> None:
         finally:
             closed.set()
 
-    with pytest.raises(KeyboardInterrupt), Feed(endless(), _cut, CPU) as feed:
-        next(feed)
+    with pytest.raises(KeyboardInterrupt), DeviceLoader(endless(), _cut, CPU) as prefetch:
+        next(prefetch)
         raise KeyboardInterrupt
     assert closed.is_set() and not _threads()
 
@@ -67,11 +67,11 @@ def test_an_error_is_raised_in_the_loop_after_the_batches_before_it(stage: str) 
         next(tables)
         raise OSError("no disk")
 
-    with Feed(tables(), cut, CPU) as feed:
-        assert [int(next(feed)[0].user_B) for _ in range(3)] == [0, 1, 2]
+    with DeviceLoader(tables(), cut, CPU) as prefetch:
+        assert [int(next(prefetch)[0].user_B) for _ in range(3)] == [0, 1, 2]
         for _ in range(2):  # and again for whoever asks again
             with pytest.raises(OSError, match="no disk"):
-                next(feed)
+                next(prefetch)
     assert not _threads()
 
 
@@ -89,14 +89,14 @@ def test_a_slow_stage_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stopping_does_not_wait_for_a_reader_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "_SECONDS_TO_END", 0.0)
+    monkeypatch.setattr(prefetch, "_SECONDS_TO_END", 0.0)
     released = threading.Event()
 
     def entries() -> Iterator[int]:
         released.wait()
         yield 1
 
-    ahead = Ahead(entries(), 1)
+    ahead = Prefetcher(entries(), 1)
     ahead.stop()
     assert list(ahead) == [] and list(ahead) == []
     released.set()

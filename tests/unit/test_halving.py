@@ -8,10 +8,10 @@ import pytest
 
 from recray.config import parse_config
 from recray.records import Trial, TrialEpoch
+from recray.tuning.asha import Rungs, make_rungs
 from recray.tuning.check import check
-from recray.tuning.halving import Rungs, make_rungs
-from recray.tuning.jobs import Jobs
-from recray.tuning.ledger import Job
+from recray.tuning.queue import Jobs
+from recray.tuning.store import Job
 
 
 def test_rungs_lie_before_the_last_epoch() -> None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from recray.config import LossConfig
-from recray.models import losses, products
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.losses import retrieval_loss
+from recray.kernels import matmul
+from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.losses import retrieval
+from recray.losses.retrieval import retrieval_loss
 
 Q, N, D = 7, 30, 5
 
@@ -67,7 +68,7 @@ def test_chunked_softmax_equals_cross_entropy_with_gradients(
     chunk: int, size: float, way: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way != "oneDNN":  # as on a GPU and over many items
-        for module in (losses, products):
+        for module in (retrieval, matmul):
             monkeypatch.setattr(module, "fits", lambda a, b: False)
     model = _Vectors()
     batch = replace(_batch(), weight_Q=torch.rand(Q))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recray.metrics import ranked
-from recray.metrics.lists import ListCounts
+from recray.metrics import ranking
+from recray.metrics.beyond_accuracy import ListCounts
 
 K = 10
 
@@ -23,7 +23,7 @@ def _random(seed: int, users: int = 60, items: int = 150) -> tuple[np.ndarray, l
 def _values(ranked_BK: np.ndarray, targets: list[np.ndarray], ks: list[int]) -> dict[str, np.ndarray]:
     flat = np.concatenate(targets)
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in targets])])
-    return ranked.per_user(ranked.hits(ranked_BK, flat, offsets), ranked.num_distinct(flat, offsets), ks)
+    return ranking.per_user(ranking.hits(ranked_BK, flat, offsets), ranking.num_distinct(flat, offsets), ks)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -94,8 +94,8 @@ def test_lists_by_hand() -> None:
 
 def test_bootstrap_covers_the_mean_and_repeats() -> None:
     values = np.random.default_rng(0).normal([0.0, 5.0], [1.0, 3.0], (400, 2))
-    low, high = ranked.bootstrap(values, 2000, seed=1)
+    low, high = ranking.bootstrap(values, 2000, seed=1)
     # The normal interval of a mean is 2 x 1.96 standard errors wide.
     assert high - low == pytest.approx(2 * 1.96 * values.std(axis=0) / 20, rel=0.1)
     assert (low < values.mean(axis=0)).all() and (values.mean(axis=0) < high).all()
-    assert (np.stack(ranked.bootstrap(values, 2000, seed=1)) == [low, high]).all()
+    assert (np.stack(ranking.bootstrap(values, 2000, seed=1)) == [low, high]).all()

@@ -5,9 +5,9 @@ import torch
 
 from recray import registry
 from recray.config import LossConfig
+from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.losses.retrieval import RetrievalObjective
 from recray.models import Retriever
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.losses import RetrievalObjective
 from recray.records import DatasetRecord
 
 ITEMS, USERS = 40, 20
@@ -120,8 +120,8 @@ def test_sasrec_jagged_equals_one_row_at_a_time() -> None:
 def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
     import pyarrow as pa
 
-    from recray.batches import cut
-    from recray.plan import ShardSlice
+    from recray.loading.collate import iter_batches
+    from recray.loading.sampler import ShardSlice
 
     table = pa.table(
         {
@@ -131,7 +131,7 @@ def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
             "num_targets": pa.array(lengths, pa.int32()),
         }
     )
-    (batch,) = cut([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
+    (batch,) = iter_batches([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
     model = _model("sasrec")
     loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())(batch)
     loss.backward()

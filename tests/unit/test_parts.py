@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recray.models.parts import dropout
+from recray.layers.feature_encoder import dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

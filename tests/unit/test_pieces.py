@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recray import checkpoint, pieces
 from recray.config import Config, parse_config
 from recray.errors import LineageError
-from recray.models import embedding
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.embedding import Mode, Placement, placed
+from recray.layers import embedding
+from recray.layers.embedding import Mode, TablePlan, use_plan
+from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.models.two_tower import Options, build
-from recray.pieces import Pieces
 from recray.records import DatasetRecord
+from recray.training import checkpoint, sharded_tables
 from recray.training.optim import Ema, Optimizers
-from recray.training.position import Phase, Position
+from recray.training.sharded_tables import ShardedTables
+from recray.training.state import Phase, Position
 
 ITEMS, USERS = 203, 150
 RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=USERS, counts={}, shards={}, seed=0, id="dataset-1")
@@ -29,7 +29,7 @@ DATASET: Any = SimpleNamespace(record=RECORD, uri="nowhere")
 
 def test_a_piece_is_a_safetensors_file(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.randn(5, 3), "a.weight:sum": torch.randn(5), "empty": torch.zeros(0, 2)}
-    pieces.write(str(tmp_path), "tables", 1, 3, tensors)
+    sharded_tables.write(str(tmp_path), "tables", 1, 3, tensors)
     found = load_file(tmp_path / "tables-00001-of-00003.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
@@ -39,8 +39,10 @@ def test_a_piece_is_a_safetensors_file(tmp_path: Path) -> None:
 def test_any_number_of_workers_reads_what_another_wrote(count: int, tmp_path: Path) -> None:
     whole = torch.randn(ITEMS, 4)
     for piece in range(count):
-        pieces.write(str(tmp_path), "tables", piece, count, {"a": whole[piece::count], "a:sum": whole[piece::count, 0]})
-    source = Pieces(str(tmp_path), "tables", count)
+        sharded_tables.write(
+            str(tmp_path), "tables", piece, count, {"a": whole[piece::count], "a:sum": whole[piece::count, 0]}
+        )
+    source = ShardedTables(str(tmp_path), "tables", count)
     assert source.names() == ["a", "a:sum"]
     for workers in (1, 2, 3, 4):
         for rank in range(workers):
@@ -76,7 +78,7 @@ def _parts(config: Config, mode: Mode, worker: _Worker) -> tuple[nn.Module, Opti
     torch.manual_seed(0)
     options = config.model
     assert isinstance(options, Options)
-    with placed(Placement(mode, worker.rank, worker.world_size)):
+    with use_plan(TablePlan(mode, worker.rank, worker.world_size)):
         model = build(options, RECORD, TABLE)
     return model, Optimizers(config.optim, model), torch.amp.GradScaler("cpu", enabled=False), Ema(model, 0.0)
 

@@ -6,18 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from recray import checkpoint, registry
+from recray import registry
 from recray.config import LossConfig, OptimConfig, parse_config
 from recray.errors import ConfigError
-from recray.models import Ranker, attention
-from recray.models import dice as dices
-from recray.models.attention import TargetAttention
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.click_loss import ClickObjective, click_loss
-from recray.models.dice import Dice
-from recray.models.embedding import Mode, Placement, Table, placed, sync
-from recray.models.parts import select
+from recray.layers import dice as dices
+from recray.layers import target_attention
+from recray.layers.dice import Dice
+from recray.layers.embedding import Mode, Table, TablePlan, sync, use_plan
+from recray.layers.feature_encoder import select
+from recray.layers.target_attention import TargetAttention
+from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.losses.click import ClickObjective, click_loss
+from recray.models import Ranker
 from recray.records import CheckpointRecord, DatasetRecord, Feature
+from recray.training import checkpoint
 from recray.training.optim import Optimizers
 
 ITEMS, USERS = 40, 20
@@ -94,7 +96,7 @@ def _model(name: str, features: bool = True, mode: Mode = "dense", **options: ob
     torch.manual_seed(0)
     module = registry.load("model", name)
     chosen = module.Options(**{"dim": 8, "history_length": 8, "hidden": [16, 8], **options})
-    with placed(Placement(mode, small=4)):
+    with use_plan(TablePlan(mode, small=4)):
         return module.build(chosen, _record(FEATURES if features else []), _items(features))
 
 
@@ -189,9 +191,9 @@ def _textbook(layer: TargetAttention, q_BI: Tensor, v_UI: Tensor, history: Jagge
 
 @pytest.mark.parametrize("way", ["chunked", "whole"])
 def test_attention_is_the_textbook_form_in_float64(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_ALONE", 4)
-    monkeypatch.setattr(attention, "_SHARED", 2)
-    monkeypatch.setattr(attention, "_KEPT", 8)
+    monkeypatch.setattr(target_attention, "_ALONE", 4)
+    monkeypatch.setattr(target_attention, "_SHARED", 2)
+    monkeypatch.setattr(target_attention, "_KEPT", 8)
     torch.manual_seed(0)
     layer = TargetAttention(6, 10, 5).double().eval()
     for dice in (layer.dice_1, layer.dice_2):

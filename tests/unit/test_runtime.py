@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from recray import resources, runtime
+from recray.cluster import resources, runtime
 from recray.config import ScalingConfig
 from recray.errors import ResourceError
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.config import LossConfig
+from recray.kernels.matmul import product
+from recray.loading.batch import FIRST_ID, Batch, ItemTable, Jagged
+from recray.losses.retrieval import RetrievalObjective
 from recray.models import sasrec
-from recray.models.batch import FIRST_ID, Batch, ItemTable, Jagged
-from recray.models.losses import RetrievalObjective
-from recray.models.products import product
 from recray.records import DatasetRecord
 
 ITEMS, DIM, LENGTH, LAYERS = 300, 32, 20, 2
@@ -134,8 +134,8 @@ def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
 import resource, torch
 from recray.config import LossConfig
 from recray.models import sasrec
-from recray.models.batch import Batch, ItemTable, Jagged
-from recray.models.losses import RetrievalObjective
+from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.losses.retrieval import RetrievalObjective
 from recray.records import DatasetRecord
 class Alone:
     def all_gather(self, x): return x

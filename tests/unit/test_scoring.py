@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recray.models.batch import FIRST_ID, Jagged
-from recray.models.scoring import best_of, top_k
+from recray.loading.batch import FIRST_ID, Jagged
+from recray.retrieval.exact import best_of, top_k
 
 
 def _by_sort(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,9 +30,9 @@ def test_the_best_and_the_lowest_of_equals(columns: int, values: int, k: int) ->
 
 
 def test_seen_items_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recray.models import scoring
+    from recray.retrieval import exact
 
-    monkeypatch.setattr(scoring, "_SCORES", 4000)  # two queries at a time
+    monkeypatch.setattr(exact, "_SCORES", 4000)  # two queries at a time
     rng = np.random.default_rng(0)
     # Whole numbers: every order of adding gives the same score.
     q, v = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((5, 8), (2000, 8)))

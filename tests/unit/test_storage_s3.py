@@ -6,8 +6,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray import pieces, storage
+from recray import storage
 from recray.errors import StorageError
+from recray.training import sharded_tables
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 
@@ -65,11 +66,11 @@ def test_pieces_are_read_from_a_copy_that_need_not_stay(bucket: str, monkeypatch
     monkeypatch.setattr(storage, "_PART_BYTES", 100)
     whole = torch.randn(50, 3)
     for piece in range(2):
-        pieces.write(f"{bucket}/run", "tables", piece, 2, {"a": whole[piece::2]})
-        name = pieces.file_name("tables", piece, 2)
+        sharded_tables.write(f"{bucket}/run", "tables", piece, 2, {"a": whole[piece::2]})
+        name = sharded_tables.file_name("tables", piece, 2)
         storage.copy_file(f"{bucket}/run/{name}", f"{bucket}/checkpoint/{name}")
     ids = torch.tensor([49, 3, 4])
-    assert torch.equal(pieces.Pieces(f"{bucket}/checkpoint", "tables", 2).rows("a", ids), whole[ids])
+    assert torch.equal(sharded_tables.ShardedTables(f"{bucket}/checkpoint", "tables", 2).rows("a", ids), whole[ids])
 
 
 def test_what_is_not_there_is_named(bucket: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from recray.cluster.submit import portable
 from recray.config import load_config, parse_config
-from recray.submission import portable
 
 CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.toml"))
 

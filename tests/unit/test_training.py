@@ -6,7 +6,7 @@ import torch
 from recray.config import OptimConfig
 from recray.errors import ConfigError, DependencyError, ResourceError
 from recray.training import optim
-from recray.training.context import LocalContext
+from recray.training.distributed import LocalContext
 
 
 def test_learning_rate_by_hand() -> None:

@@ -9,8 +9,8 @@ pytest.importorskip("ray.tune")
 from recray.config import Config, parse_config
 from recray.records import Trial, TrialEpoch
 from recray.tuning.check import check
-from recray.tuning.ledger import Job
 from recray.tuning.runner import Budget, _State, make_scheduler
+from recray.tuning.store import Job
 
 
 class _Running:

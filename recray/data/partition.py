@@ -1,0 +1,202 @@
+"""What a task does with one bucket of users: sort it, count it, write its shards. No Ray here.
+
+Between steps a bucket is a Parquet file of sorted events (`sorted_file`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recray import storage
+from recray.config import DataConfig, FeatureConfig
+from recray.data import features, negatives, split, user_rows, vocab
+from recray.data.hashing import hash_keys
+from recray.data.split import SPLITS
+from recray.errors import DataError
+from recray.records import Feature
+
+_TIME_BINS = 1_000_000
+_GROUP_EVENTS = 65_536  # of a row group of a shard, about
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What every task needs to write rows."""
+
+    item_keys: pa.Array  # key of item id 2, 3, ...
+    context: dict[str, Feature]
+    user: dict[str, Feature]
+    user_table: pa.Table | None
+    sampler: negatives.Sampler | None
+    min_history: int
+    seed: int
+
+
+def sorted_file(folder: str, bucket: int) -> str:
+    return storage.join(folder, f"bucket-{bucket:05d}.parquet")
+
+
+def add_bucket(table: pa.Table, num_buckets: int) -> pa.Table:
+    bucket = hash_keys(table["user"]) % np.uint64(num_buckets)
+    return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
+
+
+def sort_blocks(sort: dict[str, Any], bucket: int | None, *blocks: pa.Table) -> dict[str, int]:
+    """Sort the events of one bucket, picked from all blocks; of a small log that is one bucket, all events."""
+    if bucket is not None:
+        blocks = tuple(block.filter(pc.equal(block["bucket"], bucket)) for block in blocks if len(block))
+    full = [block for block in blocks if len(block)]
+    if not full:
+        return {"events_read": 0}
+    return _sort(pa.concat_tables(full, promote_options="permissive"), bucket or 0, **sort)
+
+
+def sort_group(table: pa.Table, sort: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist([_sort(table, int(table["bucket"][0].as_py()), **sort)])
+
+
+def _sort(table: pa.Table, bucket: int, config: DataConfig, has_time: bool, folder: str) -> dict[str, int]:
+    if config.split.kind == "given" and "split" not in table.column_names:
+        raise DataError(
+            "data.split.kind = 'given', but nothing names the splits: set data.columns.split, "
+            "or data.split.train_path and data.split.test_path"
+        )
+    ordered, dropped = user_rows.sort_users(table, config, has_time)
+    storage.write_table(sorted_file(folder, bucket), ordered)
+    times = ordered["time"]
+    return {
+        "bucket": bucket,
+        "events_read": len(table),
+        "events_kept": len(ordered),
+        "users_kept": len(pc.unique(ordered["user"])),
+        "given_valid": int((ordered["code"].to_numpy() == SPLITS.index("valid")).sum()),
+        "first": pc.min(times).as_py() or 0,
+        "last": pc.max(times).as_py() or 0,
+        **dropped,
+    }
+
+
+def edges(first: int, last: int) -> np.ndarray:
+    """Edges of at most _TIME_BINS bins over all times."""
+    # Not np.unique, which hashes, and these numbers collide: minutes instead of milliseconds.
+    even = np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64)
+    return np.asarray(even[np.concatenate([[True], even[1:] != even[:-1]])])
+
+
+def histogram(file: str, bucket: int, first: int, last: int) -> pa.Table:
+    times = storage.read_table(file, ["time"])["time"].to_numpy()
+    bins = np.searchsorted(edges(first, last), times, side="right") - 1
+    return features.value_counts(pa.chunked_array([pa.array(bins)]))
+
+
+def count(
+    file: str,
+    bucket: int,
+    boundaries: split.Boundaries | None,
+    draw: split.Draw | None,
+    context: dict[str, FeatureConfig],
+    sample: float,
+) -> tuple[Any, ...]:
+    """Step 3: events of each split; train counts of items; a sample of positive events; counts of each context feature."""
+    part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
+    positive_E = _positive(part.table)
+    sizes = {f"events_{name}": int(((part.code_E == code) & positive_E).sum()) for code, name in enumerate(SPLITS)}
+    train_E = part.code_E == 0
+    train = part.table.filter(pa.array(train_E))
+    chosen = pa.array(positive_E[train_E].astype(np.int64))
+    items = pa.table({"value": train["item"], "n": np.ones(len(train), np.int64), "chosen": chosen})
+    drawn_E = positive_E & negatives.sampled(part.table["order"].to_numpy(), sample)
+    drawn = part.table.filter(pa.array(drawn_E)).select(["time", "item"])
+    values = [features.count_values(train[name], kind) for name, kind in context.items()]
+    return sizes, features.merge(items), drawn, *values
+
+
+def write(
+    file: str,
+    bucket: int,
+    boundaries: split.Boundaries | None,
+    draw: split.Draw | None,
+    encoders: Encoders,
+    uri: str,
+    first_user: int,
+) -> dict[str, Any]:
+    """Step 4: this bucket's shard of every split, and its users."""
+    part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
+    item_E = vocab.item_ids(part.table["item"], encoders.item_keys)
+    rare_E = (item_E == 1) & (part.code_E == 0)
+    counts = {
+        "events_after_end": int((part.code_E >= len(SPLITS)).sum()),
+        "train_events_dropped_rare_item": int(rare_E.sum()),
+    }
+    keep_E = (part.code_E < len(SPLITS)) & ~rare_E
+    table = part.table.filter(pa.array(keep_E))
+    user_E, code_E, item_E = part.user_E[keep_E], part.code_E[keep_E], item_E[keep_E]
+    positive_E = _positive(table)
+    if encoders.sampler is not None:
+        table, user_E, code_E, item_E, missed = _with_negatives(table, user_E, code_E, item_E, bucket, encoders)
+        counts["negatives_not_found"] = missed
+        positive_E = _positive(table)
+    lists = {"item": pa.array(item_E), "time": table["time"].combine_chunks()}
+    lists |= {name: table[name].combine_chunks() for name in ("label", "weight") if name in table.column_names}
+    lists |= {f"context_{name}": features.encode(table[name], f) for name, f in encoders.context.items()}
+    user_columns = _user_columns(part.keys, encoders)
+    name = f"part-{bucket:05d}.parquet"
+    ids = pa.array(np.arange(first_user, first_user + len(part.keys), dtype=np.int32))
+    storage.write_table(storage.join(uri, "users", name), pa.table({"user_id": ids, "user": part.keys}))
+    shards = {}
+    for code, split_name in enumerate(SPLITS):
+        rows = user_rows.rows(user_E, code_E, split_name, positive_E, encoders.min_history)
+        target_E = rows.targets()
+        events, impressions = int(positive_E[target_E].sum()), len(target_E)
+        counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
+        if code:
+            counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == 1))[target_E].sum())
+        if "label" in table.column_names:
+            counts[f"negatives_{split_name}"] = impressions - events
+        if not impressions:
+            continue
+        shard_file = f"{split_name}/{name}"
+        out = rows.table(ids, lists, user_columns)
+        per_group = max(1, _GROUP_EVENTS * len(out) // len(rows.index))
+        storage.write_table(storage.join(uri, shard_file), out, row_group_rows=per_group)
+        shards[split_name] = {"file": shard_file, "rows": len(out), "events": events, "impressions": impressions}
+    return {"shards": shards, "counts": counts}
+
+
+def _with_negatives(
+    table: pa.Table, user_E: np.ndarray, code_E: np.ndarray, item_E: np.ndarray, bucket: int, encoders: Encoders
+) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, int]:
+    """The events with their negatives, each just before its positive; and how many negatives were not found."""
+    assert encoders.sampler is not None
+    wanted_E = user_rows.num_earlier(user_E, np.ones(len(user_E), bool)) >= encoders.min_history
+    time_E, seed = table["time"].to_numpy(), [encoders.seed, 4, bucket]
+    source_M, item_M = negatives.draw(encoders.sampler, user_E, code_E, item_E, time_E, wanted_E, seed)
+    source = np.concatenate([source_M, np.arange(len(user_E))])
+    order = np.argsort(source, kind="stable")
+    source = source[order]
+    label = np.concatenate([np.zeros(len(source_M)), np.ones(len(user_E))])[order].astype(np.float32)
+    item_E = np.concatenate([item_M, item_E])[order].astype(np.int32)
+    table = table.take(pa.array(source)).append_column("label", pa.array(label))
+    missed = int(wanted_E.sum()) * encoders.sampler.config.per_positive - len(source_M)
+    return table, user_E[source], code_E[source], item_E, missed
+
+
+def _positive(table: pa.Table) -> np.ndarray:
+    """(E,) bool: events that are something chosen, not something shown and left (label 0)."""
+    if "label" not in table.column_names:
+        return np.ones(len(table), bool)
+    return np.asarray(table["label"].to_numpy() > 0)
+
+
+def _user_columns(keys: pa.Array, encoders: Encoders) -> dict[str, pa.Array]:
+    """Encoded features of users, one entry per user; a user that the table lacks gets missing values."""
+    if encoders.user_table is None:
+        return {}
+    table = encoders.user_table
+    aligned = table.take(pc.index_in(keys, value_set=table["user"].combine_chunks()))
+    return {f"user_{name}": features.encode(aligned[name], f) for name, f in encoders.user.items()}

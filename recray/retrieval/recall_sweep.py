@@ -1,0 +1,66 @@
+"""The cheapest index setting that reaches the recall target, measured on real user vectors.
+
+Half of the users tune, the other half reports, so that the chosen setting is not
+judged on its own queries. The whole grid is measured: recall is not monotone in
+nprobe for coarse codes, so nothing is bisected.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from recray.loading.batch import FIRST_ID
+from recray.records import SweepPoint
+from recray.retrieval import faiss_index
+from recray.retrieval.exact import top_k
+
+_EPSILON = 1e-5  # relative: two exact searches differ by rounding, which is no loss of recall
+
+
+def sweep(
+    index: Any, vectors_ND: np.ndarray, queries_QD: np.ndarray, k: int, target: float
+) -> tuple[SweepPoint, float, list[SweepPoint]]:
+    """(chosen point, its recall on the reporting half, the whole curve)."""
+    half = max(1, len(queries_QD) // 2)
+    tune_QD, report_QD = queries_QD[:half], queries_QD[half:] if len(queries_QD) > 1 else queries_QD
+    k = min(k, len(vectors_ND) - FIRST_ID)
+    curve = []
+    exact = exact_scores(tune_QD, vectors_ND, k)
+    for setting in faiss_index.settings(index):
+        faiss_index.apply(index, setting)
+        recall, at_10, missing, milliseconds = measure(index, tune_QD, exact, k)
+        curve.append(
+            SweepPoint(
+                setting=setting, recall=recall, recall_at_10=at_10, milliseconds=milliseconds, missing_share=missing
+            )
+        )
+    good = [point for point in curve if point.recall >= target]
+    chosen = min(good, key=lambda p: p.milliseconds) if good else max(curve, key=lambda p: p.recall)
+    faiss_index.apply(index, chosen.setting)
+    recall, *_ = measure(index, report_QD, exact_scores(report_QD, vectors_ND, k), k)
+    return chosen, recall, curve
+
+
+def exact_scores(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> np.ndarray:
+    """(Q, k) exact scores, best first."""
+    _, scores = top_k(torch.from_numpy(queries_QD), torch.from_numpy(vectors_ND), k)
+    return scores.numpy()
+
+
+def measure(index: Any, queries_QD: np.ndarray, exact_QK: np.ndarray, k: int) -> tuple[float, float, float, float]:
+    """recall@k, recall@10, share of results missing, milliseconds per query. A result counts as right when its
+    score reaches the exact k-th score."""
+    started = time.perf_counter()
+    scores, ids = index.search(np.ascontiguousarray(queries_QD, np.float32), k + FIRST_ID)
+    milliseconds = (time.perf_counter() - started) * 1000 / len(queries_QD)
+
+    def recall(at: int) -> float:
+        bar = exact_QK[:, at - 1 : at] - _EPSILON * np.abs(exact_QK[:, at - 1 : at])
+        right = ((scores >= bar) & (ids >= FIRST_ID)).sum(axis=1)
+        return float(np.minimum(right, at).mean() / at)
+
+    return recall(k), recall(min(10, k)), float((ids < 0).mean()), milliseconds

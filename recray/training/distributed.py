@@ -1,0 +1,243 @@
+"""Where the loop runs: rank, device, data and collectives, with Ray and without.
+
+The loop sees only a Context. LocalContext is one process and needs no Ray;
+RayContext is one worker of a Ray TorchTrainer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Protocol
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from recray import storage
+from recray.cluster import runtime
+from recray.config import ScalingConfig
+from recray.data.dataset import PreparedDataset
+from recray.errors import ResourceError
+from recray.layers import collectives, embedding
+from recray.loading.sampler import ShardGroup, ShardSlice
+from recray.training import fsdp
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+class Context(Protocol):
+    rank: int
+    world_size: int
+    local_size: int  # workers on this machine
+    device: torch.device
+
+    def tables(
+        self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
+    ) -> Iterator[tuple[ShardSlice, pa.Table]]:
+        """The shard of every slice, in order; a slice's number counts `shards`."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all workers."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Rows of all workers in order of rank; gradients flow back to their worker."""
+        ...
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over workers."""
+        ...
+
+
+class LocalContext:
+    """This process alone."""
+
+    rank = 0
+    world_size = 1
+    local_size = 1
+
+    def __init__(self, use_gpu: bool = False) -> None:
+        self.device = _device(use_gpu)
+
+    def tables(
+        self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
+    ) -> Iterator[tuple[ShardSlice, pa.Table]]:
+        return read_shards(dataset, shards, slices)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device)
+
+
+class RayContext:
+    """One worker of a TorchTrainer.
+
+    On several nodes its shards come through a Ray Data pipeline of its own, so that nodes without a GPU read for those
+    that have one. The pipeline runs over all remaining epochs at once, in the order of the plan, and no coordinator
+    hands out shards, so no worker can wait for another's. The very first shard does not wait for the pipeline, which
+    takes seconds to start. On one node the worker reads for itself, which costs less of the same cores.
+    """
+
+    def __init__(self, scaling: ScalingConfig) -> None:
+        import ray.train
+        import ray.train.torch
+
+        train = ray.train.get_context()
+        self.rank, self.world_size = train.get_world_rank(), train.get_world_size()
+        self.local_size = train.get_local_world_size()
+        self.device = ray.train.torch.get_device() if scaling.use_gpu else torch.device("cpu")
+        self._scaling = scaling
+
+    def tables(
+        self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
+    ) -> Iterator[tuple[ShardSlice, pa.Table]]:
+        import ray
+
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        local = nodes == 1 and "://" not in dataset.uri
+        if self._scaling.reader == "worker" or (self._scaling.reader == "auto" and local):
+            return read_shards(dataset, shards, slices)
+        runtime.quieten_data()
+        free = ray.cluster_resources().get("CPU", 1) - self.world_size * self._scaling.cpus_per_worker
+        # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
+        task_cpus = 1 if free >= self.world_size else 0
+        return stream_shards(dataset, shards, slices, max(1, int(free) // self.world_size), task_cpus)
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return values
+        moved = values.to(self.device)  # NCCL sums what is on the GPU only
+        torch.distributed.all_reduce(moved)
+        return moved.to(values.device)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x if self.world_size == 1 else collectives.all_gather(x)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.device)
+        return module if self.world_size == 1 else data_parallel(module, self._scaling.fsdp)
+
+
+def data_parallel(module: nn.Module, shared_out: bool = False) -> nn.Module:
+    """DDP, or FSDP, around all that has dense gradients; `embedding.sync` brings those of tables together."""
+    outside = embedding.tables(module)
+    for table in outside.values():
+        if table.mode == "sparse_replicated":
+            collectives.from_first(table.weight.data)
+    if len(outside) == sum(1 for _ in module.parameters()):
+        return module
+    if shared_out:
+        return fsdp.shard(module, [table.weight for table in outside.values()])
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(module, list(outside))  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name of the option is not there before torch 2.13
+        # Buffers are item features, the same everywhere and as large as the catalogue.
+        return ddp(module, broadcast_buffers=False)
+
+
+def stream_shards(
+    dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice], cpus: int = 1, task_cpus: int = 1
+) -> Iterator[tuple[ShardSlice, pa.Table]]:
+    """The shard of every slice, in order, read by tasks of Ray Data, one CPU each or none, on `cpus` at a time."""
+    import ray.data
+
+    if not slices:
+        return
+    options = ray.data.DataContext.get_current().execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(cpu=cpus)
+    later = slices[1:]
+    uris = [[dataset.file_uri(file) for file in shards[part.shard].files] for part in later]
+    rows = [shards[part.shard].rows for part in later]
+    if not later:
+        yield slices[0], _read(dataset, shards[slices[0].shard])
+        return
+    work = ray.data.from_items([{"uris": group} for group in uris], override_num_blocks=len(uris))
+    # Tasks that ask for no CPU are not held back by them: one at a time then.
+    read = work.map_batches(
+        _read_shard, batch_size=1, batch_format="pyarrow", num_cpus=task_cpus, concurrency=None if task_cpus else 1
+    )
+    yield slices[0], _read(dataset, shards[slices[0].shard])
+    held: list[pa.Table] = []
+    at = 0
+    # A large shard may come in several blocks; blocks keep the order.
+    for block in read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        held.append(block)
+        if sum(map(len, held)) == rows[at]:
+            yield later[at], pa.concat_tables(held)
+            held, at = [], at + 1
+
+
+def _read_shard(batch: pa.Table) -> pa.Table:
+    (uris,) = batch["uris"].to_pylist()
+    return pa.concat_tables([storage.read_table(uri) for uri in uris])
+
+
+def read_shards(
+    dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
+) -> Iterator[tuple[ShardSlice, pa.Table]]:
+    """The shard of every slice, in order, read by this process."""
+    for part in slices:
+        yield part, _read(dataset, shards[part.shard])
+
+
+def _read(dataset: PreparedDataset, shard: ShardGroup) -> pa.Table:
+    return pa.concat_tables([storage.read_table(dataset.file_uri(file)) for file in shard.files])
+
+
+def _device(use_gpu: bool) -> torch.device:
+    if use_gpu and not torch.cuda.is_available():
+        raise ResourceError(
+            "scaling.use_gpu = true, but torch finds no GPU here: set scaling.use_gpu = false, or check `nvidia-smi` and the CUDA build of torch"
+        )
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+@contextlib.contextmanager
+def threads(scaling: ScalingConfig) -> Iterator[None]:
+    """A worker's threads: as configured, or its share of this machine's cores; without workers as they are."""
+    before = torch.get_num_threads()
+    share = (os.cpu_count() or 1) // scaling.num_workers if scaling.num_workers else before
+    torch.set_num_threads(scaling.threads_per_worker or max(1, share))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """torch asks cuDNN first for attention on an H100, and cuDNN plans anew for every shape, which no two batches share.
+
+    Measured, SASRec on ml-1m: two thirds of the first epoch.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed for the next step, instead of giving it back and asking for it again.
+
+    Every page that comes back from the kernel is cleared on its first touch. Measured: a fifth of a DIN step.
+    And have oneDNN, which torch asks for some products, keep code for few shapes instead of the last 1,024: 100 MB.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,83 @@
+"""Tables in pieces: file r of P holds the rows of ids with id % P == r, in order of id.
+
+A piece is a safetensors file. It is written without a copy and read through a memory
+map, so that a process holds the rows that it asks for and no more: what the map has
+touched is the system's file cache, shared by all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from recray import storage
+
+
+def file_name(kind: str, piece: int, count: int) -> str:
+    return f"{kind}-{piece:05d}-of-{count:05d}.safetensors"
+
+
+def write(folder: str, kind: str, piece: int, count: int, tensors: dict[str, Tensor]) -> None:
+    """float32 tensors, each with an entry per row of this piece."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header: dict[str, Any] = {}
+    at = 0
+    for name, tensor in plain.items():
+        end = at + tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with storage.writer(storage.join(folder, file_name(kind, piece, count))) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in plain.values():
+            stream.write(tensor.view(-1).numpy().view("uint8"))
+
+
+class ShardedTables:
+    """The pieces of one kind in a folder; each is opened when it is first needed."""
+
+    def __init__(self, folder: str, kind: str, count: int) -> None:
+        self._folder, self._kind, self.count = folder, kind, count
+        self._open: dict[int, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self._piece(0).keys()) if self.count else []
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of these ids, from the pieces that have them."""
+        piece = ids % self.count
+        out = None
+        for number in torch.unique(piece).tolist():
+            at = piece == number
+            found = self._tensor(number, name).index_select(0, ids[at] // self.count)
+            out = found.new_empty(len(ids), *found.shape[1:]) if out is None else out
+            out[at] = found
+        return self._tensor(0, name)[:0] if out is None else out
+
+    def fill(self, name: str, out: Tensor, rank: int, world_size: int) -> None:
+        """out[i]: the row of id rank + i * world_size. One piece after the other."""
+        for number in range(self.count):
+            tensor = self._tensor(number, name)
+            for block in _blocks(len(tensor)):
+                ids = torch.arange(block.start, block.stop) * self.count + number
+                mine = (ids % world_size == rank).nonzero()[:, 0]
+                out[(ids[mine] // world_size).to(out.device)] = tensor[block][mine].to(out.device)
+
+    def _tensor(self, number: int, name: str) -> Tensor:
+        return self._piece(number).get_tensor(name)  # type: ignore[no-any-return]
+
+    def _piece(self, number: int) -> Any:
+        if number not in self._open:
+            with storage.local_file(storage.join(self._folder, file_name(self._kind, number, self.count))) as path:
+                self._open[number] = safe_open(path, framework="pt")  # stays readable when a downloaded file is gone
+        return self._open[number]
+
+
+def _blocks(rows: int, size: int = 1 << 20) -> Iterable[slice]:
+    return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
