@@ -24,7 +24,9 @@ class Record(BaseModel):
     id: str = ""
     created: str = ""
     recray_version: str = ""
-    parents: list[str] = []
+    identity: str = ""  # of the artefact: the name of its folder (recray.artifacts)
+    keys: dict[str, Any] = {}  # dotted configuration key -> value, of those that decided the result
+    parents: list[str] = []  # ids of the records that it was made from
     seconds: float = 0.0  # wall time of the stage
     config: dict[str, Any] = {}  # the whole resolved configuration
 

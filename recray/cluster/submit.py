@@ -133,13 +133,13 @@ def _absolute(location: Any) -> Any:
 
 def main() -> None:
     """What the job runs."""
-    from recray.pipeline import run_all
     from recray.report.text import render
+    from recray.stages import run
 
     config = load_config(sys.argv[1])
-    report = run_all(config)
+    report = run(config)
     print(render(report), flush=True)
-    print(f"{config.run_uri}/report  {report.id}", flush=True)
+    print(f"{config.run_uri}/report/{report.identity}  {report.id}", flush=True)
     print(_MARK + report.model_dump_json(), flush=True)
 
 

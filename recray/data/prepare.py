@@ -36,14 +36,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import errors, registry, storage
+from recray import errors, log, registry, storage
+from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.config import Config, DataConfig, FeatureConfig
 from recray.data import features, negatives, partition, split, vocab
 from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.data.split import SPLITS
-from recray.errors import ConfigError, DataError, LineageError, RecrayError
+from recray.errors import ConfigError, DataError, RecrayError
 from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
@@ -55,37 +56,39 @@ _PARTITION_BUCKETS = 16  # buckets in one partition of the shuffle, at most
 
 
 def prepare(config: Config) -> DatasetRecord:
-    """Prepare `config.data` into config.dataset_uri; a dataset already there for the same input is returned as it is."""
+    """Prepare the log of `config.data`; a dataset of the same log, [data] and run.seed is returned as it is.
+
+    Raises ConfigError, DataError or StorageError where the log cannot be read as configured.
+    """
     started = time.perf_counter()
+    run = Run(config)
+    if config.run.dataset and storage.exists(storage.join(config.run.dataset, DatasetRecord.file_name())):
+        return run.dataset().record
     runtime.start(config.scaling)
-    uri = config.dataset_uri
     with base.plain_errors():
         source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
-        wanted = {"data": config.data.model_dump(mode="json"), "seed": config.run.seed}
-        if storage.exists(storage.join(uri, "dataset.json")):
-            record = DatasetRecord.read(uri)
-            if record.config == wanted and record.fingerprint == source.fingerprint:
-                _say(f"{uri} is there for this input and configuration ({record.id}); reused")
-                return record
-            if config.run.dataset:
-                raise LineageError(
-                    f"run.dataset = {uri} was prepared from another input, [data] or run.seed, and other runs may need it: "
-                    f"leave run.dataset out, or delete that folder"
-                )
-        storage.delete_folder(uri)
-        work = _Work(config.data, config.run.seed, source, uri, storage.join(uri, "_sorted"))
+        artifact = run.artifact(DATASET, [source.fingerprint])
+        if not run.begin(artifact):
+            return artifact.record
+        storage.delete_folder(artifact.uri)  # what a process that was killed has left
+        artifact.mark()
+        work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))
         try:
-            record = work.run(wanted, started)
+            record = work.run(started)
         except BaseException as error:
-            storage.delete_folder(uri)  # nothing half-written stays
+            storage.delete_folder(artifact.uri)  # nothing half-written stays
             plain = _plain(error)
             if plain is None:
                 raise
             raise plain from None
     storage.delete_folder(work.sorted_uri)
+    run.publish(artifact)
     counts = record.counts
     events = ", ".join(f"{counts[f'events_{name}']:,} {name}" for name in SPLITS)
-    _say(f"{events} events, {record.num_items - 2:,} items, {record.num_users - 2:,} users in {record.seconds:.1f} s")
+    _say(
+        f"{events} events, {record.num_items - vocab.NUM_RESERVED:,} items, "
+        f"{record.num_users - vocab.NUM_RESERVED:,} users in {record.seconds:.1f} s"
+    )
     return record
 
 
@@ -110,7 +113,7 @@ def _plain(error: BaseException) -> RecrayError | None:
 
 
 def _say(text: str) -> None:
-    print(f"prepare: {text}", flush=True)
+    log.info("prepare", text)
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,10 @@ class _Work:
     config: DataConfig
     seed: int
     source: Source
-    uri: str
+    artifact: Artifact[DatasetRecord]
     sorted_uri: str
 
-    def run(self, wanted: dict[str, Any], started: float) -> DatasetRecord:
+    def run(self, started: float) -> DatasetRecord:
         """All four steps. Writes everything but the sorted buckets for good."""
         stats = self._sort(max(1, math.ceil(self.source.num_events / self.config.shard_events)))
         counts = {key: sum(s[key] for s in stats) for key in stats[0] if key not in ("bucket", "first", "last")}
@@ -158,7 +161,7 @@ class _Work:
             for name, kind in user_kinds.items():
                 user[name] = features.fit(name, "user", kind, features.count_values(users[name], kind))
         table, item_features = vocab.item_table(items, self.source.items, item_kinds)
-        storage.write_table(storage.join(self.uri, "items.parquet"), table)
+        storage.write_table(storage.join(self.artifact.uri, "items.parquet"), table)
         _say(f"{len(items):,} items counted")
 
         for feature in (*context.values(), *user.values(), *item_features):
@@ -177,9 +180,10 @@ class _Work:
                     f"no event of the {name} split has {self.config.min_history} earlier ones of its user: "
                     f"lower data.min_history ({self.config.min_history}), or check data.split"
                 )
-        schema, _ = storage.read_schema(storage.join(self.uri, shards["train"][0].file))
+        schema, _ = storage.read_schema(storage.join(self.artifact.uri, shards["train"][0].file))
         return DatasetRecord(
-            config=wanted,
+            **self.artifact.lineage,
+            config={"data": self.config.model_dump(mode="json"), "seed": self.seed},
             fingerprint=self.source.fingerprint,
             num_items=len(items) + vocab.NUM_RESERVED,
             num_users=vocab.NUM_RESERVED + counts["users_kept"],
@@ -192,7 +196,7 @@ class _Work:
             | (vars(boundaries) if boundaries else {}),
             has_time=self.source.has_time,
             seconds=time.perf_counter() - started,
-        ).write(self.uri)
+        ).write(self.artifact.uri)
 
     def _sample_share(self, num_events: int) -> float:
         """Of the log's events, that negatives are drawn from. Raises where negatives cannot be drawn as configured."""
@@ -238,7 +242,13 @@ class _Work:
 
         offsets = vocab.NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
         calls = self._each(
-            partition.write, stats, boundaries, draw, ray.put(encoders), self.uri, offsets=offsets[:-1].tolist()
+            partition.write,
+            stats,
+            boundaries,
+            draw,
+            ray.put(encoders),
+            self.artifact.uri,
+            offsets=offsets[:-1].tolist(),
         )
         parts = self._get(calls)
         for name in SPLITS:
