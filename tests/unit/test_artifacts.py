@@ -80,6 +80,8 @@ CONFIGS = {
     "wide_deep": {"model": {"name": "wide_deep"}},
 }
 
+_FIXED = {("dlrm", "model.feature_dims")}  # refused by this model, whatever its value
+
 
 def _expected(key: str, table: dict[str, str]) -> set[str]:
     rows = [row for row in table if key == row or key.startswith(f"{row}.")]
@@ -146,7 +148,9 @@ def test_a_changed_key_moves_the_stages_of_the_table(name: str) -> None:
             if flatten(changed.model_dump(mode="json")) != flatten(config.model_dump(mode="json")):
                 break
             changed = None
-        assert changed is not None, f"no other value found for {key}"
+        if changed is None:
+            assert (name, key) in _FIXED, f"no other value found for {key}"
+            continue
         # A value that has another follow (a default that depends on it) would move more.
         assert _moved(config, changed) == _expected(key, table), key
         walked += 1
