@@ -105,6 +105,16 @@ def list_files(location: str | Sequence[str], suffix: str = ".parquet") -> list[
     return files
 
 
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a folder, sorted; empty where it does not exist."""
+    system, path = resolve(uri)
+    with _errors(uri, "listed"):
+        if system.get_file_info(path).type != pafs.FileType.Directory:
+            return []
+        found = system.get_file_info(pafs.FileSelector(path))
+    return sorted(entry.base_name for entry in found if entry.type == pafs.FileType.Directory)
+
+
 def read_bytes(uri: str) -> bytes:
     system, path = resolve(uri)
     with _errors(uri, "read"), system.open_input_stream(path) as stream:

@@ -27,7 +27,6 @@ any number of CPUs. Only sums, the merged counts and names of files reach the dr
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,14 +35,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import errors, registry, storage
+from recray import registry, storage
 from recray.cluster import runtime
+from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig, FeatureConfig
 from recray.data import features, negatives, partition, split, vocab
-from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.data.split import SPLITS
-from recray.errors import ConfigError, DataError, LineageError, RecrayError
+from recray.errors import ConfigError, DataError, LineageError
 from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
@@ -59,7 +58,7 @@ def prepare(config: Config) -> DatasetRecord:
     started = time.perf_counter()
     runtime.start(config.scaling)
     uri = config.dataset_uri
-    with base.plain_errors():
+    with unwrapped():
         source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
         wanted = {"data": config.data.model_dump(mode="json"), "seed": config.run.seed}
         if storage.exists(storage.join(uri, "dataset.json")):
@@ -76,12 +75,9 @@ def prepare(config: Config) -> DatasetRecord:
         work = _Work(config.data, config.run.seed, source, uri, storage.join(uri, "_sorted"))
         try:
             record = work.run(wanted, started)
-        except BaseException as error:
+        except BaseException:
             storage.delete_folder(uri)  # nothing half-written stays
-            plain = _plain(error)
-            if plain is None:
-                raise
-            raise plain from None
+            raise
     storage.delete_folder(work.sorted_uri)
     counts = record.counts
     events = ", ".join(f"{counts[f'events_{name}']:,} {name}" for name in SPLITS)
@@ -93,20 +89,6 @@ def _add(total: dict[str, int], parts: Iterable[dict[str, int]]) -> None:
     for part in parts:
         for key, value in part.items():
             total[key] = total.get(key, 0) + value
-
-
-def _plain(error: BaseException) -> RecrayError | None:
-    """What recray raised inside a task, out of Ray's wrapping; None for what it did not raise there."""
-    from ray.exceptions import RayTaskError
-
-    if not isinstance(error, RayTaskError):
-        return None
-    if isinstance(error.cause, RecrayError):
-        return error.cause
-    # Ray Data wraps once more, and what that wraps is lost in pickling: it is left in the traceback's text.
-    found = re.search(r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\Z)", str(error), re.MULTILINE | re.DOTALL)
-    kind = getattr(errors, found[1], None) if found else None
-    return kind(found[2]) if found and kind else None
 
 
 def _say(text: str) -> None:
