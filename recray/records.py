@@ -133,6 +133,7 @@ class CheckpointRecord(Record):
     rows: int  # training rows consumed over all workers since the start
     metric: str
     value: float  # validation value of `metric`, reduced over all workers
+    best_epoch: int = 0  # the one with the best validation value so far; 0 before the first validation
     history: list[dict[str, float]] = []  # one entry per epoch: loss, seconds, metrics
     dataset_uri: str
     pieces: int = 0  # files that row_sharded tables lie in, one a training worker

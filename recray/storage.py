@@ -161,6 +161,16 @@ def copy_file(source: str, target: str) -> None:
             out.write(part)
 
 
+def copy_folder(source: str, target: str) -> None:
+    """Copy the files of a folder (not recursive), the record checkpoint.json, index.json, ... last."""
+    system, path = resolve(source)
+    with _errors(source, "listed"):
+        entries = system.get_file_info(pafs.FileSelector(path))
+    names = [entry.base_name for entry in entries if entry.type == pafs.FileType.File]
+    for name in sorted(names, key=lambda name: (name.endswith(".json"), name != "dataset.json", name)):
+        copy_file(join(source, name), join(target, name))
+
+
 @contextlib.contextmanager
 def local_file(uri: str) -> Iterator[str]:
     """A local path of the file: its own, or of a copy that lasts as long as the block."""

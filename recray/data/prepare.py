@@ -27,7 +27,6 @@ number of CPUs. Only sums, merged counts and file names reach the driver.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,15 +35,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import errors, log, registry, storage
+from recray import log, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
+from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig, FeatureConfig
 from recray.data import features, negatives, partition, split, vocab
-from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.data.split import SPLITS
-from recray.errors import ConfigError, DataError, RecrayError
+from recray.errors import ConfigError, DataError
 from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
@@ -65,7 +64,7 @@ def prepare(config: Config) -> DatasetRecord:
     if config.run.dataset and storage.exists(storage.join(config.run.dataset, DatasetRecord.file_name())):
         return run.dataset().record
     runtime.start(config.scaling)
-    with base.plain_errors():
+    with unwrapped():
         source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
         artifact = run.artifact(DATASET, [source.fingerprint])
         if not run.begin(artifact):
@@ -75,12 +74,9 @@ def prepare(config: Config) -> DatasetRecord:
         work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))
         try:
             record = work.run(started)
-        except BaseException as error:
+        except BaseException:
             storage.delete_folder(artifact.uri)  # nothing half-written stays
-            plain = _plain(error)
-            if plain is None:
-                raise
-            raise plain from None
+            raise
     storage.delete_folder(work.sorted_uri)
     run.publish(artifact)
     counts = record.counts
@@ -96,20 +92,6 @@ def _add(total: dict[str, int], parts: Iterable[dict[str, int]]) -> None:
     for part in parts:
         for key, value in part.items():
             total[key] = total.get(key, 0) + value
-
-
-def _plain(error: BaseException) -> RecrayError | None:
-    """What recray raised inside a task, out of Ray's wrapping; None for what it did not raise there."""
-    from ray.exceptions import RayTaskError
-
-    if not isinstance(error, RayTaskError):
-        return None
-    if isinstance(error.cause, RecrayError):
-        return error.cause
-    # Ray Data wraps once more, and what that wraps is lost in pickling: it is left in the traceback's text.
-    found = re.search(r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\Z)", str(error), re.MULTILINE | re.DOTALL)
-    kind = getattr(errors, found[1], None) if found else None
-    return kind(found[2]) if found and kind else None
 
 
 def _say(text: str) -> None:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import recray
-from recray import storage
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
+from recray.records import CheckpointRecord
 from recray.report.text import render
-from recray.training import checkpoint
+from recray.training.launch import selection
 
 
 def _config(folder: Path, *overrides: str) -> Config:
@@ -42,8 +42,8 @@ def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def _losses(config: Config) -> list[float]:
-    folder = storage.join(config.run_uri, "train", f"epoch-{config.training.epochs:04d}")
-    return [entry["loss"] for entry in checkpoint.load_state(folder)["history"]]
+    folder = selection(config).folder(config.training.epochs)
+    return [entry["loss"] for entry in CheckpointRecord.read(folder).history]
 
 
 def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:

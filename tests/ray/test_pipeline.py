@@ -16,7 +16,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord
 from recray.retrieval.faiss_index import ItemIndex
-from recray.training import checkpoint, launch, state
+from recray.training import launch
 
 pytest.importorskip("faiss")
 
@@ -48,11 +48,11 @@ def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def _losses(config: Config) -> list[float]:
-    return [entry["loss"] for entry in checkpoint.load_state(last_epoch(config))["history"]]
+    return [entry["loss"] for entry in last_epoch(config).history]
 
 
-def last_epoch(config: Config) -> str:
-    return storage.join(config.run_uri, "train", f"epoch-{config.training.epochs:04d}")
+def last_epoch(config: Config) -> CheckpointRecord:
+    return CheckpointRecord.read(launch.selection(config).folder(config.training.epochs))
 
 
 def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
@@ -73,11 +73,14 @@ def test_report_orders_popularity_model_oracle(run: Config) -> None:
     assert report.counts["queries"] > 0
 
 
-def test_stages_that_are_complete_are_reused(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_that_are_complete_are_reused(
+    run: Config, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "recray")
     recray.prepare(run)
     recray.train(run)
     recray.index(run)
-    assert capsys.readouterr().out.count("reused") == 3
+    assert capsys.readouterr().out.count("reused") == 2 and "train: up to date" in caplog.text
     folder = Path(run.run.output)
     recray.index(_config(folder, "scaling.num_workers=0", "retrieval.filter_weight=0.5"))  # orders what is found
     assert "reused" in capsys.readouterr().out
@@ -90,7 +93,7 @@ def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(
     config = _with_dataset(run, tmp_path, "scaling.num_workers=1", "scaling.reader=ray_data")
     record = recray.train(config)
     assert _losses(config) == pytest.approx(_losses(run), rel=1e-5)
-    assert record.rows == checkpoint.load_state(last_epoch(run))["rows"]
+    assert record.rows == last_epoch(run).rows
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_going_on_equals_never_having_stopped(run: Config, tmp_path: Path) -> No
     long = _config(tmp_path, "scaling.num_workers=0")
     recray.train(long)
     assert _losses(long) == pytest.approx(_losses(run), rel=1e-6)
-    assert checkpoint.load_state(last_epoch(long))["step"] == checkpoint.load_state(last_epoch(run))["step"]
+    assert last_epoch(long).step == last_epoch(run).step
 
 
 def test_how_many_logits_are_alive_at_a_time_is_no_other_training(run: Config) -> None:
@@ -132,7 +135,7 @@ def test_how_many_logits_are_alive_at_a_time_is_no_other_training(run: Config) -
 
     def same(**loss: object) -> bool:
         config = record.config | {"loss": record.config["loss"] | loss}
-        return state.same_training(run, record.model_copy(update={"config": config}), dataset)
+        return launch.same_training(run, record.model_copy(update={"config": config}), dataset)
 
     assert same() and same(chunk_size=512) and not same(temperature=0.5)
 
@@ -186,11 +189,11 @@ def test_two_tasks_report_what_one_process_reports(run: Config, tmp_path: Path) 
 def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(run: Config, tmp_path: Path) -> None:
     config = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.refit=true", "training.half_life='20d'")
     record = recray.train(config)
-    selected = checkpoint.load_state(last_epoch(config))
+    selected = last_epoch(config)
     counts = recray.prepare(run).counts
-    assert record.epoch == selected["best_epoch"]
+    assert record.epoch == selected.best_epoch
     assert record.rows == record.epoch * (counts["events_train"] + counts["events_valid"])
-    assert record.value == pytest.approx(selected["best"])
+    assert record.value == selected.history[record.epoch - 1]["ndcg@10"]
     assert recray.train(config).id == record.id
     with pytest.raises(ConfigError, match="trained on the validation events, too"):
         recray.evaluate(config, split="valid")
@@ -218,7 +221,8 @@ def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
     config = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=200")
     (tmp_path / "long.json").write_text(config.model_dump_json())
     code = (
-        "import json, sys, recray; from recray.config import Config\n"
+        "import json, sys, recray; from recray import log; from recray.config import Config\n"
+        "log.configure('json')\n"
         "recray.train(Config.model_validate(json.load(open(sys.argv[1]))))"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "long.json")], stdout=subprocess.PIPE) as child:
@@ -226,12 +230,11 @@ def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
         seen = next(line for line in child.stdout if b"epoch 1/200" in line)
         child.kill()
     assert seen and not storage.exists(f"{config.run_uri}/checkpoint/checkpoint.json")
-    done = state.last_epoch(config, state.Phase("train", 200), PreparedDataset.open(f"{config.run_uri}/dataset"))
+    done = launch.selection(config).last_epoch()
     shorter = parse_config(config.model_dump(mode="json"), [f"training.epochs={done + 2}"])
     record = recray.train(shorter)
     assert [int(entry["epoch"]) for entry in record.history][-1] <= done + 2
-    found = checkpoint.load_state(last_epoch(shorter))
-    assert found["step"] == (done + 2) * checkpoint.load_state(last_epoch(run))["step"] // 3
+    assert last_epoch(shorter).step == (done + 2) * last_epoch(run).step // 3
 
 
 def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run: Config, tmp_path: Path) -> None:
