@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import recray
+from helpers.configs import simulated_table
+from helpers.ranks import run_ranks
 from recray.config import Config, parse_config
 from recray.training import checkpoint, fsdp, trainer
 from recray.training.distributed import LocalContext, data_parallel
@@ -35,33 +36,32 @@ class _Context(LocalContext):
 
 
 def _config(folder: str, name: str, *overrides: str) -> Config:
-    table = {
-        "run": {"name": name, "output": folder, "dataset": f"{folder}/data/dataset"},
-        "model": {"name": "two_tower", "dim": 16, "hidden": [32]},
-        "loss": {"name": "softmax"},
-        "optim": {"ema_decay": 0.9, "clip_norm": 0.5},
-        "training": {"epochs": 3, "global_batch_size": 256},
-        "scaling": {"num_workers": 2, "fsdp": name == "parts"},
-    }
-    return parse_config(table, overrides)
+    table = simulated_table(
+        folder,
+        name,
+        events=6000,
+        users=200,
+        items=150,
+        model={"name": "two_tower", "dim": 16, "hidden": [32]},
+        loss={"name": "softmax"},
+        optim={"ema_decay": 0.9, "clip_norm": 0.5},
+        training={"epochs": 3, "global_batch_size": 256},
+        scaling={"num_workers": 2, "fsdp": name == "parts"},
+    )
+    return parse_config(table, [f"run.dataset={folder}/data/dataset", *overrides])
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _work(rank: int, world_size: int, folder: str) -> None:
     trainer.fit(_config(folder, "whole"), _Context(rank, False))
     for epochs in (2, 3):
         trainer.fit(_config(folder, "parts", f"training.epochs={epochs}"), _Context(rank, True))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("fsdp"))
-    data = {"source": "simulated", "simulated": {"events": 6000, "users": 200, "items": 150}}
-    recray.prepare(parse_config({"run": {"name": "data", "output": out}, "data": data}))
-    mp.spawn(_work, (out,), nprocs=2)
+    recray.prepare(parse_config(simulated_table(out, "data", events=6000, users=200, items=150)))
+    run_ranks(_work, 2, out)
     return out
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.collectives import OneProcess
 from recray import registry
 from recray.config import LossConfig
 from recray.loading.batch import Batch, ItemTable, Jagged
@@ -15,11 +16,6 @@ MODELS = [n for n in registry.names("model") if registry.load("model", n).Option
 RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=USERS, counts={}, shards={}, seed=0)
 COUNTS = torch.cat([torch.zeros(2), torch.arange(ITEMS - 2, 0, -1).float()])
 TABLE = ItemTable(COUNTS)
-
-
-class _Alone:
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 def _model(name: str, **options: object) -> torch.nn.Module:
@@ -54,7 +50,7 @@ def test_shapes_and_protocol(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
     model = _model(name, **({"dropout": 0.0}))
-    objective = RetrievalObjective(model, LossConfig(name=loss, negatives=30), TABLE, _Alone())
+    objective = RetrievalObjective(model, LossConfig(name=loss, negatives=30), TABLE, OneProcess())
     batch = _batch(model.examples)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
@@ -71,7 +67,7 @@ def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_weight_zero_changes_nothing(name: str) -> None:
     model = _model(name).eval()
-    objective = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())
+    objective = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, OneProcess())
     batch = _batch(model.examples)
     assert batch.weight_Q is not None
     weights = batch.weight_Q.clone()
@@ -133,7 +129,7 @@ def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
     )
     (batch,) = iter_batches([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
     model = _model("sasrec")
-    loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())(batch)
+    loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, OneProcess())(batch)
     loss.backward()
     assert torch.isfinite(loss) and float(weight) == sum(n - 1 for n in lengths)
     assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them
