@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check test test-slow format clean
+.PHONY: help venv demo check test test-unit test-slow format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
-	@echo "make test       install into .venv and run the tests      make test-slow   the long ones"
+	@echo "make test       install into .venv and run the tests      make test-unit   those without Ray"
+	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      ruff, mypy, import contracts              make format      ruff format"
 
 venv: .venv/.installed
@@ -29,10 +30,13 @@ check: venv
 	$(BIN)/lint-imports
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python tests/run.py
+
+test-unit: venv
+	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python tests/run.py --slow
 
 format: venv
 	$(BIN)/ruff check --fix .

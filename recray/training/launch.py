@@ -55,7 +55,7 @@ def train(
     until = until if until is not None and until < config.training.epochs else None
     select = selection(config, artifact.uri)
     _resume_or_extend(run, artifact, select)
-    work = _Work(config, dataset.uri, artifact.uri, until)
+    work = Work(config, dataset.uri, artifact.uri, until)
     if _in_this_process(config, dataset.uri):
         with threads(config.scaling):
             fit(work, LocalContext(config.scaling.use_gpu), on_epoch)
@@ -72,7 +72,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a training worker is told."""
 
     config: Config
@@ -81,7 +81,7 @@ class _Work:
     until: int | None
 
 
-def fit(work: _Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
+def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
     """Train on this worker until the best epoch is known; with training.refit then on train and validation events."""
     keep_memory()
     config, dataset = work.config, PreparedDataset.open(work.dataset_uri)
@@ -181,7 +181,7 @@ def _in_this_process(config: Config, dataset_uri: str) -> bool:
     return scaling.num_workers == 0
 
 
-def _run_workers(work: _Work, callback: UserCallback | None) -> None:
+def _run_workers(work: Work, callback: UserCallback | None) -> None:
     config = work.config
     runtime.start(config.scaling, tasks=False)
     if not runtime.is_own():
@@ -242,7 +242,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
 
     log.configure_worker()
     config = Config.model_validate(settings["config"])
-    work = _Work(config, settings["dataset"], settings["folder"], settings["until"])
+    work = Work(config, settings["dataset"], settings["folder"], settings["until"])
     report = ray.train.report if settings["report"] else None
     try:
         with threads(config.scaling):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import recray
+from helpers.configs import simulated_table
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
@@ -16,20 +17,16 @@ from recray.training.launch import selection
 
 
 def _config(folder: Path, *overrides: str) -> Config:
-    table = {
-        "run": {"name": "clicks", "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "min_history": 2,
-            "negatives": {"per_positive": 2},
-            "simulated": {"events": 12_000, "users": 300, "items": 200},
-        },
-        "model": {"name": "din", "dim": 8, "hidden": [32, 16]},
-        "optim": {"learning_rate": 5e-3},
-        "training": {"epochs": 2, "global_batch_size": 512},
-        "evaluation": {"bootstrap": 50},
-    }
+    table = simulated_table(
+        folder,
+        "clicks",
+        events=12_000,
+        data={"min_history": 2, "negatives": {"per_positive": 2}},
+        model={"name": "din", "dim": 8, "hidden": [32, 16]},
+        optim={"learning_rate": 5e-3},
+        training={"epochs": 2, "global_batch_size": 512},
+        evaluation={"bootstrap": 50},
+    )
     return parse_config(table, overrides)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import recray
+from helpers.configs import simulated_table
 from recray import storage
 from recray.cluster import runtime
 from recray.config import Config, parse_config
@@ -22,18 +23,13 @@ pytest.importorskip("faiss")
 
 
 def _config(folder: Path, *overrides: str) -> Config:
-    table = {
-        "run": {"name": "small", "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "simulated": {"events": 10_000, "users": 300, "items": 200},
-        },
-        "model": {"name": "two_tower", "dim": 16},
-        "training": {"epochs": 3, "global_batch_size": 256},
-        "evaluation": {"k": [10], "bootstrap": 50},
-        "retrieval": {"k": 20},
-    }
+    table = simulated_table(
+        folder,
+        model={"name": "two_tower", "dim": 16},
+        training={"epochs": 3, "global_batch_size": 256},
+        evaluation={"k": [10], "bootstrap": 50},
+        retrieval={"k": 20},
+    )
     return parse_config(table, overrides)
 
 

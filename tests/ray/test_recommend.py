@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import recray
+from helpers.configs import simulated_table
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
@@ -19,20 +20,16 @@ pytest.importorskip("faiss")
 
 
 def _config(folder: Path, name: str, *overrides: str) -> Config:
-    table = {
-        "run": {"name": name, "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "negatives": {},
-            "simulated": {"events": 10_000, "users": 300, "items": 200},
-        },
-        "model": {"name": name, "dim": 8},
-        "training": {"epochs": 1, "global_batch_size": 512},
-        "scaling": {"num_workers": 0},
-        "evaluation": {"k": [10], "bootstrap": 0, "baselines": ["popularity"]},
-        "retrieval": {"k": 40},
-    }
+    table = simulated_table(
+        folder,
+        name,
+        data={"negatives": {}},
+        model={"name": name, "dim": 8},
+        training={"epochs": 1, "global_batch_size": 512},
+        scaling={"num_workers": 0},
+        evaluation={"k": [10], "bootstrap": 0, "baselines": ["popularity"]},
+        retrieval={"k": 40},
+    )
     return parse_config(table, overrides)
 
 

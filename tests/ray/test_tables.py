@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import recray
+from helpers.configs import simulated_table
 from recray.config import Config, parse_config
 from recray.retrieval import embed
 from recray.training import checkpoint
@@ -15,20 +16,16 @@ pytest.importorskip("faiss")
 
 
 def _config(folder: Path, *overrides: str) -> Config:
-    table = {
-        "run": {"name": "sharded", "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "negatives": {"per_positive": 1},
-            "simulated": {"events": 10_000, "users": 300, "items": 200},
-        },
-        "model": {"dim": 8, "embedding": {"mode": "row_sharded"}},
-        "optim": {"learning_rate": 0.01, "table_optimizer": "adagrad", "table_learning_rate": 0.05},
-        "training": {"epochs": 1, "global_batch_size": 240},
-        "evaluation": {"k": [10], "bootstrap": 0, "baselines": []},
-        "retrieval": {"k": 20},
-    }
+    table = simulated_table(
+        folder,
+        "sharded",
+        data={"negatives": {"per_positive": 1}},
+        model={"dim": 8, "embedding": {"mode": "row_sharded"}},
+        optim={"learning_rate": 0.01, "table_optimizer": "adagrad", "table_learning_rate": 0.05},
+        training={"epochs": 1, "global_batch_size": 240},
+        evaluation={"k": [10], "bootstrap": 0, "baselines": []},
+        retrieval={"k": 20},
+    )
     return parse_config(table, ["scaling.num_workers=2", *overrides])
 
 

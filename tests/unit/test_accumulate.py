@@ -1,13 +1,10 @@
 """Out of memory: the same gradients from parts, on one worker and on two that agree. The error is raised by the model."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from helpers.ranks import GlooContext, run_ranks
 from recray.loading.batch import Batch, Jagged
 from recray.training.accumulate import Accumulation
 from recray.training.distributed import LocalContext
@@ -32,19 +29,6 @@ class _Objective(nn.Module):
         row = torch.repeat_interleave(torch.arange(batch.num_rows), batch.history.lengths())
         pooled = torch.zeros(batch.num_rows, 4).index_add(0, row, self.table(batch.history.values))
         return (self.w(pooled)[:, 0] * batch.label_Q * batch.weight_Q).sum(), batch.weight_Q.sum()
-
-
-class _Pair:
-    """Two gloo workers."""
-
-    world_size, device = 2, torch.device("cpu")
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(values)
-        return values
 
 
 def _batch(begin: int, end: int) -> Batch:
@@ -91,20 +75,15 @@ def test_split_keeps_queries_with_their_rows() -> None:
     assert len(batch.split(9)) == 3
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    # Only one of them runs out; the other has fewer rows and would go on.
+def _work(rank: int, world_size: int) -> list[torch.Tensor]:
+    # Only rank 0 runs out of memory: rank 1 has fewer rows.
     objective = nn.parallel.DistributedDataParallel(_Objective(5))
     batch = _batch(0, 8) if rank == 0 else _batch(8, ROWS)
-    torch.save(_gradients(_Pair(rank), objective, batch, asks=True), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return _gradients(GlooContext(rank, world_size), objective, batch, asks=True)
 
 
-def test_two_workers_agree_when_one_runs_out(tmp_path: Path) -> None:
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+def test_two_workers_agree_when_one_runs_out() -> None:
     whole = _gradients(LocalContext(), _Objective(ROWS), _batch(0, ROWS))
-    for rank in range(2):
-        for a, b in zip(whole, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+    for gradients in run_ranks(_work, 2):
+        for a, b in zip(whole, gradients, strict=True):
             assert torch.allclose(a, b, atol=1e-6)

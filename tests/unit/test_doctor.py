@@ -1,6 +1,5 @@
 """`recray doctor --env`: what is right is passed, and what is wrong is red and says what to do."""
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -46,14 +45,6 @@ def test_a_package_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_rank_that_fails_is_a_problem() -> None:
     found = environment.all_reduce("no-such-backend", 1)
     assert "no-such-backend" in found.problem
-
-
-def test_this_machine_is_in_order() -> None:
-    found = {one.name: one for one in environment.inspect()}
-    assert {"python", "torch", "ray", "faiss", "driver", "cpu", "all-reduce gloo"} <= set(found)
-    with contextlib.suppress(KeyError):
-        found.pop("shared memory")  # a container's default is too small, and says so
-    assert [one for one in found.values() if one.problem and not one.name.startswith("disk")] == []
 
 
 @pytest.mark.parametrize(("problem", "code"), [("", 0), ("too old: update it", 1)])

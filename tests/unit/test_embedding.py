@@ -17,9 +17,9 @@ from recray.training.optim import Ema, Optimizers
 ROWS, DIM = 300, 6
 
 
-def _table(placement: TablePlan, seed: int = 0, rows: int = ROWS) -> Table:
+def _table(plan: TablePlan, seed: int = 0, rows: int = ROWS) -> Table:
     torch.manual_seed(seed)
-    with use_plan(placement):
+    with use_plan(plan):
         return Table(rows, DIM)
 
 
@@ -120,8 +120,8 @@ def test_ema_of_touched_rows() -> None:
 
 def test_auto_by_hand() -> None:
     def chosen(rows: int, **more: object) -> str:
-        table_plan = TablePlan(world_size=2, touched={"item": 20_000}, memory=10**9, **more)  # type: ignore[arg-type]
-        return table_plan.choose(rows, 64, "item")
+        plan = TablePlan(world_size=2, touched={"item": 20_000}, memory=10**9, **more)  # type: ignore[arg-type]
+        return plan.choose(rows, 64, "item")
 
     assert chosen(40_000) == "dense"  # small
     assert chosen(159_000) == "dense"  # 4 x 20,000 x 2 rows touched cost as much as 160,000 streamed
@@ -130,10 +130,10 @@ def test_auto_by_hand() -> None:
     assert chosen(652_000) == "row_sharded"
     assert chosen(1_900_000, row_bytes=4) == "sparse_replicated"
     assert TablePlan(touched={"item": 20_000}, memory=10**9).choose(10**7, 64, "item") == "sparse_replicated"
-    table_plan = TablePlan(touched={"user": 100})
+    plan = TablePlan(touched={"user": 100})
     for _ in range(2):
-        table_plan.choose(10**6, 8, "user")
-    assert table_plan.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
+        plan.choose(10**6, 8, "user")
+    assert plan.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from helpers.configs import SHIPPED, shipped
 from recray.cluster.submit import portable
-from recray.config import load_config, parse_config
-
-CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.toml"))
+from recray.config import parse_config
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_submitted_configuration_is_the_same_one(path: Path) -> None:
-    config = load_config(str(path))
+    config = shipped(path)
     sent = portable(config)
     mine, other = (
         config.model_dump(mode="json"),
