@@ -8,7 +8,7 @@ from typing import Any
 
 from recray import storage
 from recray.cluster import resources, runtime
-from recray.config import Config, ScalingConfig
+from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import RecrayError
 from recray.records import CheckpointRecord
@@ -95,13 +95,14 @@ def _run_workers(config: Config, callbacks: list[Any], until: int | None) -> Non
     if not runtime.is_own():
         resources.wait_for_workers(config.scaling)
     from ray import train as ray_train
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = config.scaling
     local = "://" not in config.run_uri
-    trainer = _trainer_class()(
+    trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks), "until": until},
-        backend_config=_backend(scaling),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ray_train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,
@@ -120,25 +121,6 @@ def _run_workers(config: Config, callbacks: list[Any], until: int | None) -> Non
         trainer.fit()
     except Exception as error:
         raise _root(error) from error
-
-
-def _backend(scaling: ScalingConfig) -> Any:
-    """What brings workers together. One worker on a CPU has nobody to meet, and a controller without it has no torch to import."""
-    if scaling.num_workers == 1 and not scaling.use_gpu:
-        return None
-    from ray.train.torch import TorchConfig
-
-    return TorchConfig(backend="nccl" if scaling.use_gpu else "gloo")
-
-
-def _trainer_class() -> Any:
-    if runtime.is_own():
-        from recray.cluster.local_trainer import LocalTrainer
-
-        return LocalTrainer
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    return DataParallelTrainer
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
