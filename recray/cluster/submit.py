@@ -1,7 +1,7 @@
 """`recray submit`: run all stages as a job of a Ray cluster and follow it from here.
 
-Uploaded are the configuration, the Python files of its plug-ins and this package, so the cluster runs the submitter's
-code. The job is the ordinary command
+Uploaded are the configuration, the Python files next to it (its plug-ins) and this package, so the cluster runs the
+submitter's code. The job is the ordinary command
 
     python -m recray run config.toml --report -
 
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ class Jobs:
             lines = storage.read_bytes(requirements).decode().splitlines()
             environment["pip"] = {"packages": [line for line in lines if line and not line.startswith("#")]}
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.toml").write_text(tomli_w.dumps(portable(config)))
+            write_files(config, Path(folder))
             job: str = self._client.submit_job(
                 entrypoint=_COMMAND,
                 submission_id=f"{config.run.name}-{secrets.token_hex(4)}",
@@ -121,6 +122,15 @@ def is_report(line: str) -> bool:
     except json.JSONDecodeError:
         return False
     return isinstance(body, dict) and "metrics" in body and "split" in body
+
+
+def write_files(config: Config, folder: Path) -> None:
+    """Write the job's working directory: config.toml, and next to it the Python files of the folder of plug-ins."""
+    table = portable(config)
+    plugins = table["run"].pop("plugins", None)  # there as here, the folder of the TOML file is searched
+    for file in sorted(Path(plugins).glob("*.py")) if plugins else []:
+        shutil.copy(file, folder)
+    (folder / "config.toml").write_text(tomli_w.dumps(table))
 
 
 def portable(config: Config) -> dict[str, Any]:
