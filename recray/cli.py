@@ -62,13 +62,24 @@ def init(
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath,
+    report: Annotated[
+        str | None, typer.Option(help="also write the report as JSON to this file; - = one line on standard output")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
     """All stages: prepare, train, index, evaluate. Stages that are up to date do no work."""
     import recray
+    from recray import storage
     from recray.report.text import render
 
-    report = recray.run(recray.load_config(config, overrides or []))
-    _result("evaluate", "report", render(report), report.model_dump(mode="json"))
+    record = recray.run(recray.load_config(config, overrides or []))
+    _result("evaluate", "report", render(record), record.model_dump(mode="json"))
+    if report == "-":
+        typer.echo(record.model_dump_json())
+    elif report is not None:
+        storage.write_json(report, record.model_dump(mode="json"))
 
 
 @app.command()
@@ -166,25 +177,25 @@ def submit(
     ] = "http://127.0.0.1:8265",
     detach: Annotated[bool, typer.Option("--detach", help="print the job's id and do not wait")] = False,
     report: Annotated[
-        str | None, typer.Option(help="file that report.json is written to when the job has ended")
+        str | None, typer.Option(help="file that the report is written to, as JSON, when the job has finished")
     ] = None,
     requirements: Annotated[
         str | None, typer.Option(help="requirements.lock, to be installed on nodes whose image lacks it")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Run all stages as a job of a Ray cluster, with this code. Exit code: the job's, 3 where it was stopped.
+    """Run all stages as a job of a Ray cluster, with this code. The exit code is the job's, or 3 if it was stopped.
 
-    The token is RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names.
+    The job continues when this command is interrupted. The token is RAY_AUTH_TOKEN or in the file RAY_AUTH_TOKEN_PATH.
     """
     from recray.cluster.submit import Jobs
     from recray.config import load_config
 
     jobs = Jobs(address)
     job = jobs.submit(load_config(config, overrides or []), requirements)
-    typer.echo(f"job {job}; it goes on when this command ends: ray job stop --address {address} {job}")
+    typer.echo(f"job {job}; stop it with: ray job stop --address {address} {job}")
     if not detach:
-        raise typer.Exit(jobs.wait(job, report))
+        raise typer.Exit(jobs.wait(job, typer.echo, report))
 
 
 @app.command()
@@ -232,17 +243,15 @@ def prune(
 
 
 @app.command()
-def doctor(
-    env: Annotated[
-        bool, typer.Option("--env", help="versions, devices and room of this machine, and of a cluster's nodes")
-    ] = False,
-) -> None:
-    """Say what is wrong and what to do. Joins the cluster that RAY_ADDRESS names. Exit code 1 where a line is red."""
-    from recray.cluster.doctor import examine, show
+def doctor(env: Annotated[bool, typer.Option("--env", hidden=True)] = True) -> None:
+    """Check versions, devices, collectives, shared memory and disk of this machine, and of every node of the cluster
+    that RAY_ADDRESS names. Exit code 1 if there is a problem.
+    """
+    from recray.cluster.doctor import examine, render
 
-    if not env:
-        raise typer.BadParameter("name what to look at: --env")
-    if not show(examine()):
+    text, problems = render(examine())
+    typer.echo(text)
+    if problems:
         raise typer.Exit(1)
 
 

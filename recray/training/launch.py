@@ -13,7 +13,7 @@ from recray import log, storage
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import resources, runtime
 from recray.cluster.errors import unwrap
-from recray.config import Config, ScalingConfig
+from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.records import CheckpointRecord
 from recray.training import checkpoint
@@ -187,9 +187,10 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
     if not runtime.is_own():
         resources.wait_for_workers(config.scaling)
     from ray import train as ray_train
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = config.scaling
-    trainer = _trainer_class()(
+    trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -198,7 +199,7 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
             "until": work.until,
             "report": callback is not None,
         },
-        backend_config=_backend(scaling),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ray_train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,
@@ -215,25 +216,6 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
         trainer.fit()
     except Exception as error:
         raise (unwrap(error) or error) from error
-
-
-def _backend(scaling: ScalingConfig) -> Any:
-    """The process group of the workers. A single worker on a CPU needs none, and Ray Train's controller then no torch."""
-    if scaling.num_workers == 1 and not scaling.use_gpu:
-        return None
-    from ray.train.torch import TorchConfig
-
-    return TorchConfig(backend="nccl" if scaling.use_gpu else "gloo")
-
-
-def _trainer_class() -> Any:
-    if runtime.is_own():
-        from recray.cluster.local_trainer import LocalTrainer
-
-        return LocalTrainer
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    return DataParallelTrainer
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
