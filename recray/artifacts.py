@@ -99,6 +99,12 @@ TUNE = Stage(
 )
 STAGES: tuple[Stage[Record], ...] = (DATASET, CHECKPOINT, INDEX, REPORT, REPORT_VALID, TUNE)
 
+
+def report_stage(split: str) -> Stage[ReportRecord]:
+    """The stage of the report on a split, "test" or "valid"."""
+    return REPORT if split == "test" else REPORT_VALID
+
+
 # Keys that change where and how fast work is done, never its result.
 NO_RESULT = (
     "run.name",

@@ -60,7 +60,7 @@ def run(
                 "scaling": {"num_workers": 0, "use_gpu": device == "cuda"},
             }
             config = parse_config(table)
-            if not (Path(config.dataset_uri) / "dataset.json").exists():
+            if not any(Path(str(config.run.dataset)).glob("*/dataset.json")):
                 recray.prepare(config)
             entries: dict[str, list[dict[str, float]]] = {"training": [], "frozen": []}
             for _ in range(repeats):
