@@ -196,6 +196,7 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
             "folder": work.folder,
             "until": work.until,
             "report": callback is not None,
+            "log": log.setting(),
         },
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ray_train.ScalingConfig(
@@ -220,7 +221,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     import ray.train
 
-    log.configure_worker()
+    log.configure_worker(settings["log"])
     config = Config.model_validate(settings["config"])
     work = Work(config, settings["dataset"], settings["folder"], settings["until"])
     report = ray.train.report if settings["report"] else None

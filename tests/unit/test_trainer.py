@@ -374,3 +374,13 @@ def test_ddp_is_gone_before_the_process_group_is_destroyed(fails: bool, tmp_path
         gone = alive[0]() is None
         dist.destroy_process_group()
     assert gone
+
+
+def test_a_validation_split_without_histories_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = _dataset(tmp_path / "data", valid_users=2)
+    new = _table(range(2), EVENTS, labelled=False)  # every event is a target: nothing comes before
+    storage.write_table(dataset.file_uri("valid/part.parquet"), new)
+    trainer = _trainer(tmp_path)
+    assert validate(trainer.state.model, dataset, LocalContext(), trainer.config) == 0.0
+    (record,) = caplog.records
+    assert "no user of the validation split has a history, so ndcg@10 is 0" in record.getMessage()
