@@ -26,6 +26,7 @@ def _config(folder: Path, *overrides: str) -> Config:
     table = simulated_table(
         folder,
         model={"name": "two_tower", "dim": 16},
+        optim={"learning_rate": 0.02},
         training={"epochs": 3, "global_batch_size": 256},
         evaluation={"k": [10], "bootstrap": 50},
         retrieval={"k": 20},
@@ -63,8 +64,8 @@ def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
 def test_report_orders_popularity_model_oracle(run: Config) -> None:
     report = recray.evaluate(run)
     ndcg = {system: values["ndcg@10"].value for system, values in report.metrics.items()}
-    assert ndcg["popularity"] < ndcg["oracle"]
-    assert ndcg["model"] <= ndcg["oracle"]
+    # 0.28 against 0.10 when it has learned, whatever the seed; 0.03 with the weights that it starts from.
+    assert 2 * ndcg["popularity"] < ndcg["model"] < ndcg["oracle"]
     assert ndcg["index"] == pytest.approx(ndcg["model"], abs=1e-6)
     assert report.counts["queries"] > 0
 
