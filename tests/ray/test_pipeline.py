@@ -1,5 +1,6 @@
 """The whole path on built-in data: with Ray and without, one worker and two, ended and gone on with."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,6 @@ def last_epoch(config: Config) -> str:
 
 def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
     """Another run on a copy of the same prepared dataset."""
-    import shutil
-
     config = _config(folder, *overrides)
     shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset")
     return config
@@ -78,6 +77,23 @@ def test_stages_that_are_complete_are_reused(run: Config, capsys: pytest.Capture
     folder = Path(run.run.output)
     recray.index(_config(folder, "scaling.num_workers=0", "retrieval.filter_weight=0.5"))  # orders what is found
     assert "reused" in capsys.readouterr().out
+
+
+def test_an_index_below_its_recall_target_is_kept_and_says_so(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Product quantisation to 2 x 4 bits a vector cannot tell 200 items apart."""
+    caplog.set_level("INFO", logger="recray")
+    for folder in ("dataset", "checkpoint"):
+        shutil.copytree(f"{run.run_uri}/{folder}", tmp_path / "small" / folder)
+    config = _config(tmp_path, "scaling.num_workers=0", "retrieval.index=PQ2x4")
+    record = recray.index(config)
+    assert record.recall < config.retrieval.recall_target
+    assert [point.setting for point in record.curve] == [{}]
+    said = capsys.readouterr().out + caplog.text
+    assert f"below the target {config.retrieval.recall_target}" in said.lower() and "'Flat'" in said
+    queries = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    assert ItemIndex.open(f"{config.run_uri}/index").search(queries, 5)[0].shape == (2, 5)
 
 
 def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(
@@ -135,8 +151,6 @@ def test_how_many_logits_are_alive_at_a_time_is_no_other_training(run: Config) -
 
 
 def test_an_index_of_another_checkpoint_is_refused(run: Config, tmp_path: Path) -> None:
-    import shutil
-
     other = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=1", "run.seed=1")
     recray.train(other)
     shutil.copytree(f"{run.run_uri}/index", f"{other.run_uri}/index")
@@ -250,8 +264,6 @@ def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run
 def test_a_relative_output_means_the_same_folder_to_a_worker(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     config = _config(Path("runs"), "training.epochs=1", "scaling.num_workers=1")
     assert config.run_uri == str(tmp_path / "runs" / "small")
