@@ -105,7 +105,7 @@ def test_queries_of_the_gpu_are_those_of_the_cpu() -> None:
 
 def test_precision_is_the_best_that_the_card_has() -> None:
     wanted = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    assert optim.precision("auto", torch.device("cuda")) is wanted
+    assert optim.MixedPrecision("auto", torch.device("cuda")).dtype is wanted
 
 
 @pytest.mark.parametrize("rows_at_once", [100, 30])

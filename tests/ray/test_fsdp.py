@@ -1,7 +1,5 @@
 """Dense weights shared out over two workers: the same training as with all of them everywhere, also when it goes on from disk."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,10 +8,12 @@ from torch import Tensor, nn
 import recray
 from helpers.configs import simulated_table
 from helpers.ranks import run_ranks
+from recray.artifacts import Run
 from recray.config import Config, parse_config
-from recray.training import checkpoint, fsdp, trainer
+from recray.records import CheckpointRecord
+from recray.training import checkpoint, fsdp, launch
 from recray.training.distributed import LocalContext, data_parallel
-from recray.training.state import Phase
+from recray.training.phase import Phase
 
 
 class _Context(LocalContext):
@@ -28,6 +28,9 @@ class _Context(LocalContext):
     def sum(self, values: Tensor) -> Tensor:
         dist.all_reduce(values)
         return values
+
+    def barrier(self) -> None:
+        dist.barrier()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         out = data_parallel(module, self._shared_out)
@@ -52,9 +55,18 @@ def _config(folder: str, name: str, *overrides: str) -> Config:
 
 
 def _work(rank: int, world_size: int, folder: str) -> None:
-    trainer.fit(_config(folder, "whole"), _Context(rank, False))
+    whole = _config(folder, "whole")
+    launch.fit(_launched(whole), _Context(rank, False))
     for epochs in (2, 3):
-        trainer.fit(_config(folder, "parts", f"training.epochs={epochs}"), _Context(rank, True))
+        launch.fit(_launched(_config(folder, "parts", f"training.epochs={epochs}")), _Context(rank, True))
+
+
+def _launched(config: Config) -> launch.Work:
+    return launch.Work(config, Run(config).dataset().uri, f"{config.run_uri}/checkpoint", None)
+
+
+def _selection(config: Config) -> Phase:
+    return launch.selection(config, f"{config.run_uri}/checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +78,13 @@ def folder(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_it_is_the_same_training(folder: str) -> None:
-    whole, parts = (Phase("train", 3).folder(_config(folder, name), 3) for name in ("whole", "parts"))
+    whole, parts = (_selection(_config(folder, name)).folder(3) for name in ("whole", "parts"))
     states = [checkpoint.load_state(one) for one in (whole, parts)]
+    history = [CheckpointRecord.read(one).history for one in (whole, parts)]
     metric = "ndcg@10"
-    assert [entry["loss"] for entry in states[0]["history"]] == pytest.approx(
-        [entry["loss"] for entry in states[1]["history"]], rel=1e-4
-    )
-    assert states[0]["history"][-1][metric] == pytest.approx(states[1]["history"][-1][metric], abs=0.01)
-    for kept in (lambda folder, _: checkpoint.load_weights(folder), lambda _, state: state["raw"]):
+    assert [entry["loss"] for entry in history[0]] == pytest.approx([entry["loss"] for entry in history[1]], rel=1e-4)
+    assert history[0][-1][metric] == pytest.approx(history[1][-1][metric], abs=0.01)
+    for kept in (lambda folder, _: checkpoint.load_weights(folder), lambda _, state: state["trained"]):
         ours, theirs = (kept(one, state) for one, state in zip((whole, parts), states, strict=True))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
@@ -86,7 +97,6 @@ def test_it_is_the_same_training(folder: str) -> None:
 
 def test_a_model_of_it_is_used_as_any_other(folder: str) -> None:
     config = _config(folder, "parts")
-    assert Path(Phase("train", 3).folder(config, 3)).exists()
-    model, record = checkpoint.load_model(Phase("train", 3).folder(config, 3))
+    model, record = checkpoint.load_model(_selection(config).folder(3))
     assert record.epoch == 3
     assert all(type(p.data) is Tensor for p in model.parameters())

@@ -51,12 +51,12 @@ def test_two_workers_then_one(name: str, ray_local: None, tmp_path: Path, monkey
 
 def _index_is_of_all_pieces(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recray.index(config).recall == pytest.approx(1.0)
-    uri, items = f"{config.run_uri}/checkpoint", recray.prepare(config).num_items
+    uri, items = f"{config.run_uri}/checkpoint/current", recray.prepare(config).num_items
     model, _ = checkpoint.load_model(uri)
     with torch.inference_mode():
         vectors = model.item_vectors(torch.arange(items)).numpy()  # type: ignore[operator]
     # Products of other numbers of rows add in another order: the last bit of vectors of length about 1.
-    np.testing.assert_allclose(embed.load_vectors(f"{config.run_uri}/index"), vectors, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(embed.load_vectors(f"{config.run_uri}/index/current"), vectors, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(embed, "_CHUNK", 30)
     monkeypatch.setattr(embed, "_TASK", 50)
     monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)

@@ -8,6 +8,7 @@ from helpers.ranks import GlooContext, run_ranks
 from recray.loading.batch import Batch, Jagged
 from recray.training.accumulate import Accumulation
 from recray.training.distributed import LocalContext
+from recray.training.optim import MixedPrecision
 
 ROWS = 12
 
@@ -41,21 +42,21 @@ def _batch(begin: int, end: int) -> Batch:
 
 
 def _gradients(context: object, objective: nn.Module, batch: Batch, asks: bool = False) -> list[torch.Tensor]:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    accumulate = Accumulation(objective, objective, scaler, torch.float32, context, together=False)  # type: ignore[arg-type]
-    accumulate._tries = 1 if asks else 0
+    precision = MixedPrecision("fp32", torch.device("cpu"))
+    accumulate = Accumulation(objective, precision, context, forward_waits=False)  # type: ignore[arg-type]
+    accumulate._asks_left = 1 if asks else 0
     accumulate([batch], torch.tensor(float(ROWS)))
     return [parameter.grad for parameter in objective.parameters() if parameter.grad is not None]
 
 
-def test_a_batch_that_does_not_fit_is_split_once_and_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_does_not_fit_is_split_once_and_for_all(caplog: pytest.LogCaptureFixture) -> None:
     whole = _gradients(LocalContext(), _Objective(ROWS), _batch(0, ROWS))
     small = _Objective(4)
     parts = _gradients(LocalContext(), small, _batch(0, ROWS))
     assert small.sizes == [12, 6, 3, 3, 3, 3]
     for a, b in zip(whole, parts, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
-    assert "split into 4 parts, the global batch stays the same" in capsys.readouterr().out
+    assert "split into 4 parts, the global batch stays the same" in caplog.text
 
 
 def test_one_row_that_does_not_fit_is_an_error() -> None:

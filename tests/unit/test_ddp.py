@@ -16,9 +16,10 @@ from helpers.collectives import OneProcess
 from helpers.ranks import run_ranks
 from recray import registry
 from recray.config import LossConfig, OptimConfig
-from recray.layers import collectives, dice
-from recray.layers.embedding import Mode, Table, TablePlan, sync, use_plan
+from recray.layers import collectives
+from recray.layers.embedding import Mode, Table, TablePlan, use_plan
 from recray.layers.feature_encoder import mean_pool
+from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.loading.collate import padding_like
 from recray.losses.click import ClickObjective
@@ -170,8 +171,7 @@ def _steps(name: str, mode: Mode, case: str, rank: int, world_size: int, of: int
             with contextlib.nullcontext() if last else wrapped.no_sync():  # type: ignore[operator, union-attr]
                 total, _ = wrapped(batch)
                 (total * world_size / weight).backward()
-        sync(wrapped)
-        dice.sync(wrapped)
+        run_hooks(step_hooks(wrapped), collectives.total if world_size > 1 else lambda total: total, False)
         if config.clip_norm:
             optimizer.clip(scaler, config.clip_norm)
         optimizer.step(scaler)
@@ -199,7 +199,7 @@ def _overflow(rank: int, world_size: int) -> tuple[bool, float]:
     before = table.weight.detach().clone()
     loss = table(torch.arange(2, 20)).sum() * (torch.inf if rank == 0 else 1.0)
     scaler.scale(loss).backward()
-    sync(table, scaled=True)
+    run_hooks(step_hooks(table), collectives.total, scaled=True)
     optimizer.step(scaler)
     return not torch.equal(before, table.weight), scaler.get_scale()
 
