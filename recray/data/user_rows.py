@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import DataConfig
-from recray.data.split import SPLITS, Boundaries, Draw, microseconds
+from recray.data.split import Boundaries, Draw, microseconds
+from recray.ids import SPLITS
 
 
 def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:

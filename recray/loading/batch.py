@@ -14,9 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-PAD = 0  # padding: never a target, never recommended
-UNKNOWN = 1  # out of vocabulary: may stand in a history, never recommended
-FIRST_ID = 2  # the most frequent real item
+from recray.ids import FIRST_ITEM
+from recray.ids import PAD as PAD
+
+FIRST_ID = FIRST_ITEM
 
 
 @dataclass(frozen=True)
@@ -158,5 +159,5 @@ class ItemTable:
 
     @property
     def num_items(self) -> int:
-        """Rows of the table: real items + FIRST_ID."""
+        """Rows of the table: real items + NUM_RESERVED."""
         return len(self.counts_N)

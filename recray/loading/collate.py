@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 
 from recray.data.dataset import PreparedDataset
-from recray.loading.batch import FIRST_ID, Batch, Feature, ItemTable, Jagged
+from recray.ids import FIRST_ITEM
+from recray.loading.batch import Batch, Feature, ItemTable, Jagged
 from recray.loading.examples import Column, Decay, Rows, example_table, windows
 from recray.loading.sampler import ShardSlice
 from recray.models import Examples
@@ -116,8 +117,8 @@ def padding_like(batch: Batch) -> Batch:
 
     return Batch(
         user_B=one,
-        history=Jagged(one + FIRST_ID, torch.tensor([0, 1])),
-        target_Q=one + FIRST_ID,
+        history=Jagged(one + FIRST_ITEM, torch.tensor([0, 1])),
+        target_Q=one + FIRST_ITEM,
         weight_Q=torch.zeros(1),
         label_Q=None if batch.label_Q is None else torch.zeros(1),
         position_Q=one if batch.position_Q is not None else None,

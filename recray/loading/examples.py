@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from recray.loading.batch import FIRST_ID
+from recray.ids import FIRST_ITEM
 from recray.models import Examples
 
 
@@ -253,5 +253,5 @@ def _numbers(values: np.ndarray) -> np.ndarray:
 
 def _weights(rows: Rows, decay: Decay | None) -> np.ndarray:
     """Of all events. An unknown item (in validation events, when they are trained on) has no vector to learn."""
-    weight = np.where(rows.item < FIRST_ID, 0.0, rows.weight)
+    weight = np.where(rows.item < FIRST_ITEM, 0.0, rows.weight)
     return weight if decay is None else weight * decay(rows.time)
