@@ -20,6 +20,7 @@ from recray.config import FeatureConfig
 from recray.data.hashing import hash_keys
 from recray.errors import DataError
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
+from recray.loading.jagged import offsets_from_lengths
 from recray.records import Feature
 
 _MAX_POINTS = 4096  # a distribution of numbers is kept as at most so many weighted points
@@ -149,7 +150,7 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
         return _lookup(column, feature)
     lists = column.cast(pa.list_(column.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    offsets = offsets_from_lengths(lengths).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), _lookup(pc.list_flatten(lists), feature))
 
 
