@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 
+from recray import registry
 from recray.cluster import resources
 from recray.config import ScalingConfig
 from recray.errors import ClusterError
@@ -50,6 +51,7 @@ def connect(num_cpus: int | None = None) -> None:
         os.environ.setdefault(name, value)
     import ray
 
+    registry.pickle_by_value()
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")

@@ -60,7 +60,9 @@ def prepare(config: Config) -> DatasetRecord:
     runtime.start(config.scaling)
     uri = config.dataset_uri
     with base.plain_errors():
-        source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
+        source: Source = registry.load("source", config.data.source, config.run.plugins).read(
+            config.data, config.run.seed
+        )
         wanted = {"data": config.data.model_dump(mode="json"), "seed": config.run.seed}
         if storage.exists(storage.join(uri, "dataset.json")):
             record = DatasetRecord.read(uri)

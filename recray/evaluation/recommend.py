@@ -130,7 +130,7 @@ def _system(config: Config, dataset: PreparedDataset) -> Scorer:
     model, _ = checkpoint.load_model(model_uri)
     indexed = storage.exists(storage.join(index_uri, "index.json"))
     vectors_ND = None
-    if not indexed or config.retrieval.filter_weight:
+    if not indexed or config.retrieval.item_knn_weight:
         vectors_ND = torch.from_numpy(embed.item_vectors(model_uri, dataset.record.num_items, False))
     found: Scorer
     if indexed:

@@ -7,12 +7,12 @@ from recray.records import Interval, ReportRecord
 _TITLES = {
     "model": "model (exact search)",
     "index": "model (through index)",
-    "blended": "model with item filter",
+    "blended": "model with item-item",
     "reranked": "ranked again",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",
     "hindsight": "popularity in hindsight",
-    "item_filter": "item-item filter",
+    "item_knn": "item-item",
     "oracle": "oracle (the best possible)",
 }
 

@@ -96,7 +96,7 @@ def index(config: Config) -> IndexRecord:
 
 def _of_index(config: dict[str, Any]) -> dict[str, Any]:
     """What an index and its setting depend on: not on how the items that it finds are ordered then."""
-    kept = {key: value for key, value in config["retrieval"].items() if key not in ("ranker", "filter_weight")}
+    kept = {key: value for key, value in config["retrieval"].items() if key not in ("ranker", "item_knn_weight")}
     return kept | {"queries": config["evaluation"].get("queries")}  # a record of before may lack it
 
 

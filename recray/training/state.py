@@ -14,7 +14,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import LineageError
 from recray.layers import embedding
 from recray.loading.sampler import ShardGroup
-from recray.metrics.clicks import LOWER_IS_BETTER
+from recray.metrics import higher_is_better
 from recray.records import CheckpointRecord, Shard
 from recray.training import checkpoint, fsdp, optim, sharded_tables
 from recray.training.distributed import Context
@@ -89,13 +89,14 @@ class Position:
     def stopped(self, config: Config) -> bool:
         return bool(config.training.patience) and self.bad >= config.training.patience
 
-    def end_epoch(self, entry: dict[str, float], rows: int, metric: str) -> None:
+    def end_epoch(self, entry: dict[str, float], rows: int, config: Config) -> None:
+        metric = config.training.metric
         self.epoch += 1
         self.rows += rows
         self.history.append(entry)
         if metric not in entry:
             return
-        value = -entry[metric] if metric in LOWER_IS_BETTER else entry[metric]
+        value = entry[metric] if higher_is_better(metric, config.run.plugins) else -entry[metric]
         if value > self.best:
             self.best, self.best_epoch, self.bad = value, self.epoch, 0
         else:

@@ -22,8 +22,7 @@ from recray.loading.collate import item_table, iter_batches, padding_like
 from recray.loading.examples import Decay
 from recray.loading.prefetch import DeviceLoader
 from recray.loading.sampler import ShardGroup, ShardSlice, epoch_plan, num_examples, steps_per_epoch
-from recray.losses.click import ClickObjective
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.models import Examples, Ranker
 from recray.training import fsdp, optim
 from recray.training.accumulate import Accumulation
@@ -93,26 +92,22 @@ def _run(
     torch.manual_seed(config.run.seed)
     places = table_plan(config, context, items.num_items)
     with embedding.use_plan(places):
-        model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset.record, items)
+        model: nn.Module = registry.load("model", config.model.name, config.run.plugins).build(
+            config.model, dataset.record, items
+        )
     if places.reasons and context.rank == 0 and phase.name == "train":
         print(f"train: large tables: {places.explain()}", flush=True)
     examples: Examples = model.examples  # type: ignore[assignment]
     moved_items = type(items)(items.counts_N.to(context.device), {})
-    whole = (
-        ClickObjective(model, config.loss)
-        if isinstance(model, Ranker)
-        else RetrievalObjective(model, config.loss, moved_items, context)
-    )
-    objective = context.wrap(whole)
+    objective = context.wrap(Objective(model, config.loss, moved_items, context, config.run.plugins))
     forward = torch.compile(objective) if config.training.compile else objective
     optimizer = optim.Optimizers(config.optim, model)
     dtype = optim.precision(config.training.precision, context.device)
     scaler = torch.amp.GradScaler(context.device.type, enabled=dtype is torch.float16)
-    in_batch = config.loss.name == "sampled_softmax" and config.loss.in_batch
     shared_out = context.world_size > 1 and config.scaling.fsdp
     if shared_out and scaler.is_enabled():
         raise ConfigError("scaling.fsdp = true does not go with fp16: set training.precision = 'bf16' or 'fp32'")
-    together = context.world_size > 1 and (in_batch or shared_out or embedding.waits_in_forward(model))
+    together = context.world_size > 1 and (config.loss.gathers or shared_out or embedding.waits_in_forward(model))
     accumulate = Accumulation(objective, forward, scaler, dtype, context, together)
     ema = optim.Ema(model, config.optim.ema_decay)
     parts = config.training.accumulation_steps
@@ -175,7 +170,7 @@ def _run(
             entry[config.training.metric] = _validate(config, objective, model, ema, dataset, context)
             entry["validation_seconds"] = time.perf_counter() - started
         progress.report(entry)
-        position.end_epoch(entry, seen, config.training.metric)
+        position.end_epoch(entry, seen, config)
         position.save_tables(config, phase, model, optimizer, context)
         position.save(config, phase, dataset, model, optimizer, scaler, ema, items, context)
         context.sum(torch.zeros(1, device=context.device))  # nobody goes on, or away, before the epoch is on disk
@@ -209,9 +204,11 @@ def _validate(
     length = config.model.history_length
     with fsdp.together(objective):
         if isinstance(model, Ranker):
-            value = validate_clicks(model, dataset, context, config.training.metric, length)
+            value = validate_clicks(model, dataset, context, config.training.metric, length, config.run.plugins)
         else:
-            value = validate(model, dataset, context, config.training.metric, length, config.evaluation)
+            value = validate(
+                model, dataset, context, config.training.metric, length, config.evaluation, config.run.plugins
+            )
     if own is not None:
         model.load_state_dict(own)
     return value

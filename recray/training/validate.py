@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from recray import metrics
 from recray.config import EvaluationConfig
 from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
@@ -38,10 +39,13 @@ def validate(
     metric: str,
     history_length: int,
     evaluation: EvaluationConfig,
+    plugins: str | None = None,
 ) -> float:
     """Mean of `metric` ('ndcg@10') over queries of the validation split whose user has a history."""
     assert isinstance(model, Retriever)
-    name, _, k = metric.partition("@")
+    name, k = metrics.parse(metric)
+    wanted = metrics.find(name, plugins)
+    assert isinstance(wanted, metrics.ListMetric) and k is not None
     model.eval()  # type: ignore[attr-defined]
     shared = _exchanges(model, context)
     at_once = _QUERIES_ON_CPU if context.device.type == "cpu" else _QUERIES
@@ -58,16 +62,16 @@ def validate(
             q_BD = model.query_vectors(question.batch.to(context.device)).float()
             exclude = question.seen.to(context.device) if evaluation.filter_seen else None
             if shared:
-                ids = _search_shares(q_BD, v_ND, int(k), exclude, share, context)
+                ids = _search_shares(q_BD, v_ND, k, exclude, share, context)
             else:
-                ids, _ = top_k(q_BD, v_ND, int(k), exclude)
+                ids, _ = top_k(q_BD, v_ND, k, exclude)
             if not real:
                 continue
             targets = question.targets
             has_history = (question.seen.lengths() > 0).numpy()
             count = ranking.num_distinct(targets.values.numpy(), targets.offsets.numpy())
             hit = ranking.hits(ids.cpu().numpy(), targets.values.numpy(), targets.offsets.numpy())
-            values = ranking.per_user(hit, count, [int(k)], [name])[metric][has_history]
+            values = ranking.per_user(hit, count, [k], {name: wanted})[metric][has_history]
             total += torch.tensor([values.sum(), len(values)], dtype=torch.float64)
     model.train()  # type: ignore[attr-defined]
     total = context.sum(total)
@@ -76,7 +80,12 @@ def validate(
 
 @torch.inference_mode()
 def validate_clicks(
-    model: nn.Module, dataset: PreparedDataset, context: Context, metric: str, history_length: int
+    model: nn.Module,
+    dataset: PreparedDataset,
+    context: Context,
+    metric: str,
+    history_length: int,
+    plugins: str | None = None,
 ) -> float:
     """`metric` of every impression of the validation split, exact: all workers' scores are brought together."""
     assert isinstance(model, Ranker)
@@ -96,7 +105,9 @@ def validate_clicks(
     model.train()  # type: ignore[attr-defined]
     gathered = context.all_gather(torch.cat(scored).to(context.device))
     user, logit, label, weight = np.asarray(gathered.cpu()).T
-    value = Clicks(user, logit, label, weight).metrics()[metric]
+    wanted = metrics.find(metric, plugins)
+    assert isinstance(wanted, metrics.ClickMetric)
+    value = Clicks(user, logit, label, weight).metrics(metrics={metric: wanted})[metric]
     if not np.isfinite(value):
         raise DataError(
             f"{metric} needs clicks and non-clicks, and the validation split has {int((label > 0).sum()):,} clicks in "

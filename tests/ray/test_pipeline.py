@@ -79,7 +79,7 @@ def test_stages_that_are_complete_are_reused(run: Config, capsys: pytest.Capture
     recray.index(run)
     assert capsys.readouterr().out.count("reused") == 3
     folder = Path(run.run.output)
-    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.filter_weight=0.5"))  # orders what is found
+    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.item_knn_weight=0.5"))  # orders what is found
     assert "reused" in capsys.readouterr().out
 
 

@@ -13,14 +13,13 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from recray import registry
-from recray.config import LossConfig, OptimConfig
+from recray.config import OptimConfig
 from recray.layers import collectives, dice
 from recray.layers.embedding import Mode, Table, TablePlan, sync, use_plan
 from recray.layers.feature_encoder import mean_pool
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.loading.collate import padding_like
-from recray.losses.click import ClickObjective
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.models import Ranker
 from recray.records import DatasetRecord, Feature
 from recray.training import fsdp
@@ -143,8 +142,8 @@ def _objective(name: str, mode: Mode, rank: int, world_size: int) -> nn.Module:
     if name == "exact":
         return _Objective(model)
     if isinstance(model, Ranker):
-        return ClickObjective(model, LossConfig(name="bce"))
-    return RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())
+        return Objective(model, registry.options("loss", "bce")(), TABLE, _Alone())
+    return Objective(model, registry.options("loss", "softmax")(), TABLE, _Alone())
 
 
 def _steps(name: str, mode: Mode, case: str, rank: int, world_size: int, of: int) -> dict[str, torch.Tensor]:

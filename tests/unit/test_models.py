@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from recray import registry
-from recray.config import LossConfig
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.models import Retriever
 from recray.records import DatasetRecord
 
@@ -54,7 +53,8 @@ def test_shapes_and_protocol(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
     model = _model(name, **({"dropout": 0.0}))
-    objective = RetrievalObjective(model, LossConfig(name=loss, negatives=30), TABLE, _Alone())
+    options = registry.options("loss", loss)(**({} if loss == "softmax" else {"negatives": 30}))
+    objective = Objective(model, options, TABLE, _Alone())
     batch = _batch(model.examples)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
@@ -71,7 +71,7 @@ def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_weight_zero_changes_nothing(name: str) -> None:
     model = _model(name).eval()
-    objective = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())
+    objective = Objective(model, registry.options("loss", "softmax")(), TABLE, _Alone())
     batch = _batch(model.examples)
     assert batch.weight_Q is not None
     weights = batch.weight_Q.clone()
@@ -133,7 +133,7 @@ def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
     )
     (batch,) = iter_batches([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
     model = _model("sasrec")
-    loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())(batch)
+    loss, weight = Objective(model, registry.options("loss", "softmax")(), TABLE, _Alone())(batch)
     loss.backward()
     assert torch.isfinite(loss) and float(weight) == sum(n - 1 for n in lengths)
     assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them
