@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from recray import storage
+from recray import registry, storage
 from recray.config import Config, RecentPopularityOptions, SimulatedOptions
 from recray.data.dataset import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
@@ -127,9 +127,9 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
         if name == "popularity":
             systems[name] = baselines.Popularity(dataset.item_counts())
         elif name == "recent_popularity" and dataset.record.has_time:
-            options = config.evaluation.baseline_options.get(name, RecentPopularityOptions())
-            assert isinstance(options, RecentPopularityOptions)
-            window = duration(options.window)
+            recent = config.evaluation.baseline_options.get(name, RecentPopularityOptions())
+            assert isinstance(recent, RecentPopularityOptions)
+            window = duration(recent.window)
             systems[name] = baselines.recent_popularity(dataset, split, window)
         elif name == "hindsight":
             systems[name] = baselines.hindsight(dataset, split)
@@ -138,6 +138,10 @@ def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict
         elif name == "oracle" and isinstance(config.data.options, SimulatedOptions):
             oracle = SimulatedOracle(config.data.options, config.run.seed)
             systems[name] = Oracle(oracle, dataset, split)
+        elif name not in registry.names("baseline"):
+            module = registry.load("baseline", name, config.run.plugins)
+            options = config.evaluation.baseline_options.get(name) or module.Options()
+            systems[name] = module.build(options, dataset, split)
     return systems, vectors_ND
 
 
