@@ -3,14 +3,15 @@
     import recray
 
     config = recray.load_config("my.toml", ["training.epochs=5"])
+    report = recray.run(config)             # all stages, or one by one:
     dataset = recray.prepare(config)        # raw events -> ids, splits, histories, shards
     checkpoint = recray.train(config)       # -> the best epoch on validation
     index = recray.index(config)            # item vectors -> faiss
     report = recray.evaluate(config)        # -> metrics of model, index and baselines on the test split
     report.metrics["model"]["ndcg@10"].value
 
-Every stage returns a record and is skipped if it is up to date. `recray.tune` searches hyperparameters, `recray.recommend`
-writes every user's list. Errors that recray raises on purpose extend `recray.RecrayError`; the library prints nothing and
+Every stage returns a record and is skipped if it is up to date; `recray.Run(config)` finds its artefacts. `recray.tune`
+searches hyperparameters, `recray.recommend` writes every user's list. Errors that recray raises on purpose extend `recray.RecrayError`; the library prints nothing and
 logs to `logging.getLogger("recray")`. Every key of the configuration: `recray keys` on the command line.
 
 Importing recray loads neither Ray, torch nor faiss: a name is loaded when it is first used.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from recray.artifacts import Run
     from recray.config import Config, load_config, parse_config
     from recray.data.infer import infer
     from recray.data.prepare import prepare
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, ReportRecord, TuneRecord
     from recray.report.text import render
     from recray.retrieval.build import index
+    from recray.stages import run
     from recray.training.checkpoint import load_model
     from recray.training.launch import train
     from recray.tuning.study import tune
@@ -59,6 +62,7 @@ __all__ = [
     "RecrayError",
     "ReportRecord",
     "ResourceError",
+    "Run",
     "StorageError",
     "TuneRecord",
     "evaluate",
@@ -70,12 +74,14 @@ __all__ = [
     "prepare",
     "recommend",
     "render",
+    "run",
     "train",
     "tune",
 ]
 
 # Module -> public names that are loaded from it.
 _MODULES = {
+    "recray.artifacts": ("Run",),
     "recray.config": ("Config", "load_config", "parse_config"),
     "recray.data.infer": ("infer",),
     "recray.data.prepare": ("prepare",),
@@ -85,6 +91,7 @@ _MODULES = {
     "recray.records": tuple(name for name in __all__ if name.endswith("Record")),
     "recray.report.text": ("render",),
     "recray.retrieval.build": ("index",),
+    "recray.stages": ("run",),
     "recray.training.checkpoint": ("load_model",),
     "recray.training.launch": ("train",),
     "recray.tuning.study": ("tune",),

@@ -80,6 +80,12 @@ def load(kind: Kind, name: str, folder: str | None = None) -> ModuleType:
     return module
 
 
+def file_hash(kind: Kind, name: str, folder: str | None = None) -> str | None:
+    """Hash of the file of a plug-in outside the package; None for a shipped one. An edited file is another plug-in."""
+    file = None if name in _shipped(kind) else load(kind, name, folder).__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if file else None
+
+
 @contextlib.contextmanager
 def searching(folder: str | None) -> Iterator[None]:
     """Within this block, look-ups without a folder search `folder`: validators of nested tables see no run.plugins."""

@@ -37,7 +37,13 @@ class RunConfig(Section):
     output: str = Field("runs", description="folder or URI (local, s3://, gs://) that runs are written to")
     seed: int = Field(1, ge=0, description="seed of all random choices")
     dataset: str | None = Field(
-        None, description="prepared dataset to use, possibly shared by several runs; unset: <output>/<name>/dataset"
+        None,
+        description="folder of prepared datasets, or one dataset's own folder, possibly shared by several runs; unset: <output>/<name>/dataset",
+    )
+    keep: int = Field(
+        3,
+        ge=0,
+        description="number of newest artefacts per stage that `recray prune` keeps in addition to those in use",
     )
     plugins: str | None = Field(
         None,
@@ -181,7 +187,9 @@ class EvaluationConfig(Section):
     @field_validator("baseline_options", mode="before")
     @classmethod
     def _typed_options(cls, value: Any) -> Any:
-        return {name: typed("baseline", name, table, key=name) for name, table in dict(value).items()}
+        if not isinstance(value, dict):
+            return value
+        return {name: typed("baseline", name, table, key=name) for name, table in value.items()}
 
 
 class Config(Section):

@@ -1,6 +1,9 @@
 """Own model, loss, source, metric and baseline: each a file outside the package, trained and reported."""
 
 import importlib.util
+import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import recray
+from recray import registry
 from recray.config import Config, load_config
 from recray.report.text import render
 
@@ -73,6 +77,18 @@ def test_own_plugins_reach_workers_of_ray_train(tmp_path: Path) -> None:
     config = _config(tmp_path, "scaling.num_workers=2", "training.epochs=1")
     recray.prepare(config)
     assert recray.train(config).value > 0
+
+
+def test_a_configuration_carries_its_plugin_to_another_process(tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    config = _config(tmp_path)
+    registry.pickle_by_value()
+    again = pickle.loads(cloudpickle.dumps(config))
+    assert again.model_dump() == config.model_dump()
+    script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).model.half_life)"
+    sent = cloudpickle.dumps(config)
+    assert subprocess.run([sys.executable, "-c", script], input=sent, capture_output=True).stdout == b"3.0\n"
 
 
 def _script(name: str) -> ModuleType:

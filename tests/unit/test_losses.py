@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.collectives import OneProcess
 from recray import registry
 from recray.config import LossOptions
 from recray.kernels import chunked_softmax, matmul
@@ -20,11 +21,6 @@ Q, N, D = 7, 30, 5
 def _loss(config: LossOptions, *arguments: Any) -> torch.Tensor:
     total: torch.Tensor = registry.load("loss", config.name).loss(config, *arguments)
     return total
-
-
-class _Alone:
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 class _Vectors:
@@ -55,9 +51,9 @@ def _each(config: LossOptions, model: _Vectors, batch: Batch, table: ItemTable) 
     for one in torch.eye(Q):
         torch.random.set_rng_state(state)
         # A weight of 0 would take the query's positive from the candidates.
-        both = _loss(config, model, replace(batch, weight_Q=1 + one), table, _Alone())
+        both = _loss(config, model, replace(batch, weight_Q=1 + one), table, OneProcess())
         torch.random.set_rng_state(state)
-        each.append(both - _loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, _Alone()))
+        each.append(both - _loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, OneProcess()))
     return torch.stack(each)
 
 
@@ -80,7 +76,7 @@ def test_chunked_softmax_equals_cross_entropy_with_gradients(
         model.q *= size
     config = registry.options("loss", "softmax")(temperature=0.7, chunk_size=chunk)
     with torch.autocast("cpu", way) if isinstance(way, torch.dtype) else contextlib.nullcontext():
-        ours = _loss(config, model, batch, TABLE, _Alone())
+        ours = _loss(config, model, batch, TABLE, OneProcess())
     (ours * 3).backward()
     q, v = model.q.detach().double().requires_grad_(), model.v.detach().double().requires_grad_()
     assert batch.target_Q is not None and batch.weight_Q is not None
@@ -103,7 +99,7 @@ def test_a_query_that_weighs_nothing_may_hold_anything(name: Any) -> None:
         model.q[2] = math.nan
     weight = torch.ones(Q)
     weight[2] = 0
-    loss = _loss(registry.options("loss", name)(), model, replace(_batch(), weight_Q=weight), TABLE, _Alone())
+    loss = _loss(registry.options("loss", name)(), model, replace(_batch(), weight_Q=weight), TABLE, OneProcess())
     assert math.isfinite(float(loss.detach()))
     loss.backward()
     if name == "softmax":
@@ -125,7 +121,7 @@ def test_the_positive_is_never_a_negative() -> None:
     two = ItemTable(torch.tensor([0.0, 0.0, 5.0]))
     same = Batch(batch.user_B, batch.history, torch.full((Q,), 2), torch.ones(Q))
     for name in ("sampled_softmax", "bpr"):
-        loss = _loss(registry.options("loss", name)(negatives=8), model, same, two, _Alone())
+        loss = _loss(registry.options("loss", name)(negatives=8), model, same, two, OneProcess())
         assert float(loss.detach()) == pytest.approx(0, abs=Q * 1e-6)
 
 

@@ -1,13 +1,13 @@
 """Plug-ins by name: shipped, a file next to the configuration, an import path."""
 
 import importlib
-import pickle
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from recray import registry
+from recray.artifacts import CHECKPOINT, INDEX
 from recray.config import Config, load_config, parse_config
 from recray.errors import ConfigError
 from recray.registry import Kind
@@ -68,16 +68,15 @@ def test_a_file_next_to_the_configuration(tmp_path: Path) -> None:
     assert registry.load("model", "mine", str(tmp_path)).build(config.model, None, None) == -4
 
 
-def test_a_configuration_with_an_own_file_reaches_another_process(tmp_path: Path) -> None:
-    from ray import cloudpickle
-
+def test_an_edited_file_is_another_artefact(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODEL)
     config = parse_config({"run": {"plugins": str(tmp_path)}, "model": {"name": "mine"}})
-    registry.pickle_by_value()
-    sent = cloudpickle.dumps(config)
-    assert b"twist" in sent  # the class itself
-    again = pickle.loads(sent)
-    assert again.model_dump() == config.model_dump()
+    before, index = CHECKPOINT.values(config), INDEX.values(config)
+    (tmp_path / "mine.py").write_text(MODEL + "# another line\n")
+    after = CHECKPOINT.values(config)
+    assert {key for key in after if after[key] != before[key]} == {"model.name: file of mine"}
+    assert INDEX.values(config) == index
+    assert not [key for key in CHECKPOINT.values(parse_config({})) if "file of" in key]
 
 
 def test_no_plugin_folder_without_python_files(tmp_path: Path) -> None:
