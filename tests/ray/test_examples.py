@@ -68,7 +68,7 @@ def test_own_plugins_are_trained_and_reported(tmp_path: Path) -> None:
     assert model["rbp@10"].value > 2 * popularity["rbp@10"].value  # the next item follows from the last one
     assert report.metrics["followers"]["hr@10"].value > popularity["hr@10"].value + 0.2
     assert "rbp@10" in render(report) and "followers" in render(report)
-    assert recray.load_model(f"{config.run_uri}/checkpoint")[0].options.half_life == 3.0  # type: ignore[union-attr]
+    assert recray.load_model(recray.Run(config).checkpoint().uri)[0].options.half_life == 3.0  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("ray_local")

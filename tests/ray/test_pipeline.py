@@ -194,7 +194,9 @@ def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(run: Confi
 
 def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
     config = parse_config(run.model_dump(mode="json"), ["evaluation.queries=event", "training.epochs=1"])
-    with pytest.raises(LineageError, match=r"nearest is .*: evaluation\.queries user -> event, training\.epochs 3 -> 1"):
+    with pytest.raises(
+        LineageError, match=r"nearest is .*: evaluation\.queries user -> event, training\.epochs 3 -> 1"
+    ):
         recray.evaluate(config)  # validation, which chose the epoch, asked other queries
     recray.train(config)
     report = recray.evaluate(config)
