@@ -20,9 +20,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from recray import log, storage
+from recray import log, registry, storage
 from recray.artifacts import Run, report_stage
-from recray.config import Config
+from recray.config import Config, RecentPopularityOptions, SimulatedOptions
 from recray.data.dataset import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import before, duration
@@ -30,7 +30,7 @@ from recray.errors import DataError
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.loading.collate import EvalQuery, eval_queries
-from recray.metrics import ranking
+from recray.metrics import list_metrics, ranking
 from recray.metrics.beyond_accuracy import ListCounts
 from recray.records import IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
@@ -78,9 +78,9 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     if index is None:
         log.warning("evaluate", "no index of this checkpoint: exact search only; `recray index` builds one")
     events = num_events(dataset, before(split))
-    if "item_filter" in config.evaluation.baselines and events > MAX_EVENTS:
+    if "item_knn" in config.evaluation.baselines and events > MAX_EVENTS:
         log.warning(
-            "evaluate", f"item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}"
+            "evaluate", f"item_knn is left out: {events:,} events before the split are more than {MAX_EVENTS:,}"
         )
     scores, counts = _merged(
         map_shards("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
@@ -136,15 +136,21 @@ def _systems(run: Run, dataset: PreparedDataset, split: str) -> tuple[dict[str, 
         if name == "popularity":
             systems[name] = baselines.Popularity(dataset.item_counts())
         elif name == "recent_popularity" and dataset.record.has_time:
-            window = duration(config.evaluation.recent_window)
+            recent = config.evaluation.baseline_options.get(name, RecentPopularityOptions())
+            assert isinstance(recent, RecentPopularityOptions)
+            window = duration(recent.window)
             systems[name] = baselines.recent_popularity(dataset, split, window)
         elif name == "hindsight":
             systems[name] = baselines.hindsight(dataset, split)
-        elif name == "item_filter" and num_events(dataset, known) <= MAX_EVENTS:
+        elif name == "item_knn" and num_events(dataset, known) <= MAX_EVENTS:
             systems[name] = ItemKNN(dataset, known) if blend is None else blend.item_filter
-        elif name == "oracle" and config.data.source == "simulated":
-            oracle = SimulatedOracle(config.data.simulated, config.run.seed)
+        elif name == "oracle" and isinstance(config.data.options, SimulatedOptions):
+            oracle = SimulatedOracle(config.data.options, config.run.seed)
             systems[name] = Oracle(oracle, dataset, split)
+        elif name not in registry.names("baseline"):
+            module = registry.load("baseline", name, config.run.plugins)
+            options = config.evaluation.baseline_options.get(name) or module.Options()
+            systems[name] = module.build(options, dataset, split)
     return systems, vectors_ND
 
 
@@ -176,14 +182,15 @@ def _score(
             begun = time.perf_counter()
             ids = rank(question, max(ks), config.evaluation.filter_seen)
         scores[name].seconds += time.perf_counter() - begun
-        found = ranking.per_user(ranking.hits(ids, values, offsets)[rows], wanted, ks)
-        scores[name].values.append(np.stack([found[metric] for metric in _names(ks)], axis=1))
+        hits = ranking.hits(ids, values, offsets)[rows]
+        found = ranking.per_user(hits, wanted, ks, list_metrics(config))
+        scores[name].values.append(np.stack(list(found.values()), axis=1))
         scores[name].lists.add(ids[rows], vectors_ND)
         scores[name].short_lists += int((ids[rows] == 0).any(axis=1).sum())
 
 
-def _names(ks: list[int]) -> list[str]:
-    return [f"{name}@{k}" for k in ks for name in ranking.NAMES]
+def _names(config: Config) -> list[str]:
+    return [f"{name}@{k}" for k in config.evaluation.k for name in list_metrics(config)]
 
 
 def _merged(parts: list[_Part]) -> _Part:
@@ -210,7 +217,7 @@ def _summary(scores: _Scores, config: Config, dataset: PreparedDataset) -> dict[
     if config.evaluation.bootstrap:
         low, high = (x.tolist() for x in ranking.bootstrap(values, config.evaluation.bootstrap, config.run.seed))
     means = values.mean(axis=0).tolist()
-    out = {n: Interval(value=m, low=a, high=b) for n, m, a, b in zip(_names(ks), means, low, high, strict=True)}
+    out = {n: Interval(value=m, low=a, high=b) for n, m, a, b in zip(_names(config), means, low, high, strict=True)}
     lists = scores.lists.metrics(max(ks), dataset.item_counts(), dataset.record.counts["users_train"])
     return out | {name: Interval(value=value) for name, value in lists.items()}
 

@@ -132,7 +132,7 @@ def _system(run: Run, dataset: PreparedDataset) -> Scorer:
     config, model_uri, index = run.config, run.checkpoint().uri, run.index()
     model, _ = checkpoint.load_model(model_uri)
     vectors_ND = None
-    if index is None or config.retrieval.filter_weight:
+    if index is None or config.retrieval.item_knn_weight:
         vectors_ND = torch.from_numpy(embed.item_vectors(model_uri, dataset.record.num_items, False))
     found: Scorer
     if index is not None:

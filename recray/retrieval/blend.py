@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recray.config import Config
+from recray.config import Config, RetrievalLossOptions
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.ids import FIRST_ITEM
@@ -64,12 +64,12 @@ class Blended:
 
 
 def check_blend(config: Config, dataset: PreparedDataset, splits: tuple[str, ...]) -> None:
-    """Raises ConfigError where `retrieval.filter_weight` asks for a filter over too many events."""
+    """Raises ConfigError where `retrieval.item_knn_weight` asks for a filter over too many events."""
     events = num_events(dataset, splits)
-    if config.retrieval.filter_weight and events > MAX_EVENTS:
+    if config.retrieval.item_knn_weight and events > MAX_EVENTS:
         raise ConfigError(
-            f"retrieval.filter_weight = {config.retrieval.filter_weight}: every query of the filter is a pass over all events, "
-            f"and {events:,} are more than {MAX_EVENTS:,}: set retrieval.filter_weight = 0"
+            f"retrieval.item_knn_weight = {config.retrieval.item_knn_weight}: every query of the filter is a pass over all events, "
+            f"and {events:,} are more than {MAX_EVENTS:,}: set retrieval.item_knn_weight = 0"
         )
 
 
@@ -81,10 +81,11 @@ def open_blend(
     model: nn.Module,
     vectors_ND: Tensor,
 ) -> Blended | None:
-    """The blend of `retrieval.filter_weight` over the events of `splits`; None where it is 0."""
+    """The blend of `retrieval.item_knn_weight` over the events of `splits`; None where it is 0."""
     options = config.retrieval
-    if not options.filter_weight:
+    if not options.item_knn_weight:
         return None
     check_blend(config, dataset, splits)
+    assert isinstance(config.loss, RetrievalLossOptions)
     item_filter = ItemKNN(dataset, splits)
-    return Blended(search, model, vectors_ND, item_filter, options.filter_weight, config.loss.temperature, options.k)
+    return Blended(search, model, vectors_ND, item_filter, options.item_knn_weight, config.loss.temperature, options.k)

@@ -11,7 +11,7 @@ import numpy as np
 
 from recray.config import Axis, Config, with_values
 from recray.errors import ConfigError
-from recray.metrics.clicks import LOWER_IS_BETTER
+from recray.metrics import higher_is_better
 from recray.tuning.space import Space, plain, show, value_of
 
 _SWEPT = ("model", "loss", "optim", "training")
@@ -34,7 +34,9 @@ _TRIED = 256
 def metric_of(config: Config) -> tuple[str, str]:
     """What is compared, and whether 'max' or 'min' is best."""
     metric = config.tune.metric or config.training.metric
-    return metric, config.tune.mode or ("min" if metric in (*LOWER_IS_BETTER, "loss") else "max")
+    return metric, config.tune.mode or (
+        "max" if metric != "loss" and higher_is_better(metric, config.run.plugins) else "min"
+    )
 
 
 def check(config: Config, resources: list[str]) -> Space:

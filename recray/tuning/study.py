@@ -196,9 +196,9 @@ def _best_toml(space: Space, record: TuneRecord) -> str:
         lines.append(
             f"# Validation {record.metric} over {len(finalist.results)} other seeds: {finalist.mean:.4f} +- {finalist.std:.4f}."
         )
-    if config.retrieval.filter_weight:
+    if config.retrieval.item_knn_weight:
         lines.append(
-            "# retrieval.filter_weight is not of the sweep: choose it anew by `recray evaluate --split valid`, without"
+            "# retrieval.item_knn_weight is not of the sweep: choose it anew by `recray evaluate --split valid`, without"
         )
         lines.append("# training.refit, before the test split is opened.")
     table = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
