@@ -99,6 +99,10 @@ def _run_workers(config: Config, callbacks: list[Any], until: int | None) -> Non
 
     scaling = config.scaling
     local = "://" not in config.run_uri
+    # Ray before 2.56 has no such option and logs the state of every run.
+    quiet = (
+        {"logging_config": ray_train.LoggingConfig(log_level="WARNING")} if hasattr(ray_train, "LoggingConfig") else {}
+    )
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks), "until": until},
@@ -111,7 +115,7 @@ def _run_workers(config: Config, callbacks: list[Any], until: int | None) -> Non
         run_config=ray_train.RunConfig(
             name="ray",
             callbacks=callbacks,
-            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
+            **quiet,
             storage_path=os.path.abspath(storage.join(config.run_uri, "train"))
             if local
             else storage.join(config.run_uri, "train"),

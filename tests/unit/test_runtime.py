@@ -119,12 +119,14 @@ def test_a_local_ray_that_does_not_start_says_what_to_do(monkeypatch: pytest.Mon
     def time_out(**options: Any) -> None:
         raise Exception("The current node timed out during startup.")
 
+    shutdowns: list[bool] = []
     monkeypatch.setattr(ray, "init", time_out)
+    monkeypatch.setattr(ray, "shutdown", lambda: shutdowns.append(True))  # what did start is stopped again
     with pytest.raises(
         ClusterError, match=r"Ray did not start on this machine: .* timed out .*scaling.num_workers = 0"
     ):
         runtime.connect()
-    assert not runtime.is_own()
+    assert not runtime.is_own() and shutdowns == [True]
 
 
 @pytest.mark.usefixtures("started")
