@@ -29,7 +29,7 @@ def run(
         started = time.time()
         subprocess.run([sys.executable, "-m", "recray", "train", *arguments], check=True)
         ended = time.time()
-        history = CheckpointRecord.read(f"{config.run_uri}/checkpoint").history
+        history = CheckpointRecord.read(f"{config.run_uri}/checkpoint/current").history
     last = history[-1]["first_step_at"] - history[-1]["first_batch_seconds"] + history[-1]["seconds"]
     figures: dict[str, object] = {
         "first_step_seconds": history[0]["first_step_at"] - started,

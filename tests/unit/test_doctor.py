@@ -1,6 +1,5 @@
 """`recray doctor`: what is fine passes, and a problem is red and says what to do."""
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -67,14 +66,6 @@ def test_a_rank_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = environment.start_rank("gloo", 0, 2, "tcp://127.0.0.1:0", device=0)
     found = environment.finish("all-reduce gloo", "2 processes", [rank])
     assert "no result within 1 s" in found.problem and rank.poll() is not None
-
-
-def test_this_machine_has_no_problems() -> None:
-    found = {one.name: one for one in environment.inspect()}
-    assert {"python", "recray", "torch", "ray", "faiss", "driver", "cuda", "cpu", "all-reduce gloo"} <= set(found)
-    with contextlib.suppress(KeyError):
-        found.pop("shared memory")  # a container's default is too small, which is reported
-    assert [one for one in found.values() if one.problem and not one.name.startswith("disk")] == []
 
 
 @pytest.mark.parametrize(("problem", "code"), [("", 0), ("too old: update it", 1)])

@@ -12,17 +12,16 @@ import tomli_w
 from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
+from helpers.configs import SHIPPED, shipped
 from recray.cli import app
 from recray.cluster.submit import Jobs, is_report, portable
-from recray.config import load_config, parse_config
+from recray.config import parse_config
 from recray.records import ReportRecord
 
-CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.toml"))
 
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_submitted_configuration_is_the_same_one(path: Path) -> None:
-    config = load_config(str(path))
+    config = shipped(path)
     sent = portable(config)
     mine, other = (
         config.model_dump(mode="json"),
