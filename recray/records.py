@@ -104,8 +104,8 @@ class DatasetRecord(Record):
     """A prepared dataset (layout: recray.data.prepare)."""
 
     fingerprint: str  # of the input files
-    num_items: int  # rows of the item table: real items + 2
-    num_users: int  # largest user id + 1: real users + 2
+    num_items: int  # rows of the item table: real items + NUM_RESERVED
+    num_users: int  # largest user id + 1: real users + NUM_RESERVED
     counts: dict[str, int]  # events and users read, dropped (by reason), and in each split
     features: list[Feature] = []
     columns: dict[str, str] = {}  # of every shard: name -> Arrow type

@@ -133,10 +133,15 @@ class _Gather:
 def _batch(rows: int, size: int):  # type: ignore[no-untyped-def]
     import torch
 
-    from recray.loading.batch import FIRST_ID, Batch, Jagged
+    from recray.ids import FIRST_ITEM
+    from recray.loading.batch import Batch, Jagged
 
-    history = Jagged(torch.randint(FIRST_ID, rows, (size * _HISTORY,)), torch.arange(0, size * _HISTORY + 1, _HISTORY))
-    return Batch(torch.ones(size, dtype=torch.int64), history, torch.randint(FIRST_ID, rows, (size,)), torch.ones(size))
+    history = Jagged(
+        torch.randint(FIRST_ITEM, rows, (size * _HISTORY,)), torch.arange(0, size * _HISTORY + 1, _HISTORY)
+    )
+    return Batch(
+        torch.ones(size, dtype=torch.int64), history, torch.randint(FIRST_ITEM, rows, (size,)), torch.ones(size)
+    )
 
 
 def _megabytes() -> float:

@@ -23,10 +23,9 @@ from recray.artifacts import Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.sources import base
-from recray.data.split import SPLITS
 from recray.errors import DataError
 from recray.evaluation.parallel import map_shards
-from recray.loading.batch import FIRST_ID
+from recray.ids import FIRST_ITEM, SPLITS
 from recray.loading.collate import eval_queries
 from recray.records import ListsRecord
 from recray.retrieval import embed
@@ -163,7 +162,7 @@ def _latest(dataset: PreparedDataset, name: str, user_ids: pa.Array) -> Iterator
 
 def _table(users: pa.Array, ids_BK: np.ndarray, scores_BK: np.ndarray | None, items: pa.Array) -> pa.Table:
     """One row per place that is filled."""
-    row, place = np.nonzero(ids_BK >= FIRST_ID)
+    row, place = np.nonzero(ids_BK >= FIRST_ITEM)
     scores = np.zeros(len(row), np.float32) if scores_BK is None else scores_BK[row, place].astype(np.float32)
     return pa.table(
         {
@@ -182,7 +181,7 @@ def _write_popular(dataset: PreparedDataset, output: str, wanted: pa.Array, any_
         have = storage.read_table(info.uri, ["user"])["user"].combine_chunks()
         left = left.filter(pc.invert(pc.is_in(left, value_set=have)))
     if len(left):
-        best = np.argsort(-dataset.item_counts()[FIRST_ID:], kind="stable")[:k] + FIRST_ID
+        best = np.argsort(-dataset.item_counts()[FIRST_ITEM:], kind="stable")[:k] + FIRST_ITEM
         lists = np.broadcast_to(best, (len(left), len(best)))
         items = dataset.items()["item"].combine_chunks()
         storage.write_table(storage.join(output, "part-popular.parquet"), _table(left, lists, None, items))

@@ -24,12 +24,12 @@ import pyarrow.compute as pc
 
 from recray import storage
 from recray.errors import DataError
+from recray.ids import SPLITS
 
 if TYPE_CHECKING:
     import ray.data
 
 STANDARD = ("user", "item", "time", "order", "label", "weight", "split")
-SPLITS = ("train", "valid", "test")
 FIRST_YEAR, LAST_YEAR = 1990, 2100  # a timestamp outside of these is taken to be in another unit
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _YEAR_SECONDS = 365.2425 * 86_400
