@@ -89,9 +89,10 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     """
     import recray
     from recray.tuning.console import summary
+    from recray.tuning.store import sweep_uri
 
     settings = recray.load_config(config, overrides or [])
-    typer.echo(summary(recray.tune(settings), f"{settings.run_uri}/tune"))
+    typer.echo(summary(recray.tune(settings), sweep_uri(settings)))
 
 
 @app.command()
