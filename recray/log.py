@@ -43,6 +43,16 @@ def warning(stage: str, message: str, *, event: str = "warning", values: Mapping
     _log(logging.WARNING, stage, message, event, values)
 
 
+def error(stage: str, message: str, *, event: str = "error", values: Mapping[str, Any] | None = None) -> None:
+    """Why the command ends."""
+    _log(logging.ERROR, stage, message, event, values)
+
+
+def result(stage: str, event: str, values: Mapping[str, Any]) -> None:
+    """A command's result as an event; shown at every level."""
+    _log(logging.CRITICAL, stage, event, event, values)
+
+
 def _log(level: int, stage: str, message: str, event: str, values: Mapping[str, Any] | None) -> None:
     logger = logging.getLogger(f"recray.{stage}")
     if logger.isEnabledFor(level):
@@ -101,7 +111,7 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         body = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
+            "level": "result" if record.levelno > logging.ERROR else record.levelname.lower(),
             "stage": getattr(record, "recray_stage", ""),
             "event": getattr(record, "recray_event", "message"),
             "message": record.getMessage(),

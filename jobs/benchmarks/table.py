@@ -111,13 +111,14 @@ class _Trainer:
 
     def step(self) -> tuple[float, float]:
         """Seconds, and seconds of the processor, without making the batch."""
-        from recray.layers import embedding
+        from recray.layers import collectives
+        from recray.layers.hooks import run_hooks, step_hooks
 
         batch = _batch(self._rows, self._size)
         started, used = time.perf_counter(), time.process_time()
         loss, weight = self._objective(batch)
         (loss / weight).backward()
-        embedding.sync(self._objective)
+        run_hooks(step_hooks(self._objective), collectives.total, scaled=False)
         self._optimizer.step(self._scaler)
         return time.perf_counter() - started, time.process_time() - used
 

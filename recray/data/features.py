@@ -1,4 +1,4 @@
-"""Feature columns to numbers: fitted once, applied in every task.
+"""Encoding of feature columns as numbers: fitted once on the train events, applied in every task.
 
 categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value
                     hashed: 0 missing, 2 + hash of the value modulo hash_buckets; nothing is unknown
@@ -21,7 +21,7 @@ from recray.data.hashing import hash_keys
 from recray.errors import DataError
 from recray.records import Feature
 
-_MAX_POINTS = 4096  # a distribution of numbers is kept as at most so many weighted points
+_MAX_POINTS = 4096  # weighted points that stand for the distribution of a numeric column
 _LARGEST = 10.0  # standard deviations; one absurd value must not overflow a model that multiplies its inputs
 _MAX_INFERRED = 10_000  # distinct values up to which a column of strings or integers is taken for a category
 
@@ -29,7 +29,7 @@ _MAX_INFERRED = 10_000  # distinct values up to which a column of strings or int
 def infer_kinds(
     table: pa.Table, key: str, declared: dict[str, FeatureConfig], where: str
 ) -> tuple[dict[str, FeatureConfig], list[str]]:
-    """Declared features; or, when none is declared, every usable column of a side table, and why others are left out."""
+    """The declared features; if none is declared, every usable column of a side table, and why the others are left out."""
     if declared:
         missing = [name for name in declared if name not in table.column_names]
         if missing:
@@ -51,14 +51,14 @@ def infer_kinds(
 
 
 def kind_of_type(kind: pa.DataType) -> Literal["categorical", "list", "numeric"]:
-    """What a column of this type is taken for when the configuration does not say."""
+    """The kind of a column whose kind is not declared."""
     if _is_list(kind):
         return "list"
     return "numeric" if pa.types.is_floating(kind) or pa.types.is_decimal(kind) else "categorical"
 
 
 def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
-    """What fitting needs of some rows: (value, n) for categories and quantiles; (n, mean, squares) for other numbers.
+    """Statistics of some rows, for `fit`: (value, n) for categories and quantiles; (n, mean, squares) for other numbers.
 
     A hashed category counts its bucket. squares: sum of squared distances from the mean, which does not cancel as a
     sum of squares would.
@@ -85,7 +85,7 @@ def value_counts(column: pa.ChunkedArray) -> pa.Table:
 
 
 def merge(*parts: pa.Table) -> pa.Table:
-    """Two or more results of `count_values` as one. The order of parts decides the last bits of a float."""
+    """Combine results of `count_values`. The order of parts decides the last bits of a float."""
     table = pa.concat_tables(parts)
     if "value" in table.column_names:
         numbers = [name for name in table.column_names if name != "value"]
@@ -103,7 +103,7 @@ def merge(*parts: pa.Table) -> pa.Table:
 
 
 def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConfig, counts: pa.Table) -> Feature:
-    """A feature from what `count_values` found in all rows."""
+    """Fit a feature to the statistics of all rows."""
     if config.kind == "numeric" and config.scale == "quantiles":
         edges = _edges(counts, config.quantiles)
         return Feature(name=name, role=role, kind="categorical", cardinality=len(edges) + 3, edges=edges)
@@ -206,7 +206,7 @@ def _collisions(occupied: int, buckets: int) -> float:
 
 
 def _thinned(points: pa.Table) -> pa.Table:
-    """Counts of numbers as at most _MAX_POINTS points of equal weight; counts of other values as they are."""
+    """Reduce counts of numbers to at most _MAX_POINTS points of equal weight; other counts are returned unchanged."""
     if not pa.types.is_floating(points["value"].type) or len(points) <= _MAX_POINTS:
         return points
     points = points.sort_by("value")
@@ -218,7 +218,7 @@ def _thinned(points: pa.Table) -> pa.Table:
 
 
 def _edges(points: pa.Table, quantiles: int) -> list[float]:
-    """Distinct inner quantiles; none where all values are the same."""
+    """Distinct inner quantiles; empty if all values are equal."""
     if not len(points):
         return []
     points = points.sort_by("value")

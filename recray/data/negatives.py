@@ -1,8 +1,8 @@
-"""Items that a user did not choose, drawn for a log of choices only. numpy only; one bucket of users at a time.
+"""Drawing negatives for a log that only has positives: items that a user did not choose. numpy, one bucket at a time.
 
-A negative stands where its positive stands: same user, time, split and context. An
-item that the user chose in this split or one before it is never drawn; what the user
-chooses in a later split may be, because not to draw it would tell of the future.
+A negative gets the user, time, split and context of its positive. An item that the user chose in this split or an
+earlier one is never drawn. An item that the user chooses in a later split may be drawn: leaving it out would leak the
+future.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from recray.config import NegativesConfig
 from recray.data.hashing import mix
 
 _FIRST = 2  # id of the first item
-_ROUNDS = 100  # of drawing again what the user chose
-MAX_SAMPLE = 1_048_576  # events of the log that stand for all of them when the draw is 'recent'
+_ROUNDS = 100  # of drawing again where an item was drawn that the user chose
+MAX_SAMPLE = 1_048_576  # events that represent the whole log for draw = 'recent'
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def draw(
     wanted_E: np.ndarray,
     seed: list[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Negatives of the events marked in `wanted_E`: index of the positive, and the item; fewer where a user chose almost all.
+    """Draw negatives for the events marked in `wanted_E`, all of which are positive.
 
-    All events given are positive.
+    Returns the index of each negative's positive, and its item id. Fewer are returned for users who chose nearly all items.
     """
     rng = np.random.default_rng(seed)
     span = len(sampler.counts_N) + _FIRST
@@ -87,7 +87,7 @@ def draw(
 
 
 def sampled(order_E: np.ndarray, share: float) -> np.ndarray:
-    """(E,) bool: a sample by the unique order of events, the same on every run."""
+    """(E,) bool: a random sample that depends only on the unique `order` of events."""
     if not share:
         return np.zeros(len(order_E), bool)
     return np.asarray(mix(order_E.astype(np.int64).view(np.uint64)).astype(np.float64) / 2.0**64 < share)

@@ -36,7 +36,7 @@ from recray.tuning.queue import SearchQueue, SeedQueue
 from recray.tuning.space import Space
 from recray.tuning.stopping import Rules
 from recray.tuning.store import SweepStore, TrialSpec
-from recray.tuning.trial import run_trial
+from recray.tuning.trial import Sweep, run_trial
 from recray.tuning.trial_resources import TrialResources
 
 _ENVIRONMENT = {
@@ -85,12 +85,8 @@ def _tuner(
     run_config: tune.RunConfig,
 ) -> tune.Tuner:
     config, population = store.config, rules.population
-    trainable = tune.with_parameters(
-        _trainable,
-        base=config.model_dump(mode="json", exclude_unset=True),
-        sweep_uri=store.uri,
-        cpus=resources.cpus,
-    )
+    body = config.model_dump(mode="json", exclude_unset=True)
+    trainable = tune.with_parameters(_trainable, sweep=Sweep(body, store.uri, store.dataset.uri, resources.cpus))
     # PBT needs all its members at the start, and refuses a searcher.
     members = [asdict(s) for s in iter(queue.next, None) if isinstance(s, TrialSpec)] if population else []
     return tune.Tuner(
@@ -115,8 +111,8 @@ def _trial_name(trial: Any) -> str:
     return TrialSpec(**trial.config["trial"]).name
 
 
-def _trainable(config: dict[str, Any], base: dict[str, Any], sweep_uri: str, cpus: int) -> None:
-    run_trial(config["trial"], base, sweep_uri, cpus)
+def _trainable(config: dict[str, Any], sweep: Sweep) -> None:
+    run_trial(config["trial"], sweep)
 
 
 class _QueueSearcher(Searcher):  # type: ignore[misc]

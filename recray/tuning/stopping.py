@@ -33,17 +33,17 @@ class Budget:
         self._deadline = time.monotonic() + seconds if seconds is not None else math.inf
         self._limit = epochs if epochs is not None else math.inf
         self._epochs_done = dict(epochs_done)
-        self._used_up = False
+        self.exhausted = False  # whether it has stopped the search
 
     def count(self, number: int, epoch: int) -> None:
         """A trial has completed an epoch. A resumed trial reports its earlier epochs again; they count once."""
         self._epochs_done[number] = max(self._epochs_done.get(number, 0), epoch)
 
     def used_up(self) -> bool:
-        # It stays used up, so that the end of a search sees what stopped it.
+        """Asked while the search runs; an answer of True stops it."""
         reached = time.monotonic() > self._deadline or sum(self._epochs_done.values()) >= self._limit
-        self._used_up = self._used_up or reached
-        return self._used_up
+        self.exhausted = self.exhausted or reached
+        return self.exhausted
 
 
 class MedianRule:

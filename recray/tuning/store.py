@@ -1,14 +1,14 @@
 """What a sweep stores on disk, and resumes from.
 
-<sweep>/sweep.json             the keys that make its trials comparable, with their values
-        trials/0007/           an ordinary run folder (train/, checkpoint/), and
-            point.json         the trial's values, written before it starts
-            trial.json         TrialRecord, written whenever it stops: for good, at a rung, or because of the budget
-        seeds/0007-2/          the same for finalist 7 on seed 2
-        tune.json              TuneRecord, written last
-        tune.html  best.toml
+<run>/tune/<identity>/             the artefact: its identity is the keys that make trials comparable (artifacts.TUNE)
+    trials/0007/                   an ordinary run folder with a checkpoint, and
+        point.json                 the trial's values, written before it starts
+        trial.json                 TrialRecord, written whenever it stops: for good, at a rung, or because of the budget
+    seeds/0007-2/                  the same for finalist 7 on seed 2
+    tune.json                      TuneRecord, written last
+    tune.html  best.toml
 
-A trial with a record that is finished is never run again. One without (or "interrupted") is resumed from its last epoch.
+A trial whose record is finished is never run again. One that is not, or has no record, is resumed from its last epoch.
 """
 
 from __future__ import annotations
@@ -17,45 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from recray import storage
+from recray.artifacts import CHECKPOINT, TUNE, Artifact, Run, artifacts_of
 from recray.config import Config, TuneConfig, with_values
 from recray.data.dataset import PreparedDataset
-from recray.errors import LineageError
-from recray.records import Trial, TrialRecord
+from recray.records import Trial, TrialRecord, TuneRecord
+from recray.training.launch import selection
 from recray.tuning.space import Point
-
-# Trials are comparable when these keys (dotted prefixes) have the same values; another value is another sweep ...
-COMPARABLE = (
-    *("model", "loss", "optim", "training", "tune"),
-    *("run.seed", "evaluation.filter_seen", "evaluation.queries"),  # the latter two define the validation metric
-)
-# ... except for these: how much is tried, how much of it at a time, what is done with the best, and mere speed.
-FREE = (
-    *("tune.trials", "tune.seconds", "tune.epochs", "tune.concurrent", "tune.top", "tune.seeds"),
-    *("tune.cpus_per_trial", "tune.gpus_per_trial", "loss.chunk_size"),
-)
-
-
-def comparable_values(config: Config, dataset_id: str) -> dict[str, Any]:
-    """Dotted key -> value of everything that makes trials comparable, and the dataset's id."""
-    values = _flatten(config.model_dump(mode="json"))
-    kept = {key: value for key, value in values.items() if _below(key, COMPARABLE) and not _below(key, FREE)}
-    return {**kept, "dataset": dataset_id}
-
-
-def sweep_uri(config: Config) -> str:
-    """The folder of a configuration's sweep."""
-    return storage.join(config.run_uri, "tune")
-
-
-def _below(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 @dataclass(frozen=True)
@@ -86,26 +53,27 @@ class TrialSpec:
 class SweepStore:
     config: Config
     dataset: PreparedDataset
+    artifact: Artifact[TuneRecord]
+
+    @classmethod
+    def of(cls, config: Config) -> SweepStore:
+        """The sweep of a configuration whose dataset is prepared. Raises LineageError when it is not."""
+        run = Run(config)
+        dataset = PreparedDataset.of(run)
+        return cls(config, dataset, run.artifact(TUNE, [dataset.record.id]))
 
     @property
     def uri(self) -> str:
-        return sweep_uri(self.config)
+        """The folder of the sweep."""
+        return self.artifact.uri
 
     def open(self) -> None:
-        """Start or resume the sweep. Raises LineageError when the folder holds a sweep that is not comparable."""
-        values = comparable_values(self.config, self.dataset.record.id)
-        uri = storage.join(self.uri, "sweep.json")
-        if not storage.exists(uri):
-            storage.write_json(uri, values)
-            return
-        stored = storage.read_json(uri)
-        changed = sorted(key for key in stored | values if key not in stored or stored[key] != values.get(key))
-        if changed:
-            raise LineageError(
-                f"{self.uri} holds a sweep of another configuration, whose trials could not be compared with new ones "
-                f"({', '.join(changed)} differ): set another run.name, or delete that folder. "
-                f"Only {', '.join(FREE)} may change when a sweep is resumed"
-            )
+        """Mark the folder before anything is in it. A complete sweep stays open: tune.trials, for example, may grow."""
+        if not self.artifact.complete():
+            Run(self.config).begin(self.artifact)
+
+    def trial_config(self, spec: TrialSpec) -> Config:
+        return trial_config(self.config, spec, self.uri, self.dataset.uri)
 
     def spec(self, number: int, values: Point) -> TrialSpec:
         return TrialSpec(f"trials/{number:04d}", values, self.config.run.seed)
@@ -123,11 +91,16 @@ class SweepStore:
 
     def write_trial(self, spec: TrialSpec, trial: Trial) -> None:
         """Write the record of a trial that has stopped. A finished one will not be resumed: its epochs are deleted."""
-        config = trial_config(self.config, spec, self.uri).model_dump(mode="json")
-        folder = storage.join(self.uri, spec.folder)
-        TrialRecord(parents=[self.dataset.record.id], config=config, seconds=trial.seconds, trial=trial).write(folder)
-        if trial.finished:
-            storage.delete_folder(storage.join(folder, "train"))
+        config = self.trial_config(spec)
+        body = config.model_dump(mode="json")
+        record = TrialRecord(parents=[self.dataset.record.id], config=body, seconds=trial.seconds, trial=trial)
+        record.write(storage.join(self.uri, spec.folder))
+        if not trial.finished:
+            return
+        # With PBT a trial has a folder of epochs for every set of values that it trained with.
+        for checkpoint in artifacts_of(storage.join(config.run_uri, CHECKPOINT.name), CHECKPOINT):
+            complete = checkpoint.complete()
+            storage.delete_folder(selection(config, checkpoint.uri).root if complete else checkpoint.uri)
 
     def read_trial(self, folder: str) -> Trial | None:
         if not storage.exists(self._file(folder, TrialRecord.file_name())):
@@ -147,14 +120,19 @@ class SweepStore:
         return storage.join(self.uri, folder, name)
 
 
-def trial_config(base: Config, spec: TrialSpec, folder: str) -> Config:
-    """The configuration of a trial: an ordinary training run on the sweep's dataset. folder: that of the sweep."""
+def sweep_uri(config: Config) -> str:
+    """The folder of a configuration's sweep. Raises LineageError when its dataset is not prepared."""
+    return SweepStore.of(config).uri
+
+
+def trial_config(base: Config, spec: TrialSpec, sweep: str, dataset: str) -> Config:
+    """The configuration of a trial: an ordinary run. sweep, dataset: their folders."""
     parent, _, name = spec.folder.partition("/")
     values: dict[str, Any] = {
         **spec.values,
-        "run.output": storage.join(folder, parent),
+        "run.output": storage.join(sweep, parent),
         "run.name": name,
-        "run.dataset": base.dataset_uri,
+        "run.dataset": dataset,
         "run.seed": spec.seed,
         "training.refit": False,  # only for the winner, after the search
         "training.resume": True,

@@ -14,9 +14,9 @@ import time
 import tomli_w
 
 from recray import log, storage
+from recray.artifacts import Run
 from recray.cluster import runtime
 from recray.config import Config, ScalingConfig, TuneConfig, with_values
-from recray.data.dataset import PreparedDataset
 from recray.data.prepare import prepare
 from recray.errors import RecrayError
 from recray.records import Finalist, Trial, TuneRecord
@@ -40,15 +40,15 @@ def tune(config: Config) -> TuneRecord:
     """Search [tune.space], train the best trials again on other seeds, and write tune.json, tune.html and best.toml.
 
     Trials are compared on the validation split; the test split is not read. The same call resumes an interrupted sweep.
-    Raises ConfigError with every problem of the sweep before anything starts, LineageError when the folder holds
-    another sweep, and RecrayError when no trial reports the metric.
+    Raises ConfigError with every problem of the sweep before anything starts, and RecrayError when no trial reports the
+    metric.
     """
     started = time.perf_counter()
     resources, problems = plan_resources(config, _nodes(config))
     space = check(config, problems)
     objective = Objective.of(config)
-    dataset = PreparedDataset(config.dataset_uri, prepare(config))
-    store = SweepStore(config, dataset)
+    prepare(config)
+    store = SweepStore.of(config)
     store.open()
     trials = _search(store, space, resources)
     ranked = objective.ranked(trials)
@@ -60,7 +60,7 @@ def tune(config: Config) -> TuneRecord:
         )
     finalists = _finalists(ranked[: config.tune.top], retrained, objective)
     record = TuneRecord(
-        parents=[dataset.record.id],
+        **store.artifact.lineage,
         config=config.model_dump(mode="json"),
         seconds=time.perf_counter() - started,
         metric=objective.metric,
@@ -71,11 +71,13 @@ def tune(config: Config) -> TuneRecord:
         winner=finalists[0].number if finalists else ranked[0].number,
         importance=importance(trials),
         cpu_hours=sum(trial.seconds for trial in trials + retrained) * _trial_cpus(config, resources) / 3600,
-        dataset_uri=dataset.uri,
+        dataset_uri=store.dataset.uri,
     )
     storage.write_bytes(storage.join(store.uri, "best.toml"), _best_toml(space, record).encode())
     _write_page(record, store.uri)
-    return record.write(store.uri)
+    record = record.write(store.uri)
+    Run(config).publish(store.artifact)
+    return record
 
 
 def _write_page(record: TuneRecord, sweep_uri: str) -> None:
@@ -127,7 +129,7 @@ def _search(store: SweepStore, space: Space, resources: TrialResources) -> list[
     _start_ray(config)
     with Board("search", objective, total, known) as board:
         interrupted = run_trials(store, queue, rules, resources, board)
-    if budget.used_up():
+    if budget.exhausted:
         latest = {trial.number: trial for trial in [*queue.trials(), *interrupted]}
         left = sum(not trial.finished for trial in latest.values())
         log.info("tune", f"the budget is used up; a larger one would resume {left} unfinished trials", event="budget")
@@ -195,9 +197,10 @@ def _best_toml(space: Space, record: TuneRecord) -> str:
     """The winner as a configuration; only values that differ from the defaults."""
     trial = next(trial for trial in record.trials if trial.number == record.winner)
     base = space.base
+    dataset = base.run.dataset or record.dataset_uri.rpartition("/")[0]  # the folder of all datasets of this run
     config = with_values(
         base.model_copy(update={"tune": TuneConfig()}),
-        {**trial.values, "run.name": f"{base.run.name}-best", "run.dataset": base.dataset_uri},
+        {**trial.values, "run.name": f"{base.run.name}-best", "run.dataset": dataset},
         where=f"trial {trial.number}",
     )
     lines = [

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.collectives import OneProcess
 from recray.config import LossConfig
 from recray.kernels.matmul import product
 from recray.loading.batch import FIRST_ID, Batch, ItemTable, Jagged
@@ -18,11 +19,6 @@ from recray.records import DatasetRecord
 ITEMS, DIM, LENGTH, LAYERS = 300, 32, 20, 2
 RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=2, counts={}, shards={}, seed=0)
 TABLE = ItemTable(torch.ones(ITEMS))
-
-
-class _Alone:
-    def all_gather(self, x: Tensor) -> Tensor:
-        return x
 
 
 class _Plain(nn.Module):
@@ -77,7 +73,7 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(
     options = sasrec.Options(dim=DIM, history_length=LENGTH, layers=LAYERS, heads=heads, dropout=0.0)
     model = sasrec.build(options, RECORD, TABLE)
     plain = _Plain(model, heads)
-    objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=50), TABLE, _Alone())
+    objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=50), TABLE, OneProcess())
     optimizers = [torch.optim.Adam(one.parameters(), 2e-3) for one in (model, plain)]
     curve: tuple[list[float], list[float]] = ([], [])
     for step in range(30):

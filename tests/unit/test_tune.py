@@ -1,17 +1,16 @@
 """Sweeps without Ray: checks, points, resources, comparability, importance, the log and the page."""
 
-import json
 import logging
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from recray.artifacts import TUNE, Run
 from recray.config import Config, parse_config
-from recray.errors import ConfigError, LineageError
+from recray.errors import ConfigError
 from recray.records import Finalist, Trial, TrialEpoch, TuneRecord
 from recray.tuning import page, study
 from recray.tuning.check import check
@@ -19,7 +18,6 @@ from recray.tuning.console import Board, summary
 from recray.tuning.importance import importance
 from recray.tuning.objective import Objective
 from recray.tuning.search import make_search
-from recray.tuning.store import SweepStore, comparable_values
 from recray.tuning.trial_resources import TrialResources, plan_resources
 
 
@@ -316,48 +314,27 @@ def test_a_trial_is_one_log_record(caplog: pytest.LogCaptureFixture) -> None:
     assert record.recray_event == "trial" and record.recray_values["best"] == 0.4  # type: ignore[attr-defined]
 
 
-def _store(config: Config) -> SweepStore:
-    return SweepStore(config, SimpleNamespace(record=SimpleNamespace(id="dataset-1")))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
-    ("override", "changed"),
+    ("override", "another"),
     [
-        ("evaluation.filter_seen=false", "evaluation.filter_seen"),
-        ("evaluation.queries='event'", "evaluation.queries"),
-        ("training.metric='recall@20'", "training.metric"),
-        ("optim.weight_decay=0.1", "optim.weight_decay"),
-        ("run.seed=2", "run.seed"),
-        ("tune.scheduler='none'", "tune.scheduler"),
-        ('tune.space={"model.dim" = {choices = [8, 16]}}', "tune.space.model.dim.choices"),
-        ('tune.space={"optim.name" = {choices = ["adamw"]}}', "tune.space.model.dim.choices"),
-        ("tune.trials=99", ""),
-        ("tune.cpus_per_trial=2", ""),
-        ("loss.chunk_size=64", ""),
-        ("evaluation.bootstrap=0", ""),
-        ("retrieval.k=10", ""),
+        ("evaluation.filter_seen=false", True),
+        ("evaluation.queries='event'", True),
+        ("training.metric='recall@20'", True),
+        ("run.seed=2", True),
+        ("tune.scheduler='none'", True),
+        ('tune.space={"model.dim" = {choices = [8, 16]}}', True),
+        ("tune.trials=99", False),
+        ("tune.cpus_per_trial=2", False),
+        ("loss.chunk_size=64", False),
+        ("retrieval.k=10", False),
     ],
 )
-def test_a_sweep_is_resumed_by_a_comparable_configuration_only(tmp_path: Path, override: str, changed: str) -> None:
-    """Trials with and without seen items in the lists (evaluation.filter_seen) once ended up in one ranking."""
-    run = f"run.output={tmp_path}"
-    _store(_config({"model.dim": {"choices": [8]}}, run)).open()
-    other = _store(_config({"model.dim": {"choices": [8]}}, run, override))
-    if not changed:
-        other.open()
-        return
-    with pytest.raises(LineageError, match=rf"another configuration.*\b{re.escape(changed)}\b.*differ.*run.name"):
-        other.open()
-
-
-def test_a_sweep_is_resumed_on_the_same_dataset_only(tmp_path: Path) -> None:
-    config = _config({"model.dim": {"choices": [8]}}, f"run.output={tmp_path}")
-    _store(config).open()
-    stored = json.loads((tmp_path / "run" / "tune" / "sweep.json").read_text())
-    assert stored == comparable_values(config, "dataset-1") != comparable_values(config, "dataset-2")
-    other = SweepStore(config, SimpleNamespace(record=SimpleNamespace(id="dataset-2")))  # type: ignore[arg-type]
-    with pytest.raises(LineageError, match=r"\(dataset differ\)"):
-        other.open()
+def test_only_comparable_trials_share_a_sweep(tmp_path: Path, override: str, another: bool) -> None:
+    space = {"model.dim": {"choices": [8]}}
+    configs = [_config(space, f"run.output={tmp_path}", *more) for more in ([], [override])]
+    first, second = (Run(config).artifact(TUNE, ["dataset-1"]).uri for config in configs)
+    assert (first != second) is another
+    assert Run(configs[0]).artifact(TUNE, ["dataset-2"]).uri != first
 
 
 def test_without_a_cluster_the_resources_are_this_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
