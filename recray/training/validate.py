@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from recray import log
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import DataError, RecrayError
@@ -73,6 +74,12 @@ def _validate_lists(model: nn.Module, dataset: PreparedDataset, context: Context
     total[2] = float(bad)
     value, queries, not_finite = map(float, context.sum(total))
     _check_scores(not_finite, metric)
+    if not queries and context.rank == 0:
+        log.warning(
+            "train",
+            f"no user of the validation split has a history, so {metric} is 0 and selects nothing: change data.split",
+            event="no_validation_queries",
+        )
     return value / max(queries, 1.0)
 
 
