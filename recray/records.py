@@ -112,7 +112,6 @@ class DatasetRecord(Record):
     shards: dict[str, list[Shard]]  # "train", "valid", "test"
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
-    oracle: dict[str, float] | None = None  # simulated data: metric name -> value of the true model
     has_time: bool = True
 
     @property

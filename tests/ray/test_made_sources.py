@@ -35,7 +35,6 @@ def test_simulated_through_ray() -> None:
     world = simulated.World.build(config.options, 5)
     assert table.combine_chunks().equals(simulated.simulate(world, np.arange(1_000)).combine_chunks())
     assert source.items is not None and len(source.items) == 500
-    assert source.oracle is not None
     assert simulated.read(config, 6).fingerprint != source.fingerprint
 
 

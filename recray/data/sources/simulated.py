@@ -77,7 +77,6 @@ def read(config: DataConfig, seed: int) -> Source:
         num_events=options.events,
         fingerprint=digest,
         items=World.build(options, seed).item_table(),
-        oracle=SimulatedOracle(options, seed),
     )
 
 
