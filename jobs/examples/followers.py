@@ -11,6 +11,7 @@ import numpy as np
 
 from recray.config import BaselineOptions
 from recray.data.dataset import PreparedDataset
+from recray.ids import FIRST_ITEM, PAD
 from recray.loading.collate import EvalQuery
 
 
@@ -27,21 +28,22 @@ class Followers:
                 for item, following in itertools.pairwise(items):
                     self._followed.setdefault(item, np.zeros(len(self._popular_N)))[following] += 1
 
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
-        """(B, k) item ids, best first; 0 where nothing is left."""
-        lists = np.zeros((question.batch.num_rows, k), np.int64)
-        offsets, values = question.seen.offsets.numpy(), question.seen.values.numpy()
-        for row in range(len(lists)):
+    def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (B, k), best first, and scores (B, k); PAD and -inf where no item is left."""
+        ids, scores = np.full((query.batch.num_rows, k), PAD), np.full((query.batch.num_rows, k), -np.inf, np.float32)
+        offsets, values = query.seen.offsets.numpy(), query.seen.values.numpy()
+        for row in range(len(ids)):
             seen = values[offsets[row] : offsets[row + 1]]
             score_N = self._popular_N.copy()
             if len(seen):
                 score_N += self._followed.get(int(seen[-1]), 0.0)
-            score_N[:2] = -1  # padding and the unknown item
-            if filter_seen:
-                score_N[seen] = -1
+            score_N[:FIRST_ITEM] = -np.inf  # padding and the unknown item
+            if exclude_seen:
+                score_N[seen] = -np.inf
             best = np.argsort(-score_N, kind="stable")[:k]
-            lists[row, : len(best)] = np.where(score_N[best] >= 0, best, 0)
-        return lists
+            ids[row, : len(best)] = np.where(np.isfinite(score_N[best]), best, PAD)
+            scores[row, : len(best)] = score_N[best]
+        return ids, scores
 
 
 def build(options: Options, dataset: PreparedDataset, split: str) -> Followers:

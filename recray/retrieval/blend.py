@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recray.config import Config, RetrievalLossOptions
+from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.ids import FIRST_ITEM, PAD
