@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from recray import log, storage
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
-from recray.cluster import resources, runtime
+from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import unwrap
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -213,6 +213,8 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
             storage_path=work.folder if "://" in work.folder else os.path.abspath(work.folder),
         ),
     )
+    if runtime.is_own():
+        private_ray.drop_placement_group_cleaner(trainer)
     try:
         trainer.fit()
     except Exception as error:
