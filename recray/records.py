@@ -104,15 +104,14 @@ class DatasetRecord(Record):
     """A prepared dataset (layout: recray.data.prepare)."""
 
     fingerprint: str  # of the input files
-    num_items: int  # rows of the item table: real items + 2
-    num_users: int  # largest user id + 1: real users + 2
+    num_items: int  # rows of the item table: real items + NUM_RESERVED
+    num_users: int  # largest user id + 1: real users + NUM_RESERVED
     counts: dict[str, int]  # events and users read, dropped (by reason), and in each split
     features: list[Feature] = []
     columns: dict[str, str] = {}  # of every shard: name -> Arrow type
     shards: dict[str, list[Shard]]  # "train", "valid", "test"
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
-    oracle: dict[str, float] | None = None  # simulated data: metric name -> value of the true model
     has_time: bool = True
 
     @property

@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 from recray.config import FeatureConfig
 from recray.data.hashing import hash_keys
 from recray.errors import DataError
+from recray.ids import NUM_RESERVED, PAD, UNKNOWN
+from recray.loading.jagged import offsets_from_lengths
 from recray.records import Feature
 
 _MAX_POINTS = 4096  # weighted points that stand for the distribution of a numeric column
@@ -106,7 +108,7 @@ def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConf
     """Fit a feature to the statistics of all rows."""
     if config.kind == "numeric" and config.scale == "quantiles":
         edges = _edges(counts, config.quantiles)
-        return Feature(name=name, role=role, kind="categorical", cardinality=len(edges) + 3, edges=edges)
+        return Feature(name=name, role=role, kind="categorical", cardinality=NUM_RESERVED + len(edges) + 1, edges=edges)
     if config.kind == "numeric":
         row = counts.to_pylist()[0]
         std = float(np.sqrt(row["squares"] / max(row["n"], 1)))
@@ -117,14 +119,16 @@ def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConf
             name=name,
             role=role,
             kind=config.kind,
-            cardinality=config.hash_buckets + 2,
+            cardinality=NUM_RESERVED + config.hash_buckets,
             hash_buckets=config.hash_buckets,
             collisions=_collisions(len(counts), config.hash_buckets),
         )
     kept = counts.filter(pc.greater_equal(counts["n"], config.min_count))
     kept = kept.sort_by([("n", "descending"), ("value", "ascending")])
     vocabulary = kept["value"].to_pylist()
-    return Feature(name=name, role=role, kind=config.kind, cardinality=len(vocabulary) + 2, vocabulary=vocabulary)
+    return Feature(
+        name=name, role=role, kind=config.kind, cardinality=NUM_RESERVED + len(vocabulary), vocabulary=vocabulary
+    )
 
 
 def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
@@ -133,7 +137,9 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
     if feature.edges is not None:
         x = _numbers(column)
         return pa.array(
-            np.where(np.isfinite(x), 2 + np.searchsorted(feature.edges, x, side="right"), 0).astype(np.int32)
+            np.where(np.isfinite(x), NUM_RESERVED + np.searchsorted(feature.edges, x, side="right"), PAD).astype(
+                np.int32
+            )
         )
     if feature.kind == "numeric":
         x = _numbers(column)
@@ -144,18 +150,18 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
         return _lookup(column, feature)
     lists = column.cast(pa.list_(column.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    offsets = offsets_from_lengths(lengths).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), _lookup(pc.list_flatten(lists), feature))
 
 
 def _lookup(values: pa.Array, feature: Feature) -> pa.Array:
     values = _no_nan(values)
     if feature.hash_buckets:
-        return pc.fill_null(pc.add(_hash(values, feature.hash_buckets), 2), 0).cast(pa.int32())
+        return pc.fill_null(pc.add(_hash(values, feature.hash_buckets), NUM_RESERVED), PAD).cast(pa.int32())
     vocabulary = pa.array(feature.vocabulary or [], type=_vocabulary_type(values.type))
     found = pc.index_in(values.cast(vocabulary.type), value_set=vocabulary)
-    ids = pc.add(pc.fill_null(found, -1), 2).to_numpy(zero_copy_only=False)
-    ids = np.where(values.is_null().to_numpy(zero_copy_only=False), 0, ids)
+    ids = pc.add(pc.fill_null(found, UNKNOWN - NUM_RESERVED), NUM_RESERVED).to_numpy(zero_copy_only=False)
+    ids = np.where(values.is_null().to_numpy(zero_copy_only=False), PAD, ids)
     return pa.array(ids.astype(np.int32))
 
 

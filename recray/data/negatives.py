@@ -14,8 +14,8 @@ import numpy as np
 
 from recray.config import NegativesConfig
 from recray.data.hashing import mix
+from recray.ids import FIRST_ITEM
 
-_FIRST = 2  # id of the first item
 _ROUNDS = 100  # of drawing again where an item was drawn that the user chose
 MAX_SAMPLE = 1_048_576  # events that represent the whole log for draw = 'recent'
 
@@ -24,7 +24,7 @@ MAX_SAMPLE = 1_048_576  # events that represent the whole log for draw = 'recent
 class Sampler:
     """How items are drawn.
 
-    counts_N: train events of item id 2, 3, ... time_S, item_S: a sample of the log's events by time, `share` of them.
+    counts_N: train events of item ids FIRST_ITEM, FIRST_ITEM + 1, ... time_S, item_S: a sample of the log's events by time, `share` of them.
     """
 
     config: NegativesConfig
@@ -40,9 +40,9 @@ class Sampler:
     def items(self, rng: np.random.Generator, time_M: np.ndarray) -> np.ndarray:
         """(M,) ids for negatives at these times."""
         if self.config.draw == "uniform":
-            return rng.integers(_FIRST, _FIRST + len(self.counts_N), len(time_M))
+            return rng.integers(FIRST_ITEM, FIRST_ITEM + len(self.counts_N), len(time_M))
         total = self._cumulative_N
-        popular = np.searchsorted(total, rng.integers(0, total[-1], len(time_M)), side="right") + _FIRST
+        popular = np.searchsorted(total, rng.integers(0, total[-1], len(time_M)), side="right") + FIRST_ITEM
         if self.config.draw == "popularity" or self.time_S is None or self.item_S is None:
             return popular
         window = max(1, round(self.config.recent_events * self.share))
@@ -65,7 +65,7 @@ def draw(
     Returns the index of each negative's positive, and its item id. Fewer are returned for users who chose nearly all items.
     """
     rng = np.random.default_rng(seed)
-    span = len(sampler.counts_N) + _FIRST
+    span = len(sampler.counts_N) + FIRST_ITEM
     key_E = user_E * span + item_E
     order = np.lexsort((code_E, key_E))
     chosen, first = np.unique(key_E[order], return_index=True)

@@ -19,8 +19,8 @@ from recray import storage
 from recray.config import DataConfig, FeatureConfig
 from recray.data import features, negatives, split, user_rows, vocab
 from recray.data.hashing import hash_keys
-from recray.data.split import SPLITS
 from recray.errors import DataError
+from recray.ids import SPLITS, UNKNOWN
 from recray.records import Feature
 
 _TIME_BINS = 1_000_000
@@ -40,7 +40,7 @@ class Sorting:
 class Encoders:
     """What every task needs to write rows."""
 
-    item_keys: pa.Array  # key of item id 2, 3, ...
+    item_keys: pa.Array  # key of item id FIRST_ITEM, FIRST_ITEM + 1, ...
     context: dict[str, Feature]
     user: dict[str, Feature]
     user_table: pa.Table | None
@@ -144,7 +144,7 @@ def write(
     """Step 4: write this bucket's shard of every split, and its users. first_user: id of its first user."""
     part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
     item_E = vocab.item_ids(part.table["item"], encoders.item_keys)
-    rare_E = (item_E == 1) & (part.code_E == 0)
+    rare_E = (item_E == UNKNOWN) & (part.code_E == 0)
     counts = {
         "events_after_end": int((part.code_E >= len(SPLITS)).sum()),
         "train_events_dropped_rare_item": int(rare_E.sum()),
@@ -171,7 +171,7 @@ def write(
         events, impressions = int(positive_E[target_E].sum()), len(target_E)
         counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
         if code:
-            counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == 1))[target_E].sum())
+            counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == UNKNOWN))[target_E].sum())
         if "label" in table.column_names:
             counts[f"negatives_{split_name}"] = impressions - events
         if not impressions:

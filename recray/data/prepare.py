@@ -42,8 +42,8 @@ from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig, FeatureConfig
 from recray.data import features, negatives, partition, split, vocab
 from recray.data.sources.base import Source
-from recray.data.split import SPLITS
 from recray.errors import ConfigError, DataError
+from recray.ids import NUM_RESERVED, SPLITS
 from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
@@ -65,7 +65,9 @@ def prepare(config: Config) -> DatasetRecord:
         return run.dataset().record
     runtime.start(config.scaling)
     with unwrapped():
-        source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
+        source: Source = registry.load("source", config.data.source, config.run.plugins).read(
+            config.data, config.run.seed
+        )
         artifact = run.artifact(DATASET, [source.fingerprint])
         if not run.begin(artifact):
             return artifact.record
@@ -82,8 +84,8 @@ def prepare(config: Config) -> DatasetRecord:
     counts = record.counts
     events = ", ".join(f"{counts[f'events_{name}']:,} {name}" for name in SPLITS)
     _say(
-        f"{events} events, {record.num_items - vocab.NUM_RESERVED:,} items, "
-        f"{record.num_users - vocab.NUM_RESERVED:,} users in {record.seconds:.1f} s"
+        f"{events} events, {record.num_items - NUM_RESERVED:,} items, "
+        f"{record.num_users - NUM_RESERVED:,} users in {record.seconds:.1f} s"
     )
     return record
 
@@ -167,8 +169,8 @@ class _Work:
             **self.artifact.lineage,
             config={"data": self.config.model_dump(mode="json"), "seed": self.seed},
             fingerprint=self.source.fingerprint,
-            num_items=len(items) + vocab.NUM_RESERVED,
-            num_users=vocab.NUM_RESERVED + counts["users_kept"],
+            num_items=len(items) + NUM_RESERVED,
+            num_users=NUM_RESERVED + counts["users_kept"],
             counts=counts,
             features=[*user.values(), *context.values(), *item_features],
             columns={field.name: str(field.type) for field in schema},
@@ -207,7 +209,7 @@ class _Work:
             return negatives.Sampler(self.config.negatives, items["count"].to_numpy())
         drawn = pa.concat_tables(ray.get(samples)).sort_by([("time", "ascending"), ("item", "ascending")])
         ids = vocab.item_ids(drawn["item"], items["item"].combine_chunks())
-        known = ids >= vocab.NUM_RESERVED
+        known = ids >= NUM_RESERVED
         time = drawn["time"].to_numpy()
         return negatives.Sampler(self.config.negatives, items["count"].to_numpy(), time[known], ids[known], share)
 
@@ -222,7 +224,7 @@ class _Work:
         """Step 4: the shards of all buckets; adds the counts of what was written to `counts`."""
         import ray
 
-        offsets = vocab.NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
+        offsets = NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
         calls = self._each(
             partition.write,
             stats,

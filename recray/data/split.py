@@ -11,8 +11,8 @@ import numpy as np
 from recray.config import SplitConfig
 from recray.data.hashing import mix
 from recray.errors import ConfigError, DataError
+from recray.ids import SPLITS
 
-SPLITS = ("train", "valid", "test")
 _UNITS = {"d": 86_400_000_000, "h": 3_600_000_000, "m": 60_000_000, "s": 1_000_000}
 
 

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import DataConfig
-from recray.data.split import SPLITS, Boundaries, Draw, microseconds
+from recray.data.split import Boundaries, Draw, microseconds
+from recray.ids import SPLITS
+from recray.loading.jagged import offsets_from_lengths
 
 
 def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
@@ -135,7 +137,7 @@ class Rows:
 
 def num_earlier(user_E: np.ndarray, positive_E: np.ndarray) -> np.ndarray:
     """(E,) positive events of the same user before each event."""
-    before = np.concatenate([[0], np.cumsum(positive_E)])
+    before = offsets_from_lengths(positive_E)
     starts = np.flatnonzero(np.diff(user_E, prepend=-1))
     return np.asarray(before[:-1] - np.repeat(before[starts], np.diff(np.append(starts, len(user_E)))))
 
@@ -153,5 +155,5 @@ def rows(user_E: np.ndarray, code_E: np.ndarray, split: str, positive_E: np.ndar
     index = np.flatnonzero(in_row_E)
     length_U = np.bincount(user_E[index], minlength=num_users)
     user_R = np.flatnonzero(targets_U)
-    offsets = np.concatenate([[0], np.cumsum(length_U[user_R])]).astype(np.int64)
+    offsets = offsets_from_lengths(length_U[user_R])
     return Rows(user_R, index, offsets, targets_U[user_R])

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from recray.config import FeatureConfig
 from recray.data import features
 from recray.errors import DataError
+from recray.ids import NUM_RESERVED, UNKNOWN
 from recray.records import Feature
 
-NUM_RESERVED = 2  # ids 0 (padding) and 1 (unknown)
 _MAX_ITEMS = 2**31 - 1 - NUM_RESERVED  # ids are int32
 
 
@@ -39,8 +39,8 @@ def catalogue(counts: pa.Table, min_count: int) -> pa.Table:
 
 
 def item_ids(keys: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
-    """(E,) int32 ids of item keys: 2 + position in `known`, 1 where it is not there."""
-    found = pc.fill_null(pc.index_in(keys.combine_chunks(), value_set=known), 1 - NUM_RESERVED)
+    """(E,) int32 ids of item keys: NUM_RESERVED + position in `known`, UNKNOWN for keys that it does not contain."""
+    found = pc.fill_null(pc.index_in(keys.combine_chunks(), value_set=known), UNKNOWN - NUM_RESERVED)
     return np.asarray(found.to_numpy(zero_copy_only=False).astype(np.int32) + NUM_RESERVED)
 
 

@@ -185,14 +185,13 @@ class Table(nn.Embedding):
     def after_backward(self, scaled: bool) -> Tensor:
         """StepHook: exchange the gradients of the rows that this step used.
 
-        Returns, of a row_sharded table under a GradScaler, how many gradients of this worker's rows overflowed.
+        Returns (1,) of a row_sharded table under a GradScaler: 1 if a gradient of this worker's rows overflowed, else 0.
         """
-        if self.mode == "dense":
-            return self.weight.new_empty(0, dtype=torch.float64)
-        self._exchange_gradients()
+        if self.mode != "dense":
+            self._exchange_gradients()
         gradient = self.weight.grad
         if not scaled or self.mode != "row_sharded" or self.world_size == 1 or gradient is None:
-            return self.weight.new_empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64)
         return (~gradient._values().isfinite()).any().double().view(1)
 
     def after_sum(self, total: Tensor) -> None:

@@ -49,7 +49,7 @@ class StepHook(Protocol):
         ...
 
     def after_sum(self, total: Tensor) -> None:
-        """`total` (n,): the sum over workers of what `after_backward` returned."""
+        """`total` (n,): the sum over workers of what `after_backward` returned. Not called where n is 0."""
         ...
 
     def discard(self) -> None:
@@ -65,11 +65,9 @@ def step_hooks(model: nn.Module) -> list[StepHook]:
 @torch.no_grad()
 def run_hooks(hooks: Sequence[StepHook], sum_over_workers: Callable[[Tensor], Tensor], scaled: bool) -> None:
     """End a step. The sums of all hooks share one all-reduce: with several small ones a step would wait several times."""
-    parts = [hook.after_backward(scaled) for hook in hooks]
-    sizes = [len(part) for part in parts]
-    if not sum(sizes):
-        return
-    total = sum_over_workers(torch.cat(parts))
-    for hook, part in zip(hooks, torch.split(total, sizes), strict=True):
-        if len(part):
+    collected = [(hook, part) for hook in hooks if len(part := hook.after_backward(scaled))]
+    if collected:
+        parts = [part for _, part in collected]
+        total = sum_over_workers(torch.cat(parts))
+        for (hook, _), part in zip(collected, torch.split(total, [len(part) for part in parts]), strict=True):
             hook.after_sum(part)

@@ -8,13 +8,12 @@ Two families by protocol: a `Retriever` finds items for a query, a `Ranker` says
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from recray.loading.batch import Batch
-
-Examples = Literal["events", "others", "sequences", "impressions"]
+from recray.loading.examples import Examples as Examples
 
 
 @runtime_checkable

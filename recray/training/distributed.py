@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Protocol
@@ -227,6 +229,23 @@ def threads(scaling: ScalingConfig) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def releasing_ddp() -> Iterator[None]:
+    """Free DDP at the end of the block, however it ends, so that the process group can be destroyed after it.
+
+    DDP's reducer holds a reference to the group. If it is the last one, gloo's destructor runs in the reducer's, which
+    holds the GIL, and joins a thread that may wait for the GIL: a deadlock (seen with torch 2.13). If the reducer goes
+    first, torch.distributed.destroy_process_group drops the last reference, and releases the GIL to do so.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # the locals of the frames that failed hold DDP
+        raise
+    finally:
+        gc.collect()  # DDP is part of reference cycles
 
 
 @contextlib.contextmanager

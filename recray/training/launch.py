@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.records import CheckpointRecord
 from recray.training import checkpoint
-from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, threads
+from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
 from recray.training.phase import Phase
 from recray.training.state import TrainProgress
 from recray.training.trainer import OnEpoch, Trainer
@@ -192,6 +190,10 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = config.scaling
+    # Ray before 2.56 has no such option and logs the state of every run.
+    quiet = (
+        {"logging_config": ray_train.LoggingConfig(log_level="WARNING")} if hasattr(ray_train, "LoggingConfig") else {}
+    )
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -200,6 +202,7 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
             "folder": work.folder,
             "until": work.until,
             "report": callback is not None,
+            "log": log.setting(),
         },
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ray_train.ScalingConfig(
@@ -210,7 +213,7 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
         run_config=ray_train.RunConfig(
             name="ray",
             callbacks=[callback] if callback is not None else [],
-            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
+            **quiet,
             storage_path=work.folder if "://" in work.folder else os.path.abspath(work.folder),
         ),
     )
@@ -224,18 +227,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     import ray.train
 
-    log.configure_worker()
+    log.configure_worker(settings["log"])
     config = Config.model_validate(settings["config"])
     work = Work(config, settings["dataset"], settings["folder"], settings["until"])
     report = ray.train.report if settings["report"] else None
-    try:
-        with threads(config.scaling):
-            fit(work, RayContext(config.scaling), report)
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # their locals hold the model
-        raise
-    finally:
-        # Ray destroys the process group next. The reducer of DDP holds a reference to it, and so must be gone by then:
-        # as the last owner it would run gloo's destructor while holding the GIL, which joins a thread that may wait for
-        # the GIL. torch's own destroy_process_group releases the GIL first. The model is in reference cycles.
-        gc.collect()
+    with releasing_ddp(), threads(config.scaling):
+        fit(work, RayContext(config.scaling), report)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from recray.config import Config
-from recray.metrics.clicks import LOWER_IS_BETTER
+from recray.metrics import higher_is_better
 from recray.records import Trial
 
 
@@ -17,7 +17,8 @@ class Objective(NamedTuple):
     @classmethod
     def of(cls, config: Config) -> Objective:
         metric = config.tune.metric or config.training.metric
-        return cls(metric, config.tune.mode or ("min" if metric in (*LOWER_IS_BETTER, "loss") else "max"))
+        higher = metric != "loss" and higher_is_better(metric, config.run.plugins)
+        return cls(metric, config.tune.mode or ("max" if higher else "min"))
 
     def best(self, values: Iterable[float]) -> float | None:
         """The best of some values; None when there are none."""

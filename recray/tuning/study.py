@@ -210,9 +210,9 @@ def _best_toml(space: Space, record: TuneRecord) -> str:
         lines.append(
             f"# Validation {record.metric} over {len(one.results)} other seeds: {one.mean:.4f} +- {one.std:.4f}."
         )
-    if config.retrieval.filter_weight:
+    if config.retrieval.item_knn_weight:
         lines.append(
-            "# The sweep did not tune retrieval.filter_weight. Before you evaluate on the test split, choose it with"
+            "# The sweep did not tune retrieval.item_knn_weight. Before you evaluate on the test split, choose it with"
         )
         lines.append("# `recray evaluate --split valid` and training.refit = false.")
     table = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)

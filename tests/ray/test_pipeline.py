@@ -1,5 +1,6 @@
 """The whole path on built-in data: with Ray and without, one worker and two, ended and gone on with."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,16 @@ import torch
 
 import recray
 from helpers.configs import simulated_table
-from helpers.runs import checkpoint_folder, selection
+from helpers.runs import selection
 from recray import storage
+from recray.artifacts import Run
 from recray.cluster import runtime
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord
 from recray.retrieval.faiss_index import ItemIndex
-from recray.training import launch
+from recray.training import checkpoint, launch
 
 pytest.importorskip("faiss")
 
@@ -27,6 +29,7 @@ def _config(folder: Path, *overrides: str) -> Config:
     table = simulated_table(
         folder,
         model={"name": "two_tower", "dim": 16},
+        optim={"learning_rate": 0.02},
         training={"epochs": 3, "global_batch_size": 256},
         evaluation={"k": [10], "bootstrap": 50},
         retrieval={"k": 20},
@@ -54,8 +57,6 @@ def last_epoch(config: Config) -> CheckpointRecord:
 
 def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
     """Another run on a copy of the same prepared dataset."""
-    import shutil
-
     config = _config(folder, *overrides)
     shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset", symlinks=True)
     return config
@@ -64,8 +65,8 @@ def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
 def test_report_orders_popularity_model_oracle(run: Config) -> None:
     report = recray.evaluate(run)
     ndcg = {system: values["ndcg@10"].value for system, values in report.metrics.items()}
-    assert ndcg["popularity"] < ndcg["oracle"]
-    assert ndcg["model"] <= ndcg["oracle"]
+    # 0.28 against 0.10 when it has learned, whatever the seed; 0.03 with the weights that it starts from.
+    assert 2 * ndcg["popularity"] < ndcg["model"] < ndcg["oracle"]
     assert ndcg["index"] == pytest.approx(ndcg["model"], abs=1e-6)
     assert report.counts["queries"] > 0
 
@@ -81,9 +82,20 @@ def test_stages_that_are_complete_are_reused(
         assert f"{verb}: up to date" in caplog.text
     caplog.clear()
     folder = Path(run.run.output)
-    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.filter_weight=0.5"))  # orders what is found
+    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.item_knn_weight=0.5"))  # orders what is found
     assert "index: up to date" in caplog.text
     assert capfd.readouterr().out == ""  # a library is silent
+
+
+def test_an_index_below_its_recall_target_is_kept_and_says_so(run: Config, caplog: pytest.LogCaptureFixture) -> None:
+    """Product quantisation to 2 x 4 bits a vector cannot tell 200 items apart."""
+    caplog.set_level("INFO", "recray")
+    config = _config(Path(run.run.output), "scaling.num_workers=0", "retrieval.index=PQ2x4")
+    record = recray.index(config)
+    assert record.recall < config.retrieval.recall_target
+    assert [point.setting for point in record.curve] == [{}]
+    assert f"below the target {config.retrieval.recall_target}" in caplog.text.lower() and "'Flat'" in caplog.text
+    recray.index(run)  # the link `current` names the exact index again
 
 
 def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(
@@ -133,8 +145,6 @@ def test_going_on_equals_never_having_stopped(run: Config, tmp_path: Path) -> No
 def test_an_index_of_another_checkpoint_is_not_used(
     run: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     other = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=1")
     recray.train(other)
     shutil.copytree(f"{run.run_uri}/index", f"{other.run_uri}/index", symlinks=True)
@@ -194,7 +204,7 @@ def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(run: Confi
 
 def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
     config = parse_config(run.model_dump(mode="json"), ["evaluation.queries=event", "training.epochs=1"])
-    with pytest.raises(LineageError, match="nearest is .*: evaluation.queries user -> event, training.epochs 3 -> 1"):
+    with pytest.raises(LineageError, match=r"nearest is .*: evaluation.queries user -> event, training.epochs 3 -> 1"):
         recray.evaluate(config)  # validation, which chose the epoch, asked other queries
     recray.train(config)
     report = recray.evaluate(config)
@@ -204,12 +214,13 @@ def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
 def test_vectors_exported_in_parallel_are_the_same(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     from recray.retrieval import embed
 
-    uri, items = checkpoint_folder(run), recray.prepare(run).num_items
-    alone = embed.item_vectors(uri, items, parallel=False)
+    source, items = Run(run).checkpoint(), recray.prepare(run).num_items
+    model, _ = checkpoint.load_model(source.uri)
+    alone = embed.item_vectors(source, model, items)
     monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)
     monkeypatch.setattr(embed, "_CHUNK", 64)
     assert len(alone) == items
-    np.testing.assert_allclose(embed.item_vectors(uri, items, parallel=True), alone, rtol=1e-6)
+    np.testing.assert_allclose(embed.item_vectors(source, model, items, run.scaling), alone, rtol=1e-6)
 
 
 def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
@@ -252,8 +263,6 @@ def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run
 def test_a_relative_output_means_the_same_folder_to_a_worker(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     config = _config(Path("runs"), "training.epochs=1", "scaling.num_workers=1")
     assert config.run_uri == str(tmp_path / "runs" / "small")

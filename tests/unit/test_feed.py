@@ -91,7 +91,7 @@ def test_a_slow_stage_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_stopping_does_not_wait_for_a_reader_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "_SECONDS_TO_END", 0.0)
+    monkeypatch.setattr(prefetch, "_SECONDS_TO_STOP", 0.0)
     released = threading.Event()
 
     def entries() -> Iterator[int]:

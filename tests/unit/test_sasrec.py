@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.collectives import OneProcess
-from recray.config import LossConfig
+from recray import registry
+from recray.ids import FIRST_ITEM
 from recray.kernels.matmul import product
-from recray.loading.batch import FIRST_ID, Batch, ItemTable, Jagged
-from recray.losses.retrieval import RetrievalObjective
+from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.losses.base import Objective
 from recray.models import sasrec
 from recray.records import DatasetRecord
 
@@ -60,8 +61,8 @@ class _Plain(nn.Module):
         for layer in self.layers:
             x = layer(x, src_mask=causal, is_causal=True)
         real = torch.stack([torch.arange(length) < len(row) for row in rows])
-        logits = self.norm(x)[real] @ self.items[FIRST_ID:].T
-        return F.cross_entropy(logits, torch.cat(targets) - FIRST_ID)
+        logits = self.norm(x)[real] @ self.items[FIRST_ITEM:].T
+        return F.cross_entropy(logits, torch.cat(targets) - FIRST_ITEM)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 4), (2, 4), (2, 1)])
@@ -73,7 +74,7 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(
     options = sasrec.Options(dim=DIM, history_length=LENGTH, layers=LAYERS, heads=heads, dropout=0.0)
     model = sasrec.build(options, RECORD, TABLE)
     plain = _Plain(model, heads)
-    objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=50), TABLE, OneProcess())
+    objective = Objective(model, registry.options("loss", "softmax")(chunk_size=50), TABLE, OneProcess())
     optimizers = [torch.optim.Adam(one.parameters(), 2e-3) for one in (model, plain)]
     curve: tuple[list[float], list[float]] = ([], [])
     for step in range(30):
@@ -81,9 +82,9 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(
         if step % 10 == 9:
             lengths = [7] * 24  # all of one length: nothing is padded
         # Something to learn: items follow one another by sevens.
-        starts = [int(torch.randint(FIRST_ID, ITEMS, ())) for _ in lengths]
+        starts = [int(torch.randint(FIRST_ITEM, ITEMS, ())) for _ in lengths]
         walks = [
-            (start + 7 * torch.arange(n + 1) - FIRST_ID) % (ITEMS - FIRST_ID) + FIRST_ID
+            (start + 7 * torch.arange(n + 1) - FIRST_ITEM) % (ITEMS - FIRST_ITEM) + FIRST_ITEM
             for n, start in zip(lengths, starts, strict=True)
         ]
         rows, targets = [walk[:-1] for walk in walks], [walk[1:] for walk in walks]
@@ -114,7 +115,7 @@ def test_a_query_is_the_last_position_of_training(layers: int, feed_forward: str
     model = sasrec.build(sasrec.Options.model_validate(table), RECORD, TABLE).eval()
     nn.init.normal_(model.norm.bias)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    history = Jagged(torch.randint(FIRST_ID, ITEMS, (sum(lengths),)), offsets)
+    history = Jagged(torch.randint(FIRST_ITEM, ITEMS, (sum(lengths),)), offsets)
     users = torch.ones(len(lengths), dtype=torch.int64)
     q_BD = model.query_vectors(Batch(users, history))
     last_B = offsets[1:] - 1
@@ -128,17 +129,17 @@ def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     """Every batch has another number of tokens, and oneDNN keeps code for every shape that it is given."""
     script = """
 import resource, torch
-from recray.config import LossConfig
+from recray import registry
 from recray.models import sasrec
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.records import DatasetRecord
 class Alone:
     def all_gather(self, x): return x
 items = ItemTable(torch.ones(300))
 record = DatasetRecord(fingerprint="", num_items=300, num_users=2, counts={}, shards={}, seed=0)
 model = sasrec.build(sasrec.Options(dim=32, history_length=50), record, items)
-objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=64), items, Alone())
+objective = Objective(model, registry.options("loss", "softmax")(chunk_size=64), items, Alone())
 def peak(lengths):
     for n in lengths:
         ids = torch.randint(2, 300, (20 * n,))
