@@ -22,7 +22,7 @@ from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import UNKNOWN
 from recray.loading.collate import impressions
-from recray.metrics.clicks import NAMES, RANKING, Clicks
+from recray.metrics import ClickMetric, Clicks, click_metrics
 from recray.models import Ranker
 from recray.records import Interval, ReliabilityBin, ReportRecord
 from recray.training import checkpoint
@@ -49,9 +49,10 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     user, label, weight = scored["user"], scored["label"], scored["weight"]
     model = Clicks(user, scored["logit"], label, weight)
     popularity = Clicks(user, dataset.item_counts()[scored["target"]].astype(np.float64), label, weight)
+    wanted = click_metrics(config)
     metrics = {
-        "model": _summary(model, config, NAMES),
-        "popularity": _summary(popularity, config, RANKING),
+        "model": _summary(model, config, wanted),
+        "popularity": _summary(popularity, config, {n: m for n, m in wanted.items() if not m.needs_probabilities}),
     }
     report = ReportRecord(
         **artifact.lineage,
@@ -88,11 +89,11 @@ def _score_shards(dataset: PreparedDataset, model_uri: str, split: str, numbers:
         yield {name: np.concatenate(column) for name, column in zip(names, zip(*pieces, strict=True), strict=True)}
 
 
-def _summary(clicks: Clicks, config: Config, names: tuple[str, ...]) -> dict[str, Interval]:
-    values, resamples = clicks.metrics(), config.evaluation.bootstrap
-    bounds = clicks.bootstrap(resamples, config.run.seed) if resamples else {}
+def _summary(clicks: Clicks, config: Config, metrics: dict[str, ClickMetric]) -> dict[str, Interval]:
+    values, resamples = clicks.metrics(metrics=metrics), config.evaluation.bootstrap
+    bounds = clicks.bootstrap(resamples, config.run.seed, metrics) if resamples else {}
     out = {}
-    for name in names:
+    for name in metrics:
         low, high = bounds.get(name, (None, None))
         out[name] = Interval(value=values[name], low=low, high=high)
     return out

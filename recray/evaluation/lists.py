@@ -28,7 +28,7 @@ from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
 from recray.loading.collate import EvalQuery, eval_queries
-from recray.metrics import ranking
+from recray.metrics import list_metrics, ranking
 from recray.metrics.beyond_accuracy import ListCounts
 from recray.records import IndexRecord, Interval, ReportRecord
 from recray.retrieval import Recommender
@@ -105,10 +105,10 @@ def _warn_of_what_is_left_out(config: Config, artifacts: RunArtifacts, split: st
     if artifacts.index is None:
         log.warning("evaluate", "no index of this checkpoint: exact search only; `recray index` builds one")
     events = num_events(artifacts.dataset, before(split))
-    if "item_filter" in config.evaluation.baselines and events > MAX_EVENTS:
+    if "item_knn" in config.evaluation.baselines and events > MAX_EVENTS:
         log.warning(
             "evaluate",
-            f"baseline item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}",
+            f"baseline item_knn is left out: {events:,} events before the split are more than {MAX_EVENTS:,}",
         )
 
 
@@ -169,8 +169,9 @@ class _Scorer:
             started = time.perf_counter()
             ids, _ = recommender.recommend(query, max(ks), exclude_seen)
             scores[name].seconds += time.perf_counter() - started
-            found = ranking.per_user(ranking.hits(ids, values, offsets)[rows], wanted, ks)
-            scores[name].values.append(np.stack([found[metric] for metric in _names(ks)], axis=1))
+            hits = ranking.hits(ids, values, offsets)[rows]
+            found = ranking.per_user(hits, wanted, ks, list_metrics(self.config))
+            scores[name].values.append(np.stack(list(found.values()), axis=1))
             scores[name].lists.add(ids[rows], self.vectors_ND)
             scores[name].short_lists += int((ids[rows] == PAD).any(axis=1).sum())
         if self.candidates is not None:
@@ -179,8 +180,8 @@ class _Scorer:
             scores["reranked"].seconds -= self.candidates.seconds
 
 
-def _names(ks: list[int]) -> list[str]:
-    return [f"{name}@{k}" for k in ks for name in ranking.NAMES]
+def _names(config: Config) -> list[str]:
+    return [f"{name}@{k}" for k in config.evaluation.k for name in list_metrics(config)]
 
 
 def _merged(parts: list[_Part]) -> _Part:
@@ -199,7 +200,7 @@ def _summary(scores: _Scores, config: Config, dataset: PreparedDataset) -> dict[
     if config.evaluation.bootstrap:
         low, high = (x.tolist() for x in ranking.bootstrap(values, config.evaluation.bootstrap, config.run.seed))
     means = values.mean(axis=0).tolist()
-    out = {n: Interval(value=m, low=a, high=b) for n, m, a, b in zip(_names(ks), means, low, high, strict=True)}
+    out = {n: Interval(value=m, low=a, high=b) for n, m, a, b in zip(_names(config), means, low, high, strict=True)}
     lists = scores.lists.metrics(max(ks), dataset.item_counts(), dataset.record.counts["users_train"])
     return out | {name: Interval(value=value) for name, value in lists.items()}
 

@@ -11,13 +11,12 @@ E width of all categories of a part side by side, M numbers of a part.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from recray.config import ModelOptions
+from recray.config import RankerOptions
 from recray.errors import ConfigError
 from recray.layers.embedding import Ids, Table
 from recray.layers.feature_encoder import ItemFeatures, mean_pool
@@ -28,25 +27,6 @@ from recray.records import Feature as FeatureRecord
 # Small, and normalised by every model before its first layer: an optimizer's step then turns a fresh vector at once.
 # With N(0, 1/sqrt(dim)) the same models needed many times the epochs.
 _STD = 0.01
-
-
-class RankerOptions(ModelOptions):
-    """What every ranker has."""
-
-    family: ClassVar[Literal["retriever", "ranker"]] = "ranker"
-    dim: int = Field(16, ge=1, description="width of embeddings")
-    feature_dims: dict[str, int] = Field(
-        {}, description="width of single columns' embeddings instead, by name; the ids are 'user' and 'item'"
-    )
-    user_embedding: bool = Field(False, description="a vector per user id, beside what features and history say")
-    hidden: list[int] = Field([256, 128], description="widths of the tower's hidden layers")
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-
-class HistoryOptions(RankerOptions):
-    """What every ranker has that takes the history as one more vector."""
-
-    history: Literal["mean", "none"] = Field("mean", description="the mean of the history's items, or no history")
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ Shape legend: B rows, T tokens, L longest row of a group, H heads, D width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from recray.config import ModelOptions
+from recray.config.models import SasrecOptions as Options
 from recray.layers.embedding import Table
 from recray.layers.feature_encoder import dropout, select
 from recray.loading.batch import Batch, ItemTable, Jagged
@@ -27,19 +26,6 @@ from recray.records import DatasetRecord
 # Groups of rows by length: more waste less padding but start more small operations, four twice as many in a step as one.
 _GROUPS = 4
 _FEW = 1 << 24  # numbers, with padding: so few are less work for a GPU than starting the operations is for its host
-
-
-class Options(ModelOptions):
-    name: str = "sasrec"
-    history_length: int = Field(200, ge=1)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(1, ge=1)
-    dropout: float = Field(0.2, ge=0, lt=1)
-    feed_forward: Literal["mlp", "gated"] = "mlp"
-    expansion: int = Field(4, ge=1, description="width of the feed-forward part, in units of dim")
-    normalize: bool = Field(
-        False, description="vectors of length 1: scores are cosines (set loss.temperature to 0.05 to 0.2)"
-    )
 
 
 class _Group:

@@ -15,7 +15,8 @@ import itertools
 
 import numpy as np
 
-from recray.config import Config
+from recray import registry
+from recray.config import Config, RecentPopularityOptions, SimulatedOptions
 from recray.data.dataset import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import before, duration
@@ -118,11 +119,17 @@ def open_baselines(
         if name == "popularity":
             found[name] = Popularity(dataset.item_counts())
         elif name == "recent_popularity" and dataset.record.has_time:
-            found[name] = recent_popularity(dataset, split, duration(config.evaluation.recent_window))
+            recent = config.evaluation.baseline_options.get(name, RecentPopularityOptions())
+            assert isinstance(recent, RecentPopularityOptions)
+            found[name] = recent_popularity(dataset, split, duration(recent.window))
         elif name == "hindsight":
             found[name] = hindsight(dataset, split)
-        elif name == "item_filter" and num_events(dataset, before(split)) <= MAX_EVENTS:
+        elif name == "item_knn" and num_events(dataset, before(split)) <= MAX_EVENTS:
             found[name] = item_knn or ItemKNN(dataset, before(split))
-        elif name == "oracle" and config.data.source == "simulated":
-            found[name] = Oracle(SimulatedOracle(config.data.simulated, config.run.seed), dataset, split)
+        elif name == "oracle" and isinstance(config.data.options, SimulatedOptions):
+            found[name] = Oracle(SimulatedOracle(config.data.options, config.run.seed), dataset, split)
+        elif name not in registry.names("baseline"):
+            module = registry.load("baseline", name, config.run.plugins)
+            options = config.evaluation.baseline_options.get(name) or module.Options()
+            found[name] = module.build(options, dataset, split)
     return found

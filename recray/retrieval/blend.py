@@ -61,10 +61,10 @@ class Blended:
 
 
 def check_blend(config: Config, dataset: PreparedDataset, splits: Sequence[str]) -> None:
-    """Raise ConfigError if `retrieval.filter_weight` needs the item-item baseline over too many events."""
+    """Raise ConfigError if `retrieval.item_knn_weight` needs the item-item baseline over too many events."""
     events = num_events(dataset, splits)
-    if config.retrieval.filter_weight and events > MAX_EVENTS:
+    if config.retrieval.item_knn_weight and events > MAX_EVENTS:
         raise ConfigError(
-            f"retrieval.filter_weight = {config.retrieval.filter_weight}: every query of the item-item baseline reads all "
-            f"events, and {events:,} are more than {MAX_EVENTS:,}: set retrieval.filter_weight = 0"
+            f"retrieval.item_knn_weight = {config.retrieval.item_knn_weight}: every query of the item-item baseline reads all "
+            f"events, and {events:,} are more than {MAX_EVENTS:,}: set retrieval.item_knn_weight = 0"
         )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.artifacts import CHECKPOINT, Artifact, Run, in_use
-from recray.config import Config
+from recray.config import Config, RetrievalLossOptions
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.ids import FIRST_ITEM, PAD
@@ -166,16 +166,17 @@ def open_recommenders(
     check_blend(config, dataset, splits)
     model, _ = checkpoint.load_model(artifacts.checkpoint.uri)
     exact, index = None, None
-    if always_exact or artifacts.index is None or options.filter_weight:
+    if always_exact or artifacts.index is None or options.item_knn_weight:
         exact = ExactSearch(model, torch.from_numpy(_item_vectors(artifacts, model)))
     if artifacts.index is not None:
         index = IndexSearch(model, ItemIndex.open(artifacts.index.uri))
     found: Recommenders = Recommenders(exact, index, None, None)
     blended, reranked = None, None
-    if options.filter_weight:
+    if options.item_knn_weight:
         assert exact is not None
+        assert isinstance(config.loss, RetrievalLossOptions)
         item_knn = ItemKNN(dataset, splits)
-        weight, temperature = options.filter_weight, config.loss.temperature
+        weight, temperature = options.item_knn_weight, config.loss.temperature
         blended = Blended(found.final, exact, item_knn, weight, temperature, options.k)
     found = Recommenders(exact, index, blended, None)
     if artifacts.ranker is not None:

@@ -89,7 +89,9 @@ def load_model(folder: str) -> tuple[nn.Module, CheckpointRecord]:
     dataset = DatasetRecord.read(folder)
     items = _unpack(load_tensors(storage.read_bytes(storage.join(folder, _ITEMS))))
     with embedding.use_plan(embedding.TablePlan(stored=True)):
-        model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset, items)
+        model: nn.Module = registry.load("model", config.model.name, config.run.plugins).build(
+            config.model, dataset, items
+        )
     weights = load_weights(folder)
     embedding.load(model, weights, ShardedTables(folder, "tables", record.pieces))
     model.load_state_dict(weights, assign=True)

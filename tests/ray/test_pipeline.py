@@ -82,7 +82,7 @@ def test_stages_that_are_complete_are_reused(
         assert f"{verb}: up to date" in caplog.text
     caplog.clear()
     folder = Path(run.run.output)
-    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.filter_weight=0.5"))  # orders what is found
+    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.item_knn_weight=0.5"))  # orders what is found
     assert "index: up to date" in caplog.text
     assert capfd.readouterr().out == ""  # a library is silent
 

@@ -60,7 +60,7 @@ def test_the_report_says_what_ranking_adds_and_costs(run: Config) -> None:
 
 
 def test_the_item_filter_stands_between_search_and_ranker(run: Config) -> None:
-    config = parse_config(run.model_dump(mode="json"), ["retrieval.filter_weight=1", "evaluation.k=[10,40]"])
+    config = parse_config(run.model_dump(mode="json"), ["retrieval.item_knn_weight=1", "evaluation.k=[10,40]"])
     report = recray.evaluate(config)
     assert list(report.metrics) == ["model", "index", "blended", "reranked", "popularity"]
     assert "model with item filter" in render(report)
@@ -76,7 +76,7 @@ def test_the_item_filter_stands_between_search_and_ranker(run: Config) -> None:
 @pytest.mark.parametrize("weight", [0, 1])
 @pytest.mark.parametrize("ranker", [False, True])
 def test_lists_of_all_users(run: Config, tmp_path: Path, workers: int, ranker: bool, weight: int) -> None:
-    overrides = [f"scaling.num_workers={workers}", f"retrieval.filter_weight={weight}"]
+    overrides = [f"scaling.num_workers={workers}", f"retrieval.item_knn_weight={weight}"]
     config = parse_config(run.model_dump(mode="json"), overrides)
     if not ranker:
         config = config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"ranker": None})})
