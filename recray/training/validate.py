@@ -191,7 +191,7 @@ def _search_shares(q_BD: Tensor, v_ND: Tensor, k: int, seen: Jagged | None, cont
     excluded = None
     if seen is not None:
         lengths = context.all_gather(seen.lengths())
-        excluded = Jagged(context.all_gather(seen.values), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        excluded = Jagged.from_lengths(context.all_gather(seen.values), lengths)
     share = (context.rank, context.world_size)
     ids, scores = top_k(context.all_gather(q_BD), v_ND, k, excluded, share)
     begin = sum(sizes[: context.rank])
