@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recray.kernels.dropout import dropout
 from recray.layers.embedding import Table
 from recray.loading.batch import Feature, ItemTable, Jagged
 from recray.records import Feature as FeatureRecord
@@ -24,41 +23,6 @@ def mean_pool(vectors: Tensor | Table, history: Jagged) -> Tensor:
             nothing = F.embedding(history.offsets[:1], rows) * 0
         return nothing.expand(len(history.offsets) - 1, -1)
     return F.embedding_bag(index, rows, history.offsets[:-1], mode="mean", sparse=sparse)
-
-
-class _Dropout(torch.autograd.Function):
-    """8 random bits decide about each number: eight to a draw of the generator, which `F.dropout` makes for each.
-
-    They can drop multiples of 1/256: a call takes the one below p or the one above, so that over calls it is p.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # type: ignore[override]
-        ctx.dropped = int(p * 256 + torch.rand(()).item())
-        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-        bits = bits[: x.numel()].view(x.shape)
-        ctx.save_for_backward(bits)
-        return _kept(x, bits, ctx.dropped)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (bits,) = ctx.saved_tensors
-        return _kept(grad, bits, ctx.dropped), None
-
-
-def _kept(x: Tensor, bits: Tensor, dropped: int) -> Tensor:
-    """x where its bits say so, as much larger as fewer are left. Products with a float mask take a third of those with a
-    boolean one."""
-    mask = torch.ge(bits, dropped, out=torch.empty_like(x, memory_format=torch.contiguous_format))
-    return mask.mul_(x).mul_(256 / (256 - dropped))
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`F.dropout`, on a CPU in a quarter of its time (p up to 255/256)."""
-    if not training or not 0 < p <= 255 / 256 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
-    return out
 
 
 class Dropout(nn.Dropout):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.config import LossConfig
-from recray.kernels.matmul import product
 from recray.loading.batch import FIRST_ID, Batch, ItemTable, Jagged
 from recray.losses.retrieval import RetrievalObjective
 from recray.models import sasrec
@@ -155,12 +154,3 @@ print(peak([50, *range(20, 24)]), peak(range(24, 50)))
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     first, second = map(float, out.split())
     assert second - first < 30, (first, second)
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 3), (64, 300, 8), (300, 64, 500)])
-def test_a_product_is_torchs(shape: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    rows, columns, width = shape
-    a, b = torch.randn(rows, width), torch.randn(width, columns).T  # one of them stands the other way round
-    for left, right in ((a, b), (b, a)):
-        assert torch.allclose(product(left, right).double(), left.double() @ right.double().T, atol=1e-4)
