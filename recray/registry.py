@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import re
 from types import ModuleType
 from typing import Literal
 
@@ -29,7 +30,7 @@ def names(kind: Kind) -> list[str]:
     for module in pkgutil.iter_modules(home.submodule_search_locations):
         spec = importlib.util.find_spec(f"{_HOMES[kind]}.{module.name}")
         source = spec.loader.get_source(spec.name) if spec and spec.loader else ""  # type: ignore[attr-defined]
-        if f"\ndef {_MARKS[kind]}(" in (source or ""):
+        if re.search(rf"^(def )?{_MARKS[kind]}\b", source or "", re.MULTILINE):
             found.append(module.name)
     return sorted(found)
 

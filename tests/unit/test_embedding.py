@@ -6,7 +6,7 @@ from torch import nn
 
 from recray.config import OptimConfig, parse_config
 from recray.errors import ConfigError
-from recray.layers.embedding import Table, TablePlan, sync, tables, use_plan
+from recray.layers.embedding import Table, TablePlan, read_missing, sync, tables, use_plan
 from recray.layers.feature_encoder import mean_pool
 from recray.loading.batch import Jagged
 from recray.training.distributed import LocalContext
@@ -16,9 +16,9 @@ from recray.training.optim import Ema, Optimizers
 ROWS, DIM = 300, 6
 
 
-def _table(placement: TablePlan, seed: int = 0, rows: int = ROWS) -> Table:
+def _table(plan: TablePlan, seed: int = 0, rows: int = ROWS) -> Table:
     torch.manual_seed(seed)
-    with use_plan(table_plan):
+    with use_plan(plan):
         return Table(rows, DIM)
 
 
@@ -114,8 +114,7 @@ def test_ema_of_touched_rows() -> None:
 
 def test_auto_by_hand() -> None:
     def chosen(rows: int, **more: object) -> str:
-        table_plan = TablePlan(world_size=2, touched={"item": 20_000}, memory=10**9, **more)  # type: ignore[arg-type]
-        return table_plan.choose(rows, 64, "item")
+        return TablePlan(world_size=2, touched={"item": 20_000}, memory=10**9, **more).choose(rows, 64, "item")  # type: ignore[arg-type]
 
     assert chosen(40_000) == "dense"  # small
     assert chosen(159_000) == "dense"  # 4 x 20,000 x 2 rows touched cost as much as 160,000 streamed
@@ -124,10 +123,34 @@ def test_auto_by_hand() -> None:
     assert chosen(652_000) == "row_sharded"
     assert chosen(1_900_000, row_bytes=4) == "sparse_replicated"
     assert TablePlan(touched={"item": 20_000}, memory=10**9).choose(10**7, 64, "item") == "sparse_replicated"
-    table_plan = TablePlan(touched={"user": 100})
+    plan = TablePlan(touched={"user": 100})
     for _ in range(2):
-        table_plan.choose(10**6, 8, "user")
-    assert table_plan.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
+        plan.choose(10**6, 8, "user")
+    assert plan.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
+
+
+def test_a_stored_table_has_no_rows_until_they_are_loaded_or_read() -> None:
+    before = torch.random.get_rng_state()
+    with use_plan(TablePlan(stored=True)):
+        loaded, read, huge = Table(ROWS, DIM), Table(ROWS, DIM), Table(10**12, 64)
+    assert torch.equal(before, torch.random.get_rng_state()) and huge.weight.is_meta
+    weight, ids = torch.randn(ROWS, DIM), torch.tensor([7, 2, 7, 0])
+    model = nn.ModuleDict({"loaded": loaded, "read": read}).eval()
+    asked = []
+
+    def rows(name: str, ids: torch.Tensor) -> torch.Tensor:
+        asked.append((name, ids.tolist()))
+        return weight[ids]
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({"loaded.weight": weight[1:], "read.weight": weight}, assign=True)
+    read_missing(model, {"loaded.weight": weight}, rows)
+    model.load_state_dict({"loaded.weight": weight}, assign=True)
+    history = Jagged(ids, torch.tensor([0, 3, 3, 4]))
+    for table in (loaded, read):
+        assert torch.equal(table(ids), weight[ids])
+        assert torch.allclose(mean_pool(table, history)[:2], torch.stack([weight[[7, 2, 7]].mean(0), torch.zeros(DIM)]))
+    assert asked == [("read.weight", [0, 2, 7])] * 2, "each distinct id once"
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -199,7 +199,7 @@ def test_din_averages_short_histories() -> None:
 def test_dlrm_refuses_widths_of_its_own() -> None:
     with pytest.raises(ValueError, match="inner products"):
         registry.load("model", "dlrm").Options(feature_dims={"brand": 4})
-    with pytest.raises(ConfigError, match=r"feature_dims names 'colour'; columns there: .*brand"):
+    with pytest.raises(ConfigError, match=r"feature_dims names 'colour', which is not a column; allowed: age, brand"):
         _model("dcn_v2", feature_dims={"colour": 4})
     assert _model("dcn_v2", feature_dims={"brand": 4, "item": 12}).logits(_batch(True)).shape == (6,)  # type: ignore[operator]
 

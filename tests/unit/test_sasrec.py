@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.config import LossConfig
+from recray.layers import transformer
 from recray.loading.batch import FIRST_ID, Batch, ItemTable, Jagged
 from recray.losses.retrieval import RetrievalObjective
 from recray.models import sasrec
@@ -71,7 +72,7 @@ class _Plain(nn.Module):
 def test_the_loss_curve_is_that_of_the_plain_implementation(
     heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sasrec, "_GROUPS", groups)  # 1 is what a GPU has for few tokens
+    monkeypatch.setattr(transformer, "_GROUPS", groups)  # 1 is what a GPU has for few tokens
     torch.manual_seed(heads)
     options = sasrec.Options(dim=DIM, history_length=LENGTH, layers=LAYERS, heads=heads, dropout=0.0)
     model = sasrec.build(options, RECORD, TABLE)
