@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check test test-slow format clean
+.PHONY: help venv demo check test test-unit test-slow test-ray format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
-	@echo "make test       install into .venv and run the tests      make test-slow   the long ones"
+	@echo "make test       install into .venv and run the tests      make test-unit   those without Ray"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-ray VERSION=2.59.0   the tests that use Ray, on another version of it"
 	@echo "make check      ruff, mypy, import contracts              make format      ruff format"
 
 venv: .venv/.installed
@@ -29,10 +31,24 @@ check: venv
 	$(BIN)/lint-imports
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python tests/run.py
+
+test-unit: venv
+	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python tests/run.py --slow
+
+# Everything else is as in the lock, so a failure comes from Ray.
+RAY_ENV = build/ray-$(VERSION)
+
+test-ray:
+	test -n "$(VERSION)" || { echo "say which: make test-ray VERSION=2.59.0"; exit 2; }
+	test -x $(RAY_ENV)/bin/python || $(PYTHON) -m venv $(RAY_ENV)
+	sed 's/^ray==.*/ray==$(VERSION)/' requirements.lock > $(RAY_ENV)/requirements.lock
+	$(RAY_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep '^torch==' requirements.lock)
+	$(RAY_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(RAY_ENV)/requirements.lock
+	PYTHONPATH=$(CURDIR) $(RAY_ENV)/bin/python -m pytest -m "not slow" tests/ray
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -7,7 +7,7 @@
     index = recray.index(config)
     report = recray.evaluate(config)
 
-Importing recray imports neither Ray, torch nor faiss: a name is loaded when it is first used.
+or all of them: `report = recray.run(config)`. Importing recray imports neither Ray, torch nor faiss: a name is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -26,17 +26,33 @@ _HOMES = {
     "index": "recray.retrieval.build",
     "evaluate": "recray.evaluation",
     "recommend": "recray.evaluation.recommend",
+    "run": "recray.stages",
+    "Run": "recray.artifacts",
     "RecrayError": "recray.errors",
 }
-__all__ = ["Config", "RecrayError", "evaluate", "index", "load_config", "prepare", "recommend", "train", "tune"]
+__all__ = [
+    "Config",
+    "RecrayError",
+    "Run",
+    "evaluate",
+    "index",
+    "load_config",
+    "prepare",
+    "recommend",
+    "run",
+    "train",
+    "tune",
+]
 
 if TYPE_CHECKING:
+    from recray.artifacts import Run
     from recray.config import Config, load_config
     from recray.data.prepare import prepare
     from recray.errors import RecrayError
     from recray.evaluation import evaluate
     from recray.evaluation.recommend import recommend
     from recray.retrieval.build import index
+    from recray.stages import run
     from recray.training.launch import train
     from recray.tuning.study import tune
 

@@ -1,14 +1,24 @@
-"""The `recray` command: one verb per stage, the same functions as `import recray`."""
+"""The `recray` command: one verb per stage, the same functions as `import recray`.
+
+Messages go to standard error (recray.log), results to standard output. With `--json` both are JSON
+lines on standard output: {"stage": ..., "event": ..., "values": ...}.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from recray import log
 from recray.errors import RecrayError
+
+_GLOBAL = ("--quiet", "-q", "--verbose", "-v", "--json")  # accepted anywhere on the command line
+_json = False
 
 app = typer.Typer(
     name="recray",
@@ -17,6 +27,7 @@ app = typer.Typer(
     "then run every stage:      recray run my.toml\n\n"
     "or one by one:             recray prepare my.toml; recray train my.toml; recray index my.toml; "
     "recray evaluate my.toml",
+    epilog="--quiet, --verbose and --json may stand anywhere on the command line.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,70 +62,94 @@ def init(
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    """All stages: prepare, train, index, evaluate. Completed stages are reused."""
-    from recray.config import load_config
-    from recray.pipeline import run_all
+def run(
+    config: ConfigPath,
+    report: Annotated[
+        str | None, typer.Option(help="also write the report as JSON to this file; - = one line on standard output")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """All stages: prepare, train, index, evaluate. Stages that are up to date do no work."""
+    import recray
+    from recray import storage
     from recray.report.text import render
 
-    typer.echo(render(run_all(load_config(config, overrides or []))))
+    record = recray.run(recray.load_config(config, overrides or []))
+    _result("evaluate", "report", render(record), record.model_dump(mode="json"))
+    if report == "-":
+        typer.echo(record.model_dump_json())
+    elif report is not None:
+        storage.write_json(report, record.model_dump(mode="json"))
 
 
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Raw events to a prepared dataset: filter, ids, split, histories, shards."""
     import recray
+    from recray.artifacts import Run
 
     settings = recray.load_config(config, overrides or [])
     record = recray.prepare(settings)
-    typer.echo(f"{settings.dataset_uri}  {record.id}")
+    _made("prepare", Run(settings).dataset().uri, record, "")
 
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train the model on the prepared dataset; goes on from the last checkpoint of a run that was ended."""
+    """Train the model on the prepared dataset; resumes a training that was interrupted."""
     import recray
+    from recray.artifacts import Run
 
     settings = recray.load_config(config, overrides or [])
     record = recray.train(settings)
-    typer.echo(f"{settings.run_uri}/checkpoint  {record.id}  {record.metric} = {record.value:.4f} (validation)")
+    _made("train", Run(settings).checkpoint().uri, record, f"{record.metric} = {record.value:.4f} (validation)")
 
 
 @app.command()
 def tune(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Search values for keys by many trains on one prepared dataset (section tune); goes on with a sweep that was ended.
+    """Search values for keys by many trainings on one prepared dataset (section tune); resumes a search that was stopped.
 
-    Validation decides, the test split stays closed. Writes <output>/<name>/tune/: tune.json, tune.html (pictures) and
-    best.toml, the winner for `recray run`.
+    Trials are compared on the validation split; the test split is not read. Writes tune.json, tune.html (pictures) and
+    best.toml, the winner for `recray run`, to <output>/<name>/tune/current.
     """
     import recray
     from recray.tuning.console import summary
+    from recray.tuning.store import sweep_uri
 
     settings = recray.load_config(config, overrides or [])
-    typer.echo(summary(recray.tune(settings), f"{settings.run_uri}/tune"))
+    record = recray.tune(settings)
+    _result("tune", "result", summary(record, sweep_uri(settings)), record.model_dump(mode="json"))
 
 
 @app.command()
 def index(config: ConfigPath, overrides: Overrides = None) -> None:
     """Build a faiss index of the checkpoint's item vectors and tune it to retrieval.recall_target."""
     import recray
+    from recray.artifacts import Run
 
     settings = recray.load_config(config, overrides or [])
     record = recray.index(settings)
-    typer.echo(f"{settings.run_uri}/index  {record.id}  {record.factory}  recall@{record.k} = {record.recall:.4f}")
+    _made(
+        "index",
+        Run(settings).index_artifact().uri,
+        record,
+        f"{record.factory}  recall@{record.k} = {record.recall:.4f}",
+    )
 
 
 @app.command()
 def evaluate(
     config: ConfigPath,
-    split: Annotated[_Split, typer.Option(help="test, once; valid to choose by")] = _Split.test,
+    split: Annotated[
+        _Split, typer.Option(help="test: the final figures; valid: to choose values, before the test split is used")
+    ] = _Split.test,
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate model, index and baselines; writes report/report.json, of validation report-valid/report.json, and prints it."""
+    """Evaluate model, index and baselines; writes report.json to <output>/<name>/report (or report-valid) and prints it."""
     import recray
     from recray.report.text import render
 
-    typer.echo(render(recray.evaluate(recray.load_config(config, overrides or []), split.value)))
+    report = recray.evaluate(recray.load_config(config, overrides or []), split.value)
+    _result("evaluate", "report", render(report), report.model_dump(mode="json"))
 
 
 @app.command()
@@ -130,7 +165,8 @@ def recommend(
     """Write every user's final list (user, item, rank, score): what the index finds, in the order of retrieval.ranker."""
     import recray
 
-    recray.recommend(recray.load_config(config, overrides or []), output, users, k)
+    record = recray.recommend(recray.load_config(config, overrides or []), output, users, k)
+    _made("recommend", output, record, f"{record.counts['users']:,} users")
 
 
 @app.command()
@@ -141,48 +177,152 @@ def submit(
     ] = "http://127.0.0.1:8265",
     detach: Annotated[bool, typer.Option("--detach", help="print the job's id and do not wait")] = False,
     report: Annotated[
-        str | None, typer.Option(help="file that report.json is written to when the job has ended")
+        str | None, typer.Option(help="file that the report is written to, as JSON, when the job has finished")
     ] = None,
     requirements: Annotated[
         str | None, typer.Option(help="requirements.lock, to be installed on nodes whose image lacks it")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Run all stages as a job of a Ray cluster, with this code. Exit code: the job's, 3 where it was stopped.
+    """Run all stages as a job of a Ray cluster, with this code. The exit code is the job's, or 3 if it was stopped.
 
-    The token is RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names.
+    The job continues when this command is interrupted. The token is RAY_AUTH_TOKEN or in the file RAY_AUTH_TOKEN_PATH.
     """
     from recray.cluster.submit import Jobs
     from recray.config import load_config
 
     jobs = Jobs(address)
     job = jobs.submit(load_config(config, overrides or []), requirements)
-    typer.echo(f"job {job}; it goes on when this command ends: ray job stop --address {address} {job}")
+    typer.echo(f"job {job}; stop it with: ray job stop --address {address} {job}")
     if not detach:
-        raise typer.Exit(jobs.wait(job, report))
+        raise typer.Exit(jobs.wait(job, typer.echo, report))
 
 
 @app.command()
-def doctor(
-    env: Annotated[
-        bool, typer.Option("--env", help="versions, devices and room of this machine, and of a cluster's nodes")
-    ] = False,
-) -> None:
-    """Say what is wrong and what to do. Joins the cluster that RAY_ADDRESS names. Exit code 1 where a line is red."""
-    from recray.cluster.doctor import examine, show
+def runs(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="folder or URI of runs")] = "runs") -> None:
+    """List runs and their artefacts: what is in use, metric, age and size."""
+    from recray.inventory import list_runs
 
-    if not env:
-        raise typer.BadParameter("name what to look at: --env")
-    if not show(examine()):
+    entries = list_runs(output)
+    if _json:
+        for entry in entries:
+            _result("runs", "artifact", "", entry.as_json())
+        return
+    if not entries:
+        raise typer.BadParameter(f"no runs in {output}")
+    _table(entries)
+
+
+@app.command()
+def prune(
+    config: ConfigPath,
+    keep: Annotated[
+        int | None, typer.Option(min=0, help="newest artefacts of each stage to keep; run.keep without it")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it only show what would be deleted")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Delete old artefacts of a run. Those in use, the newest ones, and what they were made from are kept."""
+    import recray
+    from recray import inventory
+
+    settings = recray.load_config(config, overrides or [])
+    number = settings.run.keep if keep is None else keep
+    entries = (inventory.prune if yes else inventory.prunable)(settings.run_uri, number)
+    if _json:
+        for entry in entries:
+            _result("prune", "deleted" if yes else "would_delete", "", entry.as_json())
+    elif not entries:
+        typer.echo("nothing to delete")
+    else:
+        _table(entries)
+        size = sum(entry.bytes for entry in entries)
+        typer.echo(f"{'deleted' if yes else 'would delete'} {len(entries)} artefacts, {_size(size)}")
+        if not yes:
+            typer.echo("nothing was deleted: add --yes to delete")
+
+
+@app.command()
+def doctor(env: Annotated[bool, typer.Option("--env", hidden=True)] = True) -> None:
+    """Check versions, devices, collectives, shared memory and disk of this machine, and of every node of the cluster
+    that RAY_ADDRESS names. Exit code 1 if there is a problem.
+    """
+    from recray.cluster.doctor import examine, render
+
+    text, problems = render(examine())
+    typer.echo(text)
+    if problems:
         raise typer.Exit(1)
 
 
+@app.callback()
+def _options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="warnings and results only")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="details, too")] = False,
+    json: Annotated[bool, typer.Option("--json", help="messages and results as JSON lines on standard output")] = False,
+) -> None:
+    global _json
+    _json = json
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    # Results are JSON lines of the same logger: --quiet must not drop them.
+    form: log.Format = "json" if json else "rich" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "plain"
+    log.configure(form, level)
+
+
+def _made(stage: str, uri: str, record: Any, note: str) -> None:
+    """What a stage made: where it lies, its id, and its main figure."""
+    text = f"{uri}  {record.id}{f'  {note}' if note else ''}"
+    _result(stage, "result", text, {"uri": uri, **record.model_dump(mode="json")})
+
+
+def _result(stage: str, event: str, text: str, values: dict[str, Any]) -> None:
+    if _json:
+        log.result(stage, event, values)
+    else:
+        typer.echo(text)
+
+
+def _table(entries: list[Any]) -> None:
+    """One line an artefact, aligned."""
+    heads = ("run", "stage", "artefact", "", "age", "size", "")
+    rows = [
+        (e.run, e.stage, e.identity, "in use" if e.in_use else "", _age(e.age_seconds), _size(e.bytes), e.summary)
+        for e in entries
+    ]
+    widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
+    for row in [heads, *rows]:
+        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"
+
+
 def main() -> None:
-    """Entry point: an error that recray raises on purpose is one message, not a traceback."""
+    """Entry point: an error that recray raises on purpose is one message and exit code 2, not a traceback."""
+    # Options of the whole command may follow the verb, where people write them.
+    first = [word for word in sys.argv[1:] if word in _GLOBAL]
+    rest = [word for word in sys.argv[1:] if word not in _GLOBAL]
     try:
-        app()
+        app([*first, *rest])
     except RecrayError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        if _json:
+            log.error("recray", f"{type(error).__name__}: {error}", event="error")
+        else:
+            typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
 
 

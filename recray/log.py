@@ -7,15 +7,14 @@ program reads `--json` lines instead of parsing text. As text the line above is
 `train: epoch 1/3  loss 0.4310`.
 
 The command line calls `configure`; a program that uses recray as a library attaches handlers of
-its own to `logging.getLogger("recray")`. Worker processes follow the process that started them
-through the environment variable RECRAY_LOG (`configure_worker`).
+its own to `logging.getLogger("recray")`. A worker process logs as the process that started it does:
+that one sends its `setting()`, and the worker calls `configure_worker`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from typing import Any, Literal, TextIO
 
 Format = Literal["rich", "plain", "json"]
 
-_ENVIRONMENT = "RECRAY_LOG"  # "<format>:<level>", for worker processes
+_setting = ""  # "<format>:<level>" once configured
 _root = logging.getLogger("recray")
 _root.addHandler(logging.NullHandler())
 
@@ -43,6 +42,16 @@ def warning(stage: str, message: str, *, event: str = "warning", values: Mapping
     _log(logging.WARNING, stage, message, event, values)
 
 
+def error(stage: str, message: str, *, event: str = "error", values: Mapping[str, Any] | None = None) -> None:
+    """Why the command ends."""
+    _log(logging.ERROR, stage, message, event, values)
+
+
+def result(stage: str, event: str, values: Mapping[str, Any]) -> None:
+    """A command's result as an event; shown at every level."""
+    _log(logging.CRITICAL, stage, event, event, values)
+
+
 def _log(level: int, stage: str, message: str, event: str, values: Mapping[str, Any] | None) -> None:
     logger = logging.getLogger(f"recray.{stage}")
     if logger.isEnabledFor(level):
@@ -52,7 +61,8 @@ def _log(level: int, stage: str, message: str, event: str, values: Mapping[str, 
 
 def configure(form: Format, level: int = logging.INFO, stream: TextIO | None = None) -> None:
     """Write recray's messages of `level` and above to `stream`: standard output for JSON, else standard error."""
-    os.environ[_ENVIRONMENT] = f"{'plain' if form == 'rich' else form}:{level}"
+    global _setting
+    _setting = f"{'plain' if form == 'rich' else form}:{level}"
     handler: logging.Handler
     if form == "rich":
         # Imported here: a program that uses recray as a library needs no terminal support.
@@ -76,9 +86,14 @@ def configure(form: Format, level: int = logging.INFO, stream: TextIO | None = N
     _root.propagate = False
 
 
-def configure_worker() -> None:
+def setting() -> str:
+    """How this process logs, for `configure_worker` in a process that it starts."""
+    return _setting
+
+
+def configure_worker(how: str) -> None:
     """In a worker process: log as the process that started it does. Ray forwards the lines to the driver."""
-    form, _, level = os.environ.get(_ENVIRONMENT, "").partition(":")
+    form, _, level = how.partition(":")
     if form in ("plain", "json"):
         configure("json" if form == "json" else "plain", int(level or logging.INFO), sys.stdout)
 
@@ -101,7 +116,7 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         body = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
+            "level": "result" if record.levelno > logging.ERROR else record.levelname.lower(),
             "stage": getattr(record, "recray_stage", ""),
             "event": getattr(record, "recray_event", "message"),
             "message": record.getMessage(),

@@ -24,7 +24,9 @@ class Record(BaseModel):
     id: str = ""
     created: str = ""
     recray_version: str = ""
-    parents: list[str] = []
+    identity: str = ""  # of the artefact: the name of its folder (recray.artifacts)
+    keys: dict[str, Any] = {}  # dotted configuration key -> value, of those that decided the result
+    parents: list[str] = []  # ids of the records that it was made from
     seconds: float = 0.0  # wall time of the stage
     config: dict[str, Any] = {}  # the whole resolved configuration
 
@@ -102,8 +104,8 @@ class DatasetRecord(Record):
     """A prepared dataset (layout: recray.data.prepare)."""
 
     fingerprint: str  # of the input files
-    num_items: int  # rows of the item table: real items + 2
-    num_users: int  # largest user id + 1: real users + 2
+    num_items: int  # rows of the item table: real items + NUM_RESERVED
+    num_users: int  # largest user id + 1: real users + NUM_RESERVED
     counts: dict[str, int]  # events and users read, dropped (by reason), and in each split
     features: list[Feature] = []
     columns: dict[str, str] = {}  # of every shard: name -> Arrow type
@@ -131,6 +133,7 @@ class CheckpointRecord(Record):
     rows: int  # training rows consumed over all workers since the start
     metric: str
     value: float  # validation value of `metric`, reduced over all workers
+    best_epoch: int = 0  # the one with the best validation value so far; 0 before the first validation
     history: list[dict[str, float]] = []  # one entry per epoch: loss, seconds, metrics
     dataset_uri: str
     pieces: int = 0  # files that row_sharded tables lie in, one a training worker

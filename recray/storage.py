@@ -105,6 +105,35 @@ def list_files(location: str | Sequence[str], suffix: str = ".parquet") -> list[
     return files
 
 
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a folder, sorted; empty where it does not exist."""
+    system, path = resolve(uri)
+    with _errors(uri, "listed"):
+        if system.get_file_info(path).type != pafs.FileType.Directory:
+            return []
+        found = system.get_file_info(pafs.FileSelector(path))
+    return sorted(entry.base_name for entry in found if entry.type == pafs.FileType.Directory)
+
+
+def folder_size(uri: str) -> int:
+    """Bytes of all files below a folder."""
+    system, path = resolve(uri)
+    with _errors(uri, "listed"):
+        return sum(entry.size or 0 for entry in system.get_file_info(pafs.FileSelector(path, recursive=True)))
+
+
+def link(uri: str, target: str) -> None:
+    """A symbolic link at `uri` to its neighbour `target`, replaced as one step; nothing happens where there are no links."""
+    system, path = resolve(uri)
+    if not isinstance(system, pafs.LocalFileSystem):
+        return
+    part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+    with contextlib.suppress(OSError):  # a file system without links
+        if not os.path.islink(path) or os.readlink(path) != target:
+            os.symlink(target, part)
+            os.replace(part, path)
+
+
 def read_bytes(uri: str) -> bytes:
     system, path = resolve(uri)
     with _errors(uri, "read"), system.open_input_stream(path) as stream:
@@ -132,6 +161,16 @@ def copy_file(source: str, target: str) -> None:
             out.write(part)
 
 
+def copy_folder(source: str, target: str) -> None:
+    """Copy the files of a folder (not recursive), the record checkpoint.json, index.json, ... last."""
+    system, path = resolve(source)
+    with _errors(source, "listed"):
+        entries = system.get_file_info(pafs.FileSelector(path))
+    names = [entry.base_name for entry in entries if entry.type == pafs.FileType.File]
+    for name in sorted(names, key=lambda name: (name.endswith(".json"), name != "dataset.json", name)):
+        copy_file(join(source, name), join(target, name))
+
+
 @contextlib.contextmanager
 def local_file(uri: str) -> Iterator[str]:
     """A local path of the file: its own, or of a copy that lasts as long as the block."""
@@ -151,12 +190,6 @@ def read_json(uri: str) -> Any:
 
 def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
-
-
-def make_folder(uri: str) -> None:
-    system, path = resolve(uri)
-    with _errors(uri, "made"):
-        system.create_dir(path, recursive=True)
 
 
 def delete_folder(uri: str) -> None:

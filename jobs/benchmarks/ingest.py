@@ -97,7 +97,7 @@ def _prepared(folder: str, columns: dict[str, "np.ndarray"]) -> "PreparedDataset
     }
     config = parse_config(table)
     recray.prepare(config)
-    return PreparedDataset.open(f"{config.run_uri}/dataset")
+    return PreparedDataset.open(f"{config.run_uri}/dataset/current")
 
 
 def _measure(dataset: "PreparedDataset", folder: str, epochs: int, rounds: int) -> dict[str, object]:

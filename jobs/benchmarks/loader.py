@@ -45,10 +45,10 @@ def run(
 
     import recray
     from recray.config import parse_config
-    from recray.training import trainer
+    from recray.training import batches
 
     torch.set_num_threads(threads)
-    real, figures = trainer.Feed, dict[str, object]()
+    real, figures = batches.DeviceLoader, dict[str, object]()
     for name, tables in MODELS.items():
         with tempfile.TemporaryDirectory() as temporary:
             simulated = {"events": events, "users": max(10, events // 125), "items": 5000}
@@ -60,14 +60,14 @@ def run(
                 "scaling": {"num_workers": 0, "use_gpu": device == "cuda"},
             }
             config = parse_config(table)
-            if not (Path(config.dataset_uri) / "dataset.json").exists():
+            if not any(Path(str(config.run.dataset)).glob("*/dataset.json")):
                 recray.prepare(config)
             entries: dict[str, list[dict[str, float]]] = {"training": [], "frozen": []}
             for _ in range(repeats):
                 for kind, feed in (("training", real), ("frozen", _Frozen)):
-                    trainer.Feed = feed  # type: ignore[misc, assignment]
+                    batches.DeviceLoader = feed  # type: ignore[misc, assignment]
                     entries[kind] += recray.train(config).history
-            trainer.Feed = real  # type: ignore[misc]
+            batches.DeviceLoader = real  # type: ignore[misc]
         seconds = {kind: min(e["seconds"] - e["first_batch_seconds"] for e in es) for kind, es in entries.items()}
         best = min(entries["training"], key=lambda e: e["seconds"])
         figures[f"{name}_efficiency"] = seconds["frozen"] / seconds["training"]

@@ -57,7 +57,7 @@ def run(
         }
         config = parse_config(table)
         recray.prepare(config)
-        dataset = PreparedDataset.open(f"{config.run_uri}/dataset")
+        dataset = PreparedDataset.open(f"{config.run_uri}/dataset/current")
         figures: dict[str, object] = {
             "rows": sum(shard.impressions for shard in dataset.record.shards["train"]),
             "cores": cores,

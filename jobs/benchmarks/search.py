@@ -27,7 +27,8 @@ def run(
     import numpy as np
     import torch
 
-    from recray.loading.batch import FIRST_ID, Jagged
+    from recray.ids import FIRST_ITEM
+    from recray.loading.batch import Jagged
     from recray.retrieval import faiss_index, recall_sweep
     from recray.retrieval.exact import top_k
 
@@ -37,13 +38,13 @@ def run(
         v_ND = rng.standard_normal((count, _DIM)).astype(np.float32)
         q_QD = rng.standard_normal((queries, _DIM)).astype(np.float32)
         q, v = torch.from_numpy(q_QD), torch.from_numpy(v_ND)
-        values = torch.from_numpy(rng.integers(FIRST_ID, count, queries * _SEEN))
+        values = torch.from_numpy(rng.integers(FIRST_ITEM, count, queries * _SEEN))
         seen = Jagged(values, torch.arange(queries + 1) * _SEEN)
         flat = faiss.IndexFlatIP(_DIM)
         flat.add(v_ND)
-        # Ids below FIRST_ID are no items: recray never returns them, so faiss is asked for as many more.
-        found, (_, ids) = top_k(q, v, _K)[0].numpy(), flat.search(q_QD, _K + FIRST_ID)
-        same = np.mean([len(set(a) & set(b[b >= FIRST_ID][:_K])) / _K for a, b in zip(found, ids, strict=True)])
+        # Ids below FIRST_ITEM are no items: recray never returns them, so faiss is asked for as many more.
+        found, (_, ids) = top_k(q, v, _K)[0].numpy(), flat.search(q_QD, _K + FIRST_ITEM)
+        same = np.mean([len(set(a) & set(b[b >= FIRST_ITEM][:_K])) / _K for a, b in zip(found, ids, strict=True)])
         figures[f"{count}_agreement"] = float(same)
         for used in threads or [1, 2]:
             torch.set_num_threads(used)
@@ -51,7 +52,7 @@ def run(
             name = f"{count}_threads{used}"
             for kind, exclude, extra in (("", None, 0), ("_seen", seen, _SEEN)):
                 ours_of = partial(top_k, q, v, _K, exclude)
-                pair = _in_turns(ours_of, partial(flat.search, q_QD, _K + FIRST_ID + extra))
+                pair = _in_turns(ours_of, partial(flat.search, q_QD, _K + FIRST_ITEM + extra))
                 ours, theirs = (seconds * 1000 / queries for seconds in pair)
                 figures |= {f"{name}{kind}_ms": ours, f"{name}{kind}_faiss_ms": theirs}
                 figures[f"{name}{kind}_speedup"] = theirs / ours
@@ -61,7 +62,7 @@ def run(
         ours_of, measured = partial(recall_sweep.measure, index, q_QD, exact, _K), list[float]()
         _, bare = _in_turns(
             lambda m=measured, f=ours_of: m.append(f()[3]),  # type: ignore[misc]
-            partial(index.search, q_QD, _K + FIRST_ID),
+            partial(index.search, q_QD, _K + FIRST_ITEM),
         )
         figures[f"{count}_sweep_ms"] = min(measured)
         figures[f"{count}_sweep_over_faiss"] = min(measured) / (bare * 1000 / queries)

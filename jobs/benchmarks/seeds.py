@@ -74,13 +74,13 @@ class _Runs:
         shared = [*keys, f"run.dataset={self._folder}/data-{seed}/dataset"]
         megabytes = self._stage("train", run, seed, shared)
         self._stage("evaluate", run, seed, shared)
-        systems = ReportRecord.read(f"{self._folder}/{run}/report").metrics
+        systems = ReportRecord.read(f"{self._folder}/{run}/report/current").metrics
         figures = {metric: value.value for metric, value in systems.pop("model").items()}
         for system, metrics in systems.items():
             prefix = "" if system in ("blended", "index", "reranked") else "baseline "
             figures |= {f"{prefix}{system} {metric}": value.value for metric, value in metrics.items()}
         # Of the record: a run that was there is only read again.
-        seconds = CheckpointRecord.read(f"{self._folder}/{run}/checkpoint").seconds
+        seconds = CheckpointRecord.read(f"{self._folder}/{run}/checkpoint/current").seconds
         return figures | {"train_seconds": seconds, "train_peak_mb": megabytes}
 
     def _stage(self, stage: str, run: str, seed: int, keys: list[str]) -> float:

@@ -111,13 +111,14 @@ class _Trainer:
 
     def step(self) -> tuple[float, float]:
         """Seconds, and seconds of the processor, without making the batch."""
-        from recray.layers import embedding
+        from recray.layers import collectives
+        from recray.layers.hooks import run_hooks, step_hooks
 
         batch = _batch(self._rows, self._size)
         started, used = time.perf_counter(), time.process_time()
         loss, weight = self._objective(batch)
         (loss / weight).backward()
-        embedding.sync(self._objective)
+        run_hooks(step_hooks(self._objective), collectives.total, scaled=False)
         self._optimizer.step(self._scaler)
         return time.perf_counter() - started, time.process_time() - used
 
@@ -132,10 +133,15 @@ class _Gather:
 def _batch(rows: int, size: int):  # type: ignore[no-untyped-def]
     import torch
 
-    from recray.loading.batch import FIRST_ID, Batch, Jagged
+    from recray.ids import FIRST_ITEM
+    from recray.loading.batch import Batch, Jagged
 
-    history = Jagged(torch.randint(FIRST_ID, rows, (size * _HISTORY,)), torch.arange(0, size * _HISTORY + 1, _HISTORY))
-    return Batch(torch.ones(size, dtype=torch.int64), history, torch.randint(FIRST_ID, rows, (size,)), torch.ones(size))
+    history = Jagged(
+        torch.randint(FIRST_ITEM, rows, (size * _HISTORY,)), torch.arange(0, size * _HISTORY + 1, _HISTORY)
+    )
+    return Batch(
+        torch.ones(size, dtype=torch.int64), history, torch.randint(FIRST_ITEM, rows, (size,)), torch.ones(size)
+    )
 
 
 def _megabytes() -> float:

@@ -89,7 +89,7 @@ def _stages(path: Path, home: Path, rows: int, workers: int) -> dict[str, object
         figures[f"{stage}_seconds"] = time.perf_counter() - started
         figures[f"{stage}_peak_mb"] = watch.peak() / 2**20
         if stage == "train":
-            epoch = CheckpointRecord.read(f"{home}/wide/checkpoint").history[0]
+            epoch = CheckpointRecord.read(f"{home}/wide/checkpoint/current").history[0]
             begin, seconds = epoch["first_step_at"], epoch["seconds"]
             # Buffers fill in the first tenth, which is left out.
             first = watch.peak(begin + 0.1 * seconds, begin + 0.55 * seconds)
@@ -99,7 +99,7 @@ def _stages(path: Path, home: Path, rows: int, workers: int) -> dict[str, object
                 "waiting_share": epoch["waiting_share"],
                 "memory_second_half_over_first": second / first,
             }
-    figures["test_auc"] = ReportRecord.read(f"{home}/wide/report").metrics["model"]["auc"].value
+    figures["test_auc"] = ReportRecord.read(f"{home}/wide/report/current").metrics["model"]["auc"].value
     return figures
 
 

@@ -1,18 +1,23 @@
-"""`recray doctor --env`: what every machine of this run has, and what does not fit."""
+"""`recray doctor`: check this machine and, through Ray, every node of the cluster that RAY_ADDRESS names.
+
+worker-1 (node 10.0.0.7, 8 CPUs, 1 GPU)
+  ok   python           3.11.7
+  BAD  ray              2.58.0
+                        2.60.0 on the machine that starts the run: use one image on all nodes
+"""
 
 from __future__ import annotations
 
-import os
 import platform
+import socket
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.markup import escape
+import typer
 
 from recray.cluster import environment, runtime
 from recray.cluster.environment import Finding
 
-_SAME = ("python", "recray", "torch", "ray", "pyarrow", "numpy", "cuda", "nccl")  # on all nodes of a cluster
+_SAME = ("python", "recray", "torch", "ray", "pyarrow", "numpy")  # must be equal on all nodes of a cluster
 _SECONDS = 300
 
 
@@ -22,25 +27,28 @@ class Machine(NamedTuple):
 
 
 def examine() -> list[Machine]:
-    """This machine, and through Ray every node of the cluster that RAY_ADDRESS names, as in every other command."""
+    """Findings of this machine, of every node of the cluster, and of an all-reduce between the nodes.
+
+    Raises ClusterError if RAY_ADDRESS is set and that cluster cannot be joined.
+    """
     here = Machine(f"{platform.node()} (this process)", environment.inspect())
-    return [here, *_nodes(here)] if os.environ.get("RAY_ADDRESS") else [here]
+    return [here, *_nodes(here)] if runtime.is_shared() else [here]
 
 
-def show(machines: list[Machine]) -> bool:
-    """Print the findings, problems in red with what to do; whether there are none."""
-    console = Console(highlight=False, soft_wrap=True)
+def render(machines: list[Machine]) -> tuple[str, int]:
+    """The findings as text, problems in red, and the number of problems."""
+    lines = []
     problems = 0
     for machine in machines:
-        console.print(f"[bold]{escape(machine.name)}[/bold]")
+        lines.append(typer.style(machine.name, bold=True))
         for name, value, problem in machine.findings:
-            console.print(f"  {'[red]BAD[/red]' if problem else 'ok '}  {name:16} {escape(value)}")
+            lines.append(f"  {typer.style('BAD', fg='red') if problem else 'ok '}  {name:16} {value}")
             if problem:
                 problems += 1
-                console.print(f"       [red]{'':16} {escape(problem)}[/red]")
+                lines.append(typer.style(f"       {'':16} {problem}", fg="red"))
     count = f"{problems} problem{'s' if problems > 1 else ''}" if problems else "no problems"
-    console.print(f"{len(machines)} machine{'s' if len(machines) > 1 else ''}, {count}")
-    return not problems
+    lines.append(f"{len(machines)} machine{'s' if len(machines) > 1 else ''}, {count}")
+    return "\n".join(lines), problems
 
 
 def _nodes(here: Machine) -> list[Machine]:
@@ -48,80 +56,76 @@ def _nodes(here: Machine) -> list[Machine]:
     import ray
 
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
-    # A task that asks for no GPU would be shown none.
-    see = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
-    task = ray.remote(max_calls=1)(environment.inspect)
-    asked = [task.options(num_cpus=0, runtime_env=see, **_on(node)).remote() for node in nodes]
+    inspect = ray.remote(max_calls=1)(environment.inspect)
+    references = [inspect.options(**_on(node)).remote() for node in nodes]
     machines = []
-    for node, reference in zip(nodes, asked, strict=True):
-        name = f"{node['NodeManagerHostname']} (node {node['NodeManagerAddress']}, {_resources(node)})"
+    for node, reference in zip(nodes, references, strict=True):
+        cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
+        name = f"{node['NodeManagerHostname']} (node {node['NodeManagerAddress']}, {cpus} CPU, {gpus} GPU)"
         try:
             found = ray.get(reference, timeout=_SECONDS)
         except Exception as error:
-            last = str(error).strip().splitlines()[-1]
-            advice = "use one image with recray on all nodes, and look at the node's log with `ray logs`"
-            found = [Finding("task", "cannot run here", f"{last}: {advice}")]
-        machines.append(Machine(name, [_like(one, here.findings) for one in found]))
+            advice = "use one image with recray on all nodes, and see the node's log with `ray logs`"
+            found = [Finding("task", "cannot run on this node", f"{_last_line(error)}: {advice}")]
+        machines.append(Machine(name, [compare(one, here.findings) for one in found]))
     return [*machines, Machine("between the nodes", [_between(nodes)])] if len(nodes) > 1 else machines
 
 
 def _on(node: dict[str, Any]) -> dict[str, Any]:
+    """Options of a task that runs on this node, uses none of its resources and sees its GPUs."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
+    return {
+        "num_cpus": 0,
+        # Ray hides the GPUs from tasks that request none, unless this is set.
+        "runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}},
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+    }
 
 
-def _resources(node: dict[str, Any]) -> str:
-    there = node["Resources"]
-    return f"{there.get('CPU', 0):.0f} CPU, {there.get('GPU', 0):.0f} GPU"
-
-
-def _like(finding: Finding, here: list[Finding]) -> Finding:
-    """A version that is another one than here does not fit: what is pickled here is read there."""
+def compare(finding: Finding, here: list[Finding]) -> Finding:
+    """Add a problem to a version that differs from the one here: objects pickled here are unpickled on the node."""
     mine = {one.name: one.value for one in here}.get(finding.name, finding.value)
-    if finding.problem or finding.name not in _SAME or finding.value == mine:
+    value = finding.value
+    if finding.name == "torch":  # the head may have the CPU build of the same version: 2.13.0+cpu and 2.13.0+cu130
+        mine, value = mine.partition("+")[0], value.partition("+")[0]
+    if finding.problem or finding.name not in _SAME or value == mine:
         return finding
-    if finding.name in ("cuda", "nccl") or finding.name == "torch":
-        mine, same = mine.split("+")[0], finding.value.split("+")[0]  # the head may run the CPU build of the same torch
-        if finding.name != "torch" or mine == same:
-            return finding
-    return finding._replace(problem=f"{mine} where the run is started: use one image on all nodes")
+    return finding._replace(problem=f"{mine} on the machine that starts the run: use one image on all nodes")
 
 
 def _between(nodes: list[dict[str, Any]]) -> Finding:
-    """An all-reduce with one rank on every node: NCCL where two nodes or more have a GPU, gloo over all nodes otherwise."""
+    """All-reduce with one rank per node: NCCL if at least two nodes have a GPU, else gloo over all nodes."""
     import ray
 
-    gpu = [node for node in nodes if node["Resources"].get("GPU", 0)]
-    backend, chosen = ("nccl", gpu) if len(gpu) > 1 else ("gloo", nodes)
-    see = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
-    meet, rank = ray.remote(_meeting), ray.remote(_one_rank)
+    with_gpu = [node for node in nodes if node["Resources"].get("GPU", 0)]
+    backend, chosen = ("nccl", with_gpu) if len(with_gpu) > 1 else ("gloo", nodes)
+    name, value = f"all-reduce {backend}", f"{len(chosen)} nodes"
     try:
-        meeting = ray.get(
-            meet.options(num_cpus=0, **_on(chosen[0])).remote(chosen[0]["NodeManagerAddress"]), timeout=_SECONDS
-        )
+        free_port = ray.remote(_free_port).options(**_on(chosen[0])).remote(chosen[0]["NodeManagerAddress"])
+        init_method = ray.get(free_port, timeout=_SECONDS)
+        rank = ray.remote(_one_rank)
         references = [
-            rank.options(num_cpus=0, runtime_env=see, **_on(node)).remote(backend, number, len(chosen), meeting)
+            rank.options(**_on(node)).remote(backend, number, len(chosen), init_method)
             for number, node in enumerate(chosen)
         ]
-        answers: list[Finding] = ray.get(references, timeout=_SECONDS)
+        findings: list[Finding] = ray.get(references, timeout=_SECONDS)
     except Exception as error:
-        advice = "see `ray status` and the log of the job"
-        return Finding(
-            f"all-reduce {backend}", f"{len(chosen)} nodes", f"{str(error).strip().splitlines()[-1]}: {advice}"
-        )
-    return next((answer for answer in answers if answer.problem), answers[0])
+        return Finding(name, value, f"{_last_line(error)}: see `ray status` and the log of the job")
+    return next((finding for finding in findings if finding.problem), findings[0])
 
 
-def _meeting(address: str) -> str:
-    """A free port of the first rank's node."""
-    import socket
-
+def _free_port(address: str) -> str:
+    """Run on the node of rank 0: where the ranks meet."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         return f"tcp://{address}:{probe.getsockname()[1]}"
 
 
-def _one_rank(backend: str, rank: int, world: int, meeting: str) -> Finding:
-    process = environment.start_rank(backend, rank, world, meeting, device=0)
+def _one_rank(backend: str, rank: int, world: int, init_method: str) -> Finding:
+    process = environment.start_rank(backend, rank, world, init_method, device=0)
     return environment.finish(f"all-reduce {backend}", f"{world} nodes", [process])
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]

@@ -1,6 +1,10 @@
-"""What this machine has: versions and whether they fit one another, devices that compute, room for Ray.
+"""Check this machine: package versions, devices, collectives, shared memory and disk.
 
-Needs no Ray: runs on a laptop, in the image, and as a task on every node of a cluster (recray.cluster.doctor).
+Needs no Ray: it runs on a laptop, in the image, and as a Ray task on every node of a cluster (recray.cluster.doctor).
+Every check gives one or more findings. A finding without a problem is fine; a problem says what is wrong and what to do:
+
+    Finding("driver", "535.54, CUDA up to 12.2",
+            "the driver supports CUDA up to 12.2, but torch is built with 13.0: update the driver to 580.65 or later, ...")
 """
 
 from __future__ import annotations
@@ -22,70 +26,61 @@ from typing import Any, NamedTuple
 import recray
 
 _GIB = 2**30
-_SHARED_MEMORY = 1 * _GIB  # a container has 64 MiB unless told; Ray's object store then falls back to the disk
+_SHARED_MEMORY = 1 * _GIB  # containers have 64 MiB by default; Ray's object store then falls back to disk
 _DISK = 5 * _GIB
-_DISK_SHARE = 0.95  # above it Ray refuses to spill (RAY_local_fs_capacity_threshold)
-_SECONDS = 120  # an all-reduce that takes longer hangs
+_DISK_SHARE = 0.95  # when the disk is fuller than this, Ray refuses to spill (RAY_local_fs_capacity_threshold)
+_SECONDS = 120  # limit of one all-reduce, start of its processes included
 _LOCK = "pip install -r requirements.lock"
+_DRIVERS = {11: "450.80", 12: "525.60", 13: "580.65"}  # CUDA major version -> first driver that supports it
+_NETWORK = (
+    "check that this host's name resolves and that no firewall blocks the connection; "
+    "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME select the network interface"
+)
 
 
 class Finding(NamedTuple):
     name: str
     value: str
-    problem: str = ""  # what is wrong and what to do; empty where all is well
+    problem: str = ""  # what is wrong and what to do; empty if nothing is wrong
 
 
 def inspect() -> list[Finding]:
-    """Everything that can be known of this machine alone; takes about ten seconds."""
-    torch, torch_finding = _package("torch")
-    found = [_python(), Finding("recray", recray.__version__, _unmet("recray")), torch_finding]
-    found += [_package(name)[1] for name in ("ray", "pyarrow", "numpy")]
-    found.append(_faiss())
-    if torch is not None:
+    """All checks of this machine. Takes about ten seconds."""
+    conflicts = pip_check()
+    old = "" if sys.version_info >= (3, 11) else "recray needs Python 3.11 or later: make the environment with it"
+    found = [
+        Finding("python", platform.python_version(), old),
+        Finding("recray", recray.__version__, conflicts.get("recray", "")),
+        *(_package(name, conflicts) for name in ("torch", "ray", "pyarrow", "numpy")),
+        _faiss(conflicts),
+    ]
+    if "torch" in sys.modules:  # it could be imported
+        import torch
+
         found += [*_cuda(torch), *_devices(torch), *_collectives(torch)]
-    return [*found, *_room()]
+    return [*found, *_space()]
 
 
-def _python() -> Finding:
-    version = platform.python_version()
-    problem = "" if sys.version_info >= (3, 11) else "recray needs Python 3.11 or later: make the environment with one"
-    return Finding("python", version, problem)
+def pip_check() -> dict[str, str]:
+    """Problems that `pip check` reports, by the package that has them; empty where pip is not installed."""
+    command = [sys.executable, "-m", "pip", "check", "--disable-pip-version-check"]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS).stdout.splitlines()
+    problems: dict[str, list[str]] = {}
+    for line in lines:  # "recray 0.1.0 has requirement pydantic>=2.7, but you have pydantic 1.0."
+        problems.setdefault(line.partition(" ")[0].lower(), []).append(line.rstrip("."))
+    return {name: f"{'; '.join(found)}: {_LOCK}" for name, found in problems.items()}
 
 
-def _package(name: str) -> tuple[Any, Finding]:
-    """The imported module (None where it cannot be imported) and its version, checked against what it requires."""
+def _package(name: str, conflicts: dict[str, str]) -> Finding:
     try:
-        module = importlib.import_module(name)
+        return Finding(name, str(importlib.import_module(name).__version__), conflicts.get(name, ""))
     except (ImportError, OSError) as error:
-        return None, Finding(name, "cannot be imported", f"{error}: {_LOCK}")
-    return module, Finding(name, str(module.__version__), _unmet(name))
+        return Finding(name, "cannot be imported", f"{error}: {_LOCK}")
 
 
-def _unmet(name: str) -> str:
-    """Which direct requirement of an installed package is missing or of another version."""
-    from packaging.requirements import Requirement
-
-    try:
-        texts = metadata.requires(name) or []
-    except metadata.PackageNotFoundError:
-        return ""  # code on PYTHONPATH
-    problems = []
-    for text in texts:
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            there = metadata.version(wanted.name)
-        except metadata.PackageNotFoundError:
-            problems.append(f"needs {wanted.name}{wanted.specifier}, which is not installed")
-            continue
-        if not wanted.specifier.contains(there, prereleases=True):
-            problems.append(f"needs {wanted.name}{wanted.specifier}, but {there} is installed")
-    return f"{'; '.join(problems)}: {_LOCK}" if problems else ""
-
-
-def _faiss() -> Finding:
-    builds = [name for name in ("faiss-cpu", "faiss-gpu") if _installed(name)]
+def _faiss(conflicts: dict[str, str]) -> Finding:
+    installed = {one.metadata["Name"] for one in metadata.distributions()}
+    builds = [name for name in ("faiss-cpu", "faiss-gpu") if name in installed]
     try:
         faiss = importlib.import_module("faiss")
     except (ImportError, OSError) as error:
@@ -95,178 +90,163 @@ def _faiss() -> Finding:
         return Finding("faiss", "cannot be imported", f"{error}: {advice}")
     if len(builds) > 1:
         advice = "pip uninstall faiss-cpu faiss-gpu, then install one of them"
-        return Finding("faiss", faiss.__version__, f"faiss-cpu and faiss-gpu overwrite one another: {advice}")
+        return Finding("faiss", faiss.__version__, f"faiss-cpu and faiss-gpu overwrite each other's files: {advice}")
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     build = builds[0] if builds else "faiss"
-    return Finding("faiss", f"{faiss.__version__} ({build}, {gpus} GPU)", _unmet(build) if builds else "")
-
-
-def _installed(name: str) -> bool:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return bool(metadata.version(name))
-    return False
-
-
-def _driver() -> tuple[str, int]:
-    """Version of the NVIDIA driver and the newest CUDA that it runs, as 1000 * major + 10 * minor; ("", 0) without one."""
-    version = ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        version = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0]
-    newest = ctypes.c_int(0)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(newest))
-    return version.strip(), newest.value
+    return Finding("faiss", f"{faiss.__version__} ({build}, {gpus} GPUs)", conflicts.get(build, ""))
 
 
 def driver_problem(newest: int, built: str | None) -> str:
-    """Whether a driver that runs CUDA up to `newest` runs a torch that was built with CUDA `built`.
+    """What is wrong with torch built for CUDA `built` on a driver that supports CUDA up to `newest`; "" if nothing.
 
-    Within one major version an older driver runs newer minor versions (CUDA minor version compatibility).
+    `newest` is 1000 * major + 10 * minor, as cuDriverGetVersion returns it; 0 means no driver. Within a major version,
+    an older driver runs newer minor versions (CUDA minor version compatibility).
     """
     if not newest:
         return ""
     if built is None:
-        return "there is a GPU, but this torch is built without CUDA: install the CUDA build of the locked torch"
+        return "there is a GPU, but this torch is built without CUDA: install the CUDA build of the torch in the lock"
     major = int(built.split(".")[0])
     if newest // 1000 >= major:
         return ""
-    known = {11: "450.80", 12: "525.60", 13: "580.65"}.get(major, "a newer one")
     return (
-        f"the driver runs CUDA up to {newest // 1000}.{newest % 1000 // 10}, but torch is built with {built}: "
-        f"update the driver to {known} or later, or install a torch for CUDA {newest // 1000}"
+        f"the driver supports CUDA up to {_cuda_version(newest)}, but torch is built with {built}: update the driver to "
+        f"{_DRIVERS.get(major, 'a newer version')} or later, or install a torch for CUDA {newest // 1000}"
     )
 
 
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def _cuda(torch: Any) -> list[Finding]:
-    version, newest = _driver()
-    built = torch.version.cuda
+    number = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):  # no driver
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    newest, built = number.value, torch.version.cuda
     problem = driver_problem(newest, built)
     if newest and built and not problem:
         try:
             torch.cuda.init()
         except Exception as error:
-            problem = (
-                f"torch cannot use the GPU: {error}: check `nvidia-smi` and, in a container, `docker run --gpus all`"
-            )
-    shown = (
-        f"{version or 'of unknown version'}, CUDA up to {newest // 1000}.{newest % 1000 // 10}" if newest else "none"
-    )
-    found = [Finding("driver", shown, problem), Finding("cuda", built or "none: torch for the CPU")]
+            advice = "check `nvidia-smi` and, in a container, `docker run --gpus all`"
+            problem = f"torch cannot use the GPU: {error}: {advice}"
+    driver = "none"
+    if newest:
+        collect_env = importlib.import_module("torch.utils.collect_env")  # untyped
+        version = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown version"
+        driver = f"{version}, CUDA up to {_cuda_version(newest)}"
+    found = [Finding("driver", driver, problem), Finding("cuda", built or "none: CPU build of torch")]
     if built:
         found += [_library("nccl", torch.cuda.nccl.version), _library("cudnn", torch.backends.cudnn.version)]
     return found
 
 
 def _library(name: str, version: Any) -> Finding:
-    """A CUDA library that torch loads; cuDNN's own check compares the loaded version with the one torch was built with."""
+    """A CUDA library that torch loads. cuDNN's call also compares the loaded version with the one torch was built with."""
     try:
         found = version()
     except Exception as error:
-        return Finding(name, "cannot be loaded", f"{error}: another copy comes first; unset LD_LIBRARY_PATH")
+        return Finding(name, "cannot be loaded", f"{error}: another copy is found first; unset LD_LIBRARY_PATH")
     return Finding(name, ".".join(map(str, found)) if isinstance(found, tuple) else str(found))
 
 
 def _devices(torch: Any) -> list[Finding]:
-    """A product of small whole numbers on every device: exact in every precision, so it must be equal."""
-    names = ["cpu"]
-    if torch.cuda.is_available():
-        names += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    """Multiply matrices of small integers on every device: the result is exact in every precision."""
     a = torch.arange(256 * 256).reshape(256, 256) % 7
     wanted = a @ a.T
     found = []
-    for name in names:
-        label = f"{os.cpu_count()} cores, {platform.machine()}"
+    for name in ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]:
+        label, problem = f"{os.cpu_count()} cores, {platform.machine()}", ""
         try:
             if name != "cpu":
-                at = torch.cuda.get_device_properties(name)
-                label = f"{at.name}, {at.total_memory / _GIB:.0f} GiB, compute {at.major}.{at.minor}"
+                gpu = torch.cuda.get_device_properties(name)
+                label = f"{gpu.name}, {gpu.total_memory / _GIB:.0f} GiB, compute {gpu.major}.{gpu.minor}"
             x = a.float().to(name)
-            right = bool(((x @ x.T).cpu() == wanted).all())
+            if not bool(((x @ x.T).cpu() == wanted).all()):
+                problem = "matmul gives a wrong result: the hardware is faulty, remove this machine from the cluster"
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            found.append(Finding(name, label, f"a matrix product fails: {first}: use a torch built for this device"))
-            continue
-        found.append(Finding(name, f"{label}, product right" if right else label, "" if right else _WRONG))
+            problem = f"matmul fails: {str(error).splitlines()[0]}: install a torch that is built for this device"
+        found.append(Finding(name, label if problem else f"{label}, matmul OK", problem))
     return found
 
 
-_WRONG = "a matrix product is wrong: take this machine out of the cluster"
-
-
 def _collectives(torch: Any) -> list[Finding]:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() and torch.distributed.is_nccl_available() else 0
-    found = [all_reduce("gloo", 2)]
-    return [*found, all_reduce("nccl", gpus)] if gpus else found
+    gpus = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
+    return [all_reduce("gloo", 2), *([all_reduce("nccl", gpus)] if gpus else [])]
 
 
 def all_reduce(backend: str, world: int) -> Finding:
-    """Sum over `world` processes of this machine; with nccl, one on each GPU."""
+    """All-reduce over `world` processes on this machine; with nccl one process per GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meeting"
-        processes = [start_rank(backend, rank, world, meeting, rank) for rank in range(world)]
-        return finish(f"all-reduce {backend}", f"{world} processes", processes)
+        ranks = [start_rank(backend, rank, world, f"file://{folder}/store", device=rank) for rank in range(world)]
+        return finish(f"all-reduce {backend}", f"{world} processes", ranks)
 
 
-def start_rank(backend: str, rank: int, world: int, meeting: str, device: int) -> subprocess.Popen[str]:
-    """One rank of an all-reduce in a process of its own, so that one that hangs can be ended."""
-    command = [sys.executable, "-m", "recray.cluster.environment", backend, str(rank), str(world), meeting, str(device)]
+def start_rank(backend: str, rank: int, world: int, init_method: str, device: int) -> subprocess.Popen[str]:
+    """Start one rank of an all-reduce as a subprocess, which can be killed if the collective hangs."""
+    command = [
+        sys.executable,
+        "-m",
+        "recray.cluster.environment",
+        backend,
+        str(rank),
+        str(world),
+        init_method,
+        str(device),
+    ]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(recray.__file__).parents[1]), *sys.path]))}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def finish(name: str, value: str, processes: list[subprocess.Popen[str]]) -> Finding:
-    """Wait for the ranks and end those that hang."""
-    started = time.perf_counter()
+def finish(name: str, value: str, ranks: list[subprocess.Popen[str]]) -> Finding:
+    """Wait for the ranks, kill those that exceed the time limit, and report the first error."""
+    deadline = time.monotonic() + _SECONDS
     errors = []
-    for process in processes:
+    for process in ranks:
         try:
-            _, error = process.communicate(timeout=max(1.0, _SECONDS - (time.perf_counter() - started)))
+            _, text = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            errors.append(f"no answer within {_SECONDS} s")
+            errors.append(f"no result within {_SECONDS} s")
             continue
         if process.returncode:
-            errors.append((error.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
-    if errors:
-        advice = "check that this host's name resolves and that no firewall is between; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface"
-        return Finding(name, value, f"{errors[0]}: {advice}")
-    return Finding(name, f"{value}, sum right")
+            errors.append((text.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    return Finding(name, value, f"{errors[0]}: {_NETWORK}") if errors else Finding(name, f"{value}, all-reduce OK")
 
 
-def _rank(backend: str, rank: int, world: int, meeting: str, device: int) -> None:
+def _rank(backend: str, rank: int, world: int, init_method: str, device: int) -> None:
     import torch
     import torch.distributed as dist
 
-    where = torch.device(f"cuda:{device}" if backend == "nccl" else "cpu")
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
-    values = torch.full((1000,), float(rank + 1), device=where)
+    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world)
+    values = torch.full((1000,), float(rank + 1), device=f"cuda:{device}" if backend == "nccl" else "cpu")
     dist.all_reduce(values)
-    wanted = world * (world + 1) / 2
+    wanted = world * (world + 1) / 2  # 1 + 2 + ... + world
     if not bool((values == wanted).all()):
         raise SystemExit(f"the sum over {world} ranks is {values[0].item()} instead of {wanted}")
     dist.destroy_process_group()
 
 
-def _room() -> list[Finding]:
+def _space() -> list[Finding]:
     found = []
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm")
-        advice = "start the container with --shm-size=8g, on Kubernetes mount an emptyDir of medium Memory at /dev/shm"
-        small = shared.total < _SHARED_MEMORY
-        problem = f"too small for Ray's object store, which then uses the disk: {advice}" if small else ""
-        found.append(Finding("shared memory", _size(shared.free, shared.total), problem))
-    disk = shutil.disk_usage(tempfile.gettempdir())
+        problem = (
+            "too small for Ray's object store, which then uses the disk: start the container with --shm-size=8g; on "
+            "Kubernetes mount an emptyDir with medium Memory at /dev/shm"
+        )
+        found.append(_usage("shared memory", shared, problem if shared.total < _SHARED_MEMORY else ""))
+    folder = tempfile.gettempdir()
+    disk = shutil.disk_usage(folder)
     full = disk.free < _DISK or disk.used > _DISK_SHARE * disk.total
-    problem = (
-        "Ray spills here and stops at 95 %: free space, or set TMPDIR and RAY_TMPDIR to a larger disk" if full else ""
-    )
-    return [*found, Finding(f"disk at {tempfile.gettempdir()}", _size(disk.free, disk.total), problem)]
+    problem = "Ray spills objects here and stops at 95 %: free space, or set TMPDIR and RAY_TMPDIR to a larger disk"
+    return [*found, _usage(f"disk at {folder}", disk, problem if full else "")]
 
 
-def _size(free: int, total: int) -> str:
-    return f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+def _usage(name: str, usage: Any, problem: str) -> Finding:
+    return Finding(name, f"{usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free", problem)
 
 
 if __name__ == "__main__":

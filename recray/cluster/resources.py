@@ -1,116 +1,128 @@
-"""What a run asks of a Ray cluster, whether the cluster can ever have it, and waiting until it is there.
+"""Check and wait for the CPUs and GPUs that a run needs.
 
-Ray itself would wait in silence, for ever, for what is not there.
+Ray waits in silence, and without a limit, for resources that a cluster does not have. recray instead refuses what a
+fixed cluster can never provide, and waits up to `scaling.wait_seconds` for what is busy or still to be started:
+
+    cluster: plan: 2 training workers with 1 GPU and 4 CPUs each; 8 CPUs left for data; object store 24.0 GiB on 3 nodes
+    cluster: waiting for 2 GPUs: the autoscaler is adding nodes; 1 of at most 900 s (scaling.wait_seconds)
+    cluster: resources available after 214 s
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recray import log
+from recray.cluster.private_ray import autoscales
 from recray.config import ScalingConfig
 from recray.errors import ResourceError
 
 _GIB = 2**30
-_ASK_EVERY = 30.0  # seconds between two lines while waiting
+_MESSAGE_SECONDS = 30.0  # between two messages while waiting
 
 
 def of_worker(scaling: ScalingConfig) -> dict[str, float]:
-    """What one training worker holds."""
+    """Resources of one training worker."""
     return {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
 
 
 def check(scaling: ScalingConfig) -> None:
-    """Raise ResourceError where the workers can never be placed; a cluster that adds nodes itself may yet have room."""
+    """Raise ResourceError if the workers can never be placed, neither on the current nodes nor by autoscaling."""
     nodes = _nodes()
     if fits(of_worker(scaling), nodes) < scaling.num_workers and not autoscales():
         raise ResourceError(_explain(scaling, nodes))
 
 
 def wait_for_workers(scaling: ScalingConfig) -> None:
-    """Print the plan, then return once all workers can be placed at once. Raises ResourceError after `wait_seconds`."""
+    """Log the plan and wait until all workers can be placed together. Raises ResourceError after `wait_seconds`."""
     wanted = of_worker(scaling)
     nodes = _nodes()
-    each = " and ".join(f"{amount:g} {name}" for name, amount in reversed(wanted.items()))
+    each = " and ".join(_amount(amount, name) for name, amount in reversed(wanted.items()))
     workers = "1 training worker" if scaling.num_workers == 1 else f"{scaling.num_workers} training workers"
     left = max(0.0, _sum(nodes, "CPU") - scaling.num_workers * wanted["CPU"])
-    print(
-        f"plan: {workers} with {each} each; {left:g} CPU left for data; object store "
-        f"{_sum(nodes, 'object_store_memory') / _GIB:.1f} GiB on {len(nodes)} node{'s' if len(nodes) > 1 else ''}",
-        flush=True,
+    store = _sum(nodes, "object_store_memory")
+    log.info(
+        "cluster",
+        f"plan: {workers} with {each} each; {_amount(left, 'CPU')} left for data; object store "
+        f"{store / _GIB:.1f} GiB on {len(nodes)} node{'s' if len(nodes) > 1 else ''}",
+        event="plan",
+        values={
+            "workers": scaling.num_workers,
+            "per_worker": wanted,
+            "cpus_for_data": left,
+            "object_store_bytes": store,
+            "nodes": len(nodes),
+        },
     )
     wait([wanted] * scaling.num_workers, scaling.wait_seconds)
 
 
 def wait_for_data(scaling: ScalingConfig) -> None:
-    """A cluster that starts from nothing has no CPU for the first task yet."""
+    """Wait for the first CPU of a cluster that starts with no worker nodes."""
     if not _sum(_nodes(), "CPU"):
         if not autoscales():
             raise ResourceError(
-                "this Ray cluster has no CPU, and data tasks need one: add a node, or `ray start --num-cpus`"
+                "this Ray cluster has no CPU, and data tasks need one: add a node, or start one with `ray start --num-cpus`"
             )
         wait([{"CPU": 1.0}], scaling.wait_seconds)
 
 
 def wait(bundles: Sequence[dict[str, float]], seconds: float) -> None:
-    """Until a placement group of `bundles` is placed; a pending one is also what tells the autoscaler to add nodes."""
+    """Wait until `bundles` can be placed together. Raises ResourceError after `seconds`.
+
+    A placement group reserves them all at once; while it is pending, it is also the request that the autoscaler sees.
+    """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     group = placement_group(list(bundles))
     started = time.monotonic()
-    told, passed = False, 0.0
+    waited, passed = False, 0.0
     try:
-        while not group.wait(min(_ASK_EVERY if told else 1.0, max(1.0, seconds - passed))):
+        # The first message comes after one second: free resources need no message.
+        while not group.wait(min(_MESSAGE_SECONDS if waited else 1.0, max(1.0, seconds - passed))):
             passed = time.monotonic() - started
             lacking = short(bundles, ray.available_resources())
             if passed >= seconds:
                 raise ResourceError(
-                    f"{lacking} is short after {passed:.0f} s (scaling.wait_seconds = {seconds:g}): look at `ray status` for "
-                    f"why no node comes, ask for less in [scaling], or wait longer"
+                    f"{lacking} not available after {passed:.0f} s (scaling.wait_seconds = {seconds:g}): see `ray status` "
+                    "for what uses the cluster and why no node starts, lower [scaling], or raise scaling.wait_seconds"
                 )
-            why = "the autoscaler adds nodes" if autoscales() else "other work holds it"
-            print(
+            why = "the autoscaler is adding nodes" if autoscales() else "in use by other jobs"
+            log.info(
+                "cluster",
                 f"waiting for {lacking}: {why}; {passed:.0f} of at most {seconds:g} s (scaling.wait_seconds)",
-                flush=True,
+                event="waiting",
+                values={"missing": lacking, "seconds": passed, "limit": seconds},
             )
-            told = True
-        if told:
-            print(f"all there after {time.monotonic() - started:.0f} s", flush=True)
+            waited = True
+        if waited:
+            passed = time.monotonic() - started
+            log.info(
+                "cluster", f"resources available after {passed:.0f} s", event="available", values={"seconds": passed}
+            )
     finally:
         remove_placement_group(group)
 
 
 def short(bundles: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
-    """'1 GPU, 2 CPU': what `bundles` want beyond what is free; what one of them wants where only the pieces are too small."""
+    """What is missing to place `bundles`: "1 GPU, 2 CPUs" if the total is too small, else the size of one bundle."""
     names = {name: None for bundle in bundles for name in bundle}
     lacking = {name: sum(bundle.get(name, 0.0) for bundle in bundles) - free.get(name, 0.0) for name in names}
-    parts = [f"{amount:g} {name}" for name, amount in lacking.items() if amount > 0]
-    return ", ".join(parts) or "a node with " + ", ".join(f"{amount:g} {name}" for name, amount in bundles[0].items())
+    parts = [_amount(amount, name) for name, amount in lacking.items() if amount > 0]
+    return ", ".join(parts) or "a node with " + ", ".join(_amount(amount, name) for name, amount in bundles[0].items())
 
 
 def fits(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many of equal bundles fit on the nodes."""
+    """How many copies of `bundle` fit on the nodes; a copy does not span nodes."""
     return sum(int(min(node.get(name, 0.0) // amount for name, amount in bundle.items())) for node in nodes)
 
 
-def autoscales() -> bool:
-    """Whether this cluster starts nodes by itself.
-
-    Every head without `--no-monitor` runs an autoscaler, one that can start nothing where the cluster has no file. The old
-    autoscaler then names a node's type after the node; with the new one only nodes of a type have the label.
-    """
-    import ray
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    if is_autoscaler_v2():
-        return any("ray.io/node-group" in (node.get("Labels") or {}) for node in ray.nodes() if node["Alive"])
-    status = _internal_kv_get(b"__autoscaling_status")
-    types = (json.loads(status)["autoscaler_report"].get("node_type_mapping") or {}) if status else {}
-    return any(kind != f"node_{node}" for node, kind in types.items())
+def _amount(amount: float, name: str) -> str:
+    """2, "GPU" -> "2 GPUs"; custom resources keep their name."""
+    return f"{amount:g} {name}{'s' if name in ('CPU', 'GPU') and amount != 1 else ''}"
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -144,5 +156,5 @@ def _explain(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> st
     fit = fits(of_worker(scaling), nodes)
     return (
         f"scaling.num_workers = {scaling.num_workers} with {scaling.cpus_per_worker} CPUs each, but only {fit} of them fit on "
-        f"the {len(nodes)} nodes, since a worker does not span nodes: lower scaling.cpus_per_worker, or add larger nodes"
+        f"the {len(nodes)} nodes (a worker does not span nodes): lower scaling.cpus_per_worker, or add larger nodes"
     )

@@ -1,40 +1,47 @@
-"""The only `ray.init`: join the cluster that is there, or start a local Ray."""
+"""The only `ray.init`: join the cluster that RAY_ADDRESS names, or start a private Ray on this machine."""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+from urllib.parse import urlsplit
 
-from recray.cluster import resources
+from recray.cluster import private_ray, resources
 from recray.config import ScalingConfig
 from recray.errors import ClusterError
 
-_QUIET = {  # one line a message, no progress bars, no warnings about what nobody asked for
+# Ray reads these when it is imported. Values that the user has set win.
+_DEFAULTS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Its actor warns at every start; recray goes on from the last epoch on disk without it.
+    # Its actor logs a warning at every start, and recray resumes from checkpoints without it.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # How soon the end of training is seen.
+    # How soon the driver sees that training has finished.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+_CONNECT_SECONDS = 5.0
+_CLIENT_PORT = 10001  # the port of ray:// addresses that name none
+_CHECK = "check the address, and that the cluster is up (`ray status` on its head node)"
 
 _own = False
 
 
 def start(scaling: ScalingConfig, tasks: bool = True) -> None:
-    """Make sure that Ray runs and can have what `scaling` asks for. Safe to call again.
+    """Connect to Ray and check that it can provide what `scaling` asks for. Later calls reuse the connection.
 
-    `tasks`: work for Ray's own processes follows at once, so a local Ray starts some ahead; training's are others.
+    `tasks`: Ray tasks follow at once, so a local Ray starts worker processes ahead. Training does not use those.
 
-    Raises ResourceError when the training workers ask for more than this Ray can ever have.
+    Raises ResourceError when the training workers need more than this cluster can ever have, ClusterError when Ray
+    cannot be joined or started.
     """
     if not tasks:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    # Data tasks need a CPU beside the training workers, or reading would wait for training for ever.
+    # Data tasks need CPUs in addition to those of the training workers; without them reading and training deadlock.
     connect(max(os.cpu_count() or 1, scaling.num_workers * scaling.cpus_per_worker + 2))
     if scaling.num_workers:
         resources.check(scaling)
@@ -44,51 +51,91 @@ def start(scaling: ScalingConfig, tasks: bool = True) -> None:
 
 
 def connect(num_cpus: int | None = None) -> None:
-    """Join the cluster that RAY_ADDRESS names; a local Ray with `num_cpus` where there is none."""
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray with `num_cpus`. Raises ClusterError."""
     global _own
-    for name, value in _QUIET.items():
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    # Joining: an attempt takes Ray 40 s, and its default of 20 attempts 14 minutes. A local start polls, so it keeps 20.
+    joining = {} if address == "local" else {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+    for name, value in (_DEFAULTS | joining).items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
+    if address != "local":
+        _join(address)
+        return
+    try:
         ray.init(
-            address="local",  # else Ray looks for a cluster of this machine, and takes no num_cpus where it finds one
+            address="local",  # without it Ray may join another user's cluster on this machine, and reject num_cpus
             num_cpus=num_cpus,
             include_dashboard=False,
             logging_level=logging.ERROR,
             logging_config=ray.LoggingConfig(log_level="ERROR"),
         )
-        _own = True
-        return
-    try:
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        reason = str(error.__cause__ or error)
-        refused = (
-            "the token is not the cluster's: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to it, with RAY_AUTH_MODE=token"
-        )
-        lost = "check the address, and that the cluster runs (`ray status`)"
+    except Exception as error:  # Ray raises a bare Exception when its processes do not start in time
+        ray.shutdown()
         raise ClusterError(
-            f"no Ray cluster can be joined at RAY_ADDRESS = {address}: {refused if 'InvalidAuthToken' in reason else lost}"
+            f"Ray did not start on this machine: {error} Mostly the machine is overloaded or its disk or memory is full: "
+            "try again when it is less busy, or set scaling.num_workers = 0 to train without Ray"
         ) from error
+    _own = True
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        _check_reachable(address)
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error.__cause__ or error)
+        advice = _CHECK
+        if "InvalidAuthToken" in reason:
+            advice = "the token is not the cluster's: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to it, with RAY_AUTH_MODE=token"
+        raise ClusterError(f"cannot join a Ray cluster at RAY_ADDRESS = {address} ({reason}): {advice}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Open a TCP connection to the head node, which fails at once where Ray would retry for minutes.
+
+    Raises OSError when the head does not answer, ClusterError when `address` is not an address.
+    """
+    if address == "auto":
+        found = private_ray.find_address()
+        if found is None:
+            return  # ray.init reports that there is no cluster
+        address = found
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.scheme not in ("", "ray", "http", "https"):
+        return  # an address of a Ray plug-in
+    try:
+        port = parts.port or (_CLIENT_PORT if parts.scheme == "ray" else None)
+    except ValueError:
+        port = None
+    if parts.scheme in ("http", "https") or not parts.hostname or port is None:
+        raise ClusterError(
+            f"RAY_ADDRESS = {address} does not name a Ray cluster: use HOST:PORT of its head node (port 6379 by default), "
+            "ray://HOST:PORT, `auto` for the cluster of this machine, or `local`. The address of the dashboard (port 8265) "
+            "is for `recray submit --address`"
+        )
+    socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
 
 
 def is_own() -> bool:
-    """Whether this process started the Ray that runs: on one machine, for nobody else."""
+    """True if this process started a private local Ray."""
     return _own
 
 
 def is_shared() -> bool:
-    """Whether a cluster is there to be used: RAY_ADDRESS names one, or this process has joined one."""
-    ray = sys.modules.get("ray")  # whoever has joined one has imported it
-    return not _own and (bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized()))
+    """True if work goes to a cluster: RAY_ADDRESS names one, or this process has joined one."""
+    ray = sys.modules.get("ray")  # not imported yet means not connected
+    address = os.environ.get("RAY_ADDRESS", "local")
+    return not _own and (address not in ("", "local") or (ray is not None and ray.is_initialized()))
 
 
 def quieten_data() -> None:
-    """Ray Data without progress bars and chatter, for this process."""
+    """Turn off Ray Data's progress bars and log messages in this process."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

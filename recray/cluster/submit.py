@@ -1,8 +1,12 @@
-"""`recray submit`: all stages as a job of a Ray cluster, followed from here.
+"""`recray submit`: run all stages as a job of a Ray cluster and follow it from here.
 
-What is uploaded is the configuration and this package, so that the cluster runs the code of whoever submits. The job
-(`python -m recray.cluster.submit`) prints its report as one line beside the table, which is how the report comes back from a
-cluster whose storage cannot be read from here.
+Uploaded are the configuration, the Python files next to it (its plug-ins) and this package, so the cluster runs the
+submitter's code. The job is the ordinary command
+
+    python -m recray run config.toml --report -
+
+which prints the report as one JSON line at its end. That is how the report comes back from a cluster whose storage
+cannot be read from here.
 """
 
 from __future__ import annotations
@@ -13,41 +17,41 @@ import json
 import logging
 import os
 import secrets
-import sys
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 import recray
-from recray import storage
-from recray.config import Config, load_config
-from recray.errors import ClusterError, DependencyError, RecrayError
+from recray import log, storage
+from recray.config import Config
+from recray.errors import ClusterError, DependencyError
 
-_MARK = "recray-report: "
-_STOPPED = 3  # exit code of a job that was stopped
+_STOPPED = 3  # exit code if the job was stopped
+_COMMAND = "python -m recray run config.toml --report -"
+_LOGGERS = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 
 class Jobs:
     """The jobs of one cluster."""
 
     def __init__(self, address: str) -> None:
-        """`address` is that of the dashboard. Raises ClusterError where none answers, or it refuses the token."""
+        """Connect to the dashboard at `address`.
+
+        Raises ClusterError if it does not answer or refuses the token, DependencyError if Ray's job client is not installed.
+        """
         if importlib.util.find_spec("aiohttp") is None:
             raise DependencyError("jobs need Ray's dashboard: pip install 'recray[cluster]'")
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        os.environ.pop("RAY_ADDRESS", None)  # it would win over the address that was given
-        for module in (
-            "dashboard.modules.dashboard_sdk",
-            "dashboard.modules.job.sdk",
-            "_private.runtime_env.packaging",
-        ):
-            logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # they tell of every upload
-        self._address = address
+        os.environ.pop("RAY_ADDRESS", None)  # Ray would use it instead of `address`
+        for name in _LOGGERS:  # they log every upload
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         try:
             self._client = JobSubmissionClient(address)
         except AuthenticationError as error:
@@ -57,69 +61,93 @@ class Jobs:
         except (ConnectionError, RuntimeError) as error:
             last = str(error).strip().splitlines()[-1]
             raise ClusterError(
-                f"no Ray dashboard answers at {address} ({last}): check the address, and that the way is open, for example "
-                f"`ray dashboard CLUSTER.yaml` or `kubectl port-forward`"
+                f"no Ray dashboard answers at {address} ({last}): check the address, and forward the port if the dashboard "
+                "listens on the head node only, for example with `ray dashboard CLUSTER.yaml` or `kubectl port-forward`"
             ) from error
 
     def submit(self, config: Config, requirements: str | None = None) -> str:
-        """Start the job; its id. `requirements` is a lock file that Ray installs where the image lacks it."""
-        package = str(Path(recray.__file__).parent)
-        environment: dict[str, Any] = {"py_modules": [package]}
+        """Start the job and return its id. `requirements` is a lock file that Ray installs on nodes that lack it."""
+        environment: dict[str, Any] = {"py_modules": [str(Path(recray.__file__).parent)]}
         if requirements is not None:
             lines = storage.read_bytes(requirements).decode().splitlines()
             environment["pip"] = {"packages": [line for line in lines if line and not line.startswith("#")]}
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.toml").write_text(tomli_w.dumps(portable(config)))
+            write_files(config, Path(folder))
             job: str = self._client.submit_job(
-                entrypoint="python -m recray.cluster.submit config.toml",
+                entrypoint=_COMMAND,
                 submission_id=f"{config.run.name}-{secrets.token_hex(4)}",
                 runtime_env=environment | {"working_dir": folder},
                 metadata={"run": config.run_uri},
             )
         return job
 
-    def wait(self, job: str, report: str | None = None) -> int:
-        """Show what the job prints until it ends; write its report to `report`. The job's exit code, 3 where it was stopped."""
-        found = asyncio.run(self._follow(job))
+    def wait(self, job: str, show: Callable[[str], None], report: str | None = None) -> int:
+        """Follow the job to its end: pass every line that it prints to `show`, write its report to `report`.
+
+        Returns the job's exit code, 3 if it was stopped.
+        """
+        found = asyncio.run(self._follow(job, show))
         while not (info := self._client.get_job_info(job)).status.is_terminal():
             time.sleep(0.5)
         if info.status == "SUCCEEDED":
             if report is not None and found is not None:
                 storage.write_json(report, json.loads(found))
-                print(f"report: {report}", flush=True)
+                log.info("submit", f"report: {report}", event="report", values={"uri": report})
             return 0
-        reason = info.message.partition(", last available logs")[0]  # which were shown already
-        print(f"job {job}: {info.status.lower()}: {reason}", file=sys.stderr, flush=True)
+        reason = info.message.partition(", last available logs")[0]  # the logs were shown already
+        log.warning(
+            "submit", f"job {job}: {info.status.lower()}: {reason}", event="job", values={"status": info.status}
+        )
         return _STOPPED if info.status == "STOPPED" else int(info.driver_exit_code or 1)
 
-    async def _follow(self, job: str) -> str | None:
-        """Print whole lines as they come; the report's line is kept and not shown."""
+    async def _follow(self, job: str, show: Callable[[str], None]) -> str | None:
+        """Show the job's lines as they come. The report's line is not shown but returned."""
         rest, found = "", None
-        async for piece in self._client.tail_job_logs(job):
+        async for piece in self._client.tail_job_logs(job):  # pieces do not end where lines end
             *lines, rest = (rest + piece).split("\n")
             for line in lines:
-                if line.startswith(_MARK):
-                    found = line.removeprefix(_MARK)
+                if is_report(line):
+                    found = line
                 else:
-                    print(line, flush=True)
+                    show(line)
         if rest:
-            print(rest, flush=True)
+            show(rest)
         return found
 
 
+def is_report(line: str) -> bool:
+    """Whether a line of a job's log is the report: a JSON object with metrics."""
+    try:
+        body = json.loads(line) if line.startswith("{") else None
+    except json.JSONDecodeError:
+        return False
+    return isinstance(body, dict) and "metrics" in body and "split" in body
+
+
+def write_files(config: Config, folder: Path) -> None:
+    """Write the job's working directory: config.toml, and next to it the Python files of the folder of plug-ins."""
+    table = portable(config)
+    plugins = table["run"].pop("plugins", None)  # there as here, the folder of the TOML file is searched
+    for file in sorted(Path(plugins).glob("*.py")) if plugins else []:
+        shutil.copy(file, folder)
+    (folder / "config.toml").write_text(tomli_w.dumps(table))
+
+
 def portable(config: Config) -> dict[str, Any]:
-    """The whole configuration as a TOML table whose paths mean the same from another folder."""
+    """The configuration as a TOML table, with relative paths made absolute so that it works from another folder."""
     table: dict[str, Any] = _without_none(config.model_dump(mode="json"))
     data = table["data"]
-    for section, key in ((data, "path"), (data, "items"), (data, "users"), (table["retrieval"], "ranker")):
-        section.update({key: _absolute(section[key])} if key in section else {})
-    for key in ("train_path", "valid_path", "test_path"):
-        data["split"].update({key: _absolute(data["split"][key])} if key in data["split"] else {})
+    for section, keys in (
+        (data, ("path", "items", "users")),
+        (data["split"], ("train_path", "valid_path", "test_path")),
+        (table["retrieval"], ("ranker",)),
+    ):
+        section.update({key: _absolute(section[key]) for key in keys if key in section})
     return table
 
 
 def _without_none(value: Any) -> Any:
-    """TOML knows no null; a key that is not there has its default, which is null wherever null is allowed."""
+    """Drop keys whose value is None: TOML has no null, and None is the default wherever it is allowed."""
     if isinstance(value, dict):
         return {key: _without_none(one) for key, one in value.items() if one is not None}
     return value
@@ -129,23 +157,3 @@ def _absolute(location: Any) -> Any:
     if isinstance(location, list):
         return [_absolute(one) for one in location]
     return location if "://" in location else os.path.abspath(location)
-
-
-def main() -> None:
-    """What the job runs."""
-    from recray.pipeline import run_all
-    from recray.report.text import render
-
-    config = load_config(sys.argv[1])
-    report = run_all(config)
-    print(render(report), flush=True)
-    print(f"{config.run_uri}/report  {report.id}", flush=True)
-    print(_MARK + report.model_dump_json(), flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except RecrayError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -25,7 +25,12 @@ class RunConfig(Section):
     output: str = Field("runs", description="folder or URI (local, s3://, gs://) under which runs are written")
     seed: int = Field(1, ge=0, description="seed of every random choice")
     dataset: str | None = Field(
-        None, description="prepared dataset to use, <output>/<name>/dataset when unset; several runs may share one"
+        None,
+        description="folder of prepared datasets to use, or one dataset's own folder; <output>/<name>/dataset when unset; several runs may share one",
+    )
+
+    keep: int = Field(
+        3, ge=0, description="artefacts of each stage that `recray prune` keeps besides those in use, newest first"
     )
 
     @field_validator("output", "dataset")

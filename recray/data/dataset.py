@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from recray import storage
+from recray.artifacts import Run
 from recray.records import DatasetRecord
 
 
@@ -21,6 +22,12 @@ class PreparedDataset:
     def open(uri: str) -> PreparedDataset:
         """Raises LineageError when prepare never completed there."""
         return PreparedDataset(uri, DatasetRecord.read(uri))
+
+    @staticmethod
+    def of(run: Run) -> PreparedDataset:
+        """The prepared dataset of a run. Raises LineageError where there is none of its configuration."""
+        artifact = run.dataset()
+        return PreparedDataset(artifact.uri, artifact.record)
 
     def file_uri(self, file: str) -> str:
         """Of a shard's `file`."""

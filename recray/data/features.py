@@ -1,4 +1,4 @@
-"""Feature columns to numbers: fitted once, applied in every task.
+"""Encoding of feature columns as numbers: fitted once on the train events, applied in every task.
 
 categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value
                     hashed: 0 missing, 2 + hash of the value modulo hash_buckets; nothing is unknown
@@ -19,9 +19,11 @@ import pyarrow.compute as pc
 from recray.config import FeatureConfig
 from recray.data.hashing import hash_keys
 from recray.errors import DataError
+from recray.ids import NUM_RESERVED, PAD, UNKNOWN
+from recray.loading.jagged import offsets_from_lengths
 from recray.records import Feature
 
-_MAX_POINTS = 4096  # a distribution of numbers is kept as at most so many weighted points
+_MAX_POINTS = 4096  # weighted points that stand for the distribution of a numeric column
 _LARGEST = 10.0  # standard deviations; one absurd value must not overflow a model that multiplies its inputs
 _MAX_INFERRED = 10_000  # distinct values up to which a column of strings or integers is taken for a category
 
@@ -29,7 +31,7 @@ _MAX_INFERRED = 10_000  # distinct values up to which a column of strings or int
 def infer_kinds(
     table: pa.Table, key: str, declared: dict[str, FeatureConfig], where: str
 ) -> tuple[dict[str, FeatureConfig], list[str]]:
-    """Declared features; or, when none is declared, every usable column of a side table, and why others are left out."""
+    """The declared features; if none is declared, every usable column of a side table, and why the others are left out."""
     if declared:
         missing = [name for name in declared if name not in table.column_names]
         if missing:
@@ -51,14 +53,14 @@ def infer_kinds(
 
 
 def kind_of_type(kind: pa.DataType) -> Literal["categorical", "list", "numeric"]:
-    """What a column of this type is taken for when the configuration does not say."""
+    """The kind of a column whose kind is not declared."""
     if _is_list(kind):
         return "list"
     return "numeric" if pa.types.is_floating(kind) or pa.types.is_decimal(kind) else "categorical"
 
 
 def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
-    """What fitting needs of some rows: (value, n) for categories and quantiles; (n, mean, squares) for other numbers.
+    """Statistics of some rows, for `fit`: (value, n) for categories and quantiles; (n, mean, squares) for other numbers.
 
     A hashed category counts its bucket. squares: sum of squared distances from the mean, which does not cancel as a
     sum of squares would.
@@ -85,7 +87,7 @@ def value_counts(column: pa.ChunkedArray) -> pa.Table:
 
 
 def merge(*parts: pa.Table) -> pa.Table:
-    """Two or more results of `count_values` as one. The order of parts decides the last bits of a float."""
+    """Combine results of `count_values`. The order of parts decides the last bits of a float."""
     table = pa.concat_tables(parts)
     if "value" in table.column_names:
         numbers = [name for name in table.column_names if name != "value"]
@@ -103,10 +105,10 @@ def merge(*parts: pa.Table) -> pa.Table:
 
 
 def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConfig, counts: pa.Table) -> Feature:
-    """A feature from what `count_values` found in all rows."""
+    """Fit a feature to the statistics of all rows."""
     if config.kind == "numeric" and config.scale == "quantiles":
         edges = _edges(counts, config.quantiles)
-        return Feature(name=name, role=role, kind="categorical", cardinality=len(edges) + 3, edges=edges)
+        return Feature(name=name, role=role, kind="categorical", cardinality=NUM_RESERVED + len(edges) + 1, edges=edges)
     if config.kind == "numeric":
         row = counts.to_pylist()[0]
         std = float(np.sqrt(row["squares"] / max(row["n"], 1)))
@@ -117,14 +119,16 @@ def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConf
             name=name,
             role=role,
             kind=config.kind,
-            cardinality=config.hash_buckets + 2,
+            cardinality=NUM_RESERVED + config.hash_buckets,
             hash_buckets=config.hash_buckets,
             collisions=_collisions(len(counts), config.hash_buckets),
         )
     kept = counts.filter(pc.greater_equal(counts["n"], config.min_count))
     kept = kept.sort_by([("n", "descending"), ("value", "ascending")])
     vocabulary = kept["value"].to_pylist()
-    return Feature(name=name, role=role, kind=config.kind, cardinality=len(vocabulary) + 2, vocabulary=vocabulary)
+    return Feature(
+        name=name, role=role, kind=config.kind, cardinality=NUM_RESERVED + len(vocabulary), vocabulary=vocabulary
+    )
 
 
 def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
@@ -133,7 +137,9 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
     if feature.edges is not None:
         x = _numbers(column)
         return pa.array(
-            np.where(np.isfinite(x), 2 + np.searchsorted(feature.edges, x, side="right"), 0).astype(np.int32)
+            np.where(np.isfinite(x), NUM_RESERVED + np.searchsorted(feature.edges, x, side="right"), PAD).astype(
+                np.int32
+            )
         )
     if feature.kind == "numeric":
         x = _numbers(column)
@@ -144,18 +150,18 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
         return _lookup(column, feature)
     lists = column.cast(pa.list_(column.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    offsets = offsets_from_lengths(lengths).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), _lookup(pc.list_flatten(lists), feature))
 
 
 def _lookup(values: pa.Array, feature: Feature) -> pa.Array:
     values = _no_nan(values)
     if feature.hash_buckets:
-        return pc.fill_null(pc.add(_hash(values, feature.hash_buckets), 2), 0).cast(pa.int32())
+        return pc.fill_null(pc.add(_hash(values, feature.hash_buckets), NUM_RESERVED), PAD).cast(pa.int32())
     vocabulary = pa.array(feature.vocabulary or [], type=_vocabulary_type(values.type))
     found = pc.index_in(values.cast(vocabulary.type), value_set=vocabulary)
-    ids = pc.add(pc.fill_null(found, -1), 2).to_numpy(zero_copy_only=False)
-    ids = np.where(values.is_null().to_numpy(zero_copy_only=False), 0, ids)
+    ids = pc.add(pc.fill_null(found, UNKNOWN - NUM_RESERVED), NUM_RESERVED).to_numpy(zero_copy_only=False)
+    ids = np.where(values.is_null().to_numpy(zero_copy_only=False), PAD, ids)
     return pa.array(ids.astype(np.int32))
 
 
@@ -206,7 +212,7 @@ def _collisions(occupied: int, buckets: int) -> float:
 
 
 def _thinned(points: pa.Table) -> pa.Table:
-    """Counts of numbers as at most _MAX_POINTS points of equal weight; counts of other values as they are."""
+    """Reduce counts of numbers to at most _MAX_POINTS points of equal weight; other counts are returned unchanged."""
     if not pa.types.is_floating(points["value"].type) or len(points) <= _MAX_POINTS:
         return points
     points = points.sort_by("value")
@@ -218,7 +224,7 @@ def _thinned(points: pa.Table) -> pa.Table:
 
 
 def _edges(points: pa.Table, quantiles: int) -> list[float]:
-    """Distinct inner quantiles; none where all values are the same."""
+    """Distinct inner quantiles; empty if all values are equal."""
     if not len(points):
         return []
     points = points.sort_by("value")

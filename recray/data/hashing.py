@@ -1,4 +1,4 @@
-"""Hashes that are the same on every machine and run."""
+"""Hashes that are the same on every machine and in every run (Python's own are not)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Items that a user did not choose, drawn for a log of choices only. numpy only; one bucket of users at a time.
+"""Drawing negatives for a log that only has positives: items that a user did not choose. numpy, one bucket at a time.
 
-A negative stands where its positive stands: same user, time, split and context. An
-item that the user chose in this split or one before it is never drawn; what the user
-chooses in a later split may be, because not to draw it would tell of the future.
+A negative gets the user, time, split and context of its positive. An item that the user chose in this split or an
+earlier one is never drawn. An item that the user chooses in a later split may be drawn: leaving it out would leak the
+future.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 
 from recray.config import NegativesConfig
 from recray.data.hashing import mix
+from recray.ids import FIRST_ITEM
 
-_FIRST = 2  # id of the first item
-_ROUNDS = 100  # of drawing again what the user chose
-MAX_SAMPLE = 1_048_576  # events of the log that stand for all of them when the draw is 'recent'
+_ROUNDS = 100  # of drawing again where an item was drawn that the user chose
+MAX_SAMPLE = 1_048_576  # events that represent the whole log for draw = 'recent'
 
 
 @dataclass(frozen=True)
 class Sampler:
     """How items are drawn.
 
-    counts_N: train events of item id 2, 3, ... time_S, item_S: a sample of the log's events by time, `share` of them.
+    counts_N: train events of item ids FIRST_ITEM, FIRST_ITEM + 1, ... time_S, item_S: a sample of the log's events by time, `share` of them.
     """
 
     config: NegativesConfig
@@ -40,9 +40,9 @@ class Sampler:
     def items(self, rng: np.random.Generator, time_M: np.ndarray) -> np.ndarray:
         """(M,) ids for negatives at these times."""
         if self.config.draw == "uniform":
-            return rng.integers(_FIRST, _FIRST + len(self.counts_N), len(time_M))
+            return rng.integers(FIRST_ITEM, FIRST_ITEM + len(self.counts_N), len(time_M))
         total = self._cumulative_N
-        popular = np.searchsorted(total, rng.integers(0, total[-1], len(time_M)), side="right") + _FIRST
+        popular = np.searchsorted(total, rng.integers(0, total[-1], len(time_M)), side="right") + FIRST_ITEM
         if self.config.draw == "popularity" or self.time_S is None or self.item_S is None:
             return popular
         window = max(1, round(self.config.recent_events * self.share))
@@ -60,12 +60,12 @@ def draw(
     wanted_E: np.ndarray,
     seed: list[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Negatives of the events marked in `wanted_E`: index of the positive, and the item; fewer where a user chose almost all.
+    """Draw negatives for the events marked in `wanted_E`, all of which are positive.
 
-    All events given are positive.
+    Returns the index of each negative's positive, and its item id. Fewer are returned for users who chose nearly all items.
     """
     rng = np.random.default_rng(seed)
-    span = len(sampler.counts_N) + _FIRST
+    span = len(sampler.counts_N) + FIRST_ITEM
     key_E = user_E * span + item_E
     order = np.lexsort((code_E, key_E))
     chosen, first = np.unique(key_E[order], return_index=True)
@@ -87,7 +87,7 @@ def draw(
 
 
 def sampled(order_E: np.ndarray, share: float) -> np.ndarray:
-    """(E,) bool: a sample by the unique order of events, the same on every run."""
+    """(E,) bool: a random sample that depends only on the unique `order` of events."""
     if not share:
         return np.zeros(len(order_E), bool)
     return np.asarray(mix(order_E.astype(np.int64).view(np.uint64)).astype(np.float64) / 2.0**64 < share)

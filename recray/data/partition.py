@@ -1,6 +1,9 @@
-"""What a task does with one bucket of users: sort it, count it, write its shards. No Ray here.
+"""The work of one prepare task on one bucket of users: sort its events, count them, write its shards. No Ray here.
 
-Between steps a bucket is a Parquet file of sorted events (`sorted_file`).
+A bucket holds all events of the users whose key hashes to its number, so that no step needs events of another bucket.
+Between the steps a bucket is a Parquet file of sorted events (`sorted_file`):
+
+    add_bucket -> sort -> [bucket-00003.parquet] -> histogram, count -> write -> train/part-00003.parquet, ...
 """
 
 from __future__ import annotations
@@ -16,19 +19,28 @@ from recray import storage
 from recray.config import DataConfig, FeatureConfig
 from recray.data import features, negatives, split, user_rows, vocab
 from recray.data.hashing import hash_keys
-from recray.data.split import SPLITS
 from recray.errors import DataError
+from recray.ids import SPLITS, UNKNOWN
 from recray.records import Feature
 
 _TIME_BINS = 1_000_000
-_GROUP_EVENTS = 65_536  # of a row group of a shard, about
+_GROUP_EVENTS = 65_536  # events per row group of a shard, about
+
+
+@dataclass(frozen=True)
+class Sorting:
+    """What every task needs to sort a bucket."""
+
+    config: DataConfig
+    has_time: bool
+    folder: str  # of the sorted buckets
 
 
 @dataclass(frozen=True)
 class Encoders:
     """What every task needs to write rows."""
 
-    item_keys: pa.Array  # key of item id 2, 3, ...
+    item_keys: pa.Array  # key of item id FIRST_ITEM, FIRST_ITEM + 1, ...
     context: dict[str, Feature]
     user: dict[str, Feature]
     user_table: pa.Table | None
@@ -42,32 +54,35 @@ def sorted_file(folder: str, bucket: int) -> str:
 
 
 def add_bucket(table: pa.Table, num_buckets: int) -> pa.Table:
+    """Add the column `bucket`: a hash of the user's key, the same on every machine."""
     bucket = hash_keys(table["user"]) % np.uint64(num_buckets)
     return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
 
 
-def sort_blocks(sort: dict[str, Any], bucket: int | None, *blocks: pa.Table) -> dict[str, int]:
-    """Sort the events of one bucket, picked from all blocks; of a small log that is one bucket, all events."""
+def sort_blocks(sorting: Sorting, bucket: int | None, *blocks: pa.Table) -> dict[str, int]:
+    """Sort one bucket, whose events are selected from all blocks of the log. Without `bucket` all events are one bucket."""
     if bucket is not None:
         blocks = tuple(block.filter(pc.equal(block["bucket"], bucket)) for block in blocks if len(block))
     full = [block for block in blocks if len(block)]
     if not full:
         return {"events_read": 0}
-    return _sort(pa.concat_tables(full, promote_options="permissive"), bucket or 0, **sort)
+    return _sort(pa.concat_tables(full, promote_options="permissive"), bucket or 0, sorting)
 
 
-def sort_group(table: pa.Table, sort: dict[str, Any]) -> pa.Table:
-    return pa.Table.from_pylist([_sort(table, int(table["bucket"][0].as_py()), **sort)])
+def sort_group(table: pa.Table, sorting: Sorting) -> pa.Table:
+    """Sort one bucket that a shuffle has gathered; one row of statistics."""
+    return pa.Table.from_pylist([_sort(table, int(table["bucket"][0].as_py()), sorting)])
 
 
-def _sort(table: pa.Table, bucket: int, config: DataConfig, has_time: bool, folder: str) -> dict[str, int]:
-    if config.split.kind == "given" and "split" not in table.column_names:
+def _sort(table: pa.Table, bucket: int, sorting: Sorting) -> dict[str, int]:
+    """Write the bucket's sorted events; return what the driver needs to know of them."""
+    if sorting.config.split.kind == "given" and "split" not in table.column_names:
         raise DataError(
             "data.split.kind = 'given', but nothing names the splits: set data.columns.split, "
             "or data.split.train_path and data.split.test_path"
         )
-    ordered, dropped = user_rows.sort_users(table, config, has_time)
-    storage.write_table(sorted_file(folder, bucket), ordered)
+    ordered, dropped = user_rows.sort_users(table, sorting.config, sorting.has_time)
+    storage.write_table(sorted_file(sorting.folder, bucket), ordered)
     times = ordered["time"]
     return {
         "bucket": bucket,
@@ -82,13 +97,14 @@ def _sort(table: pa.Table, bucket: int, config: DataConfig, has_time: bool, fold
 
 
 def edges(first: int, last: int) -> np.ndarray:
-    """Edges of at most _TIME_BINS bins over all times."""
-    # Not np.unique, which hashes, and these numbers collide: minutes instead of milliseconds.
+    """Edges of at most _TIME_BINS bins between the first and the last time."""
+    # np.unique would hash, and evenly spaced integers collide: minutes instead of milliseconds.
     even = np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64)
     return np.asarray(even[np.concatenate([[True], even[1:] != even[:-1]])])
 
 
 def histogram(file: str, bucket: int, first: int, last: int) -> pa.Table:
+    """How many events of a bucket fall into each bin of `edges`."""
     times = storage.read_table(file, ["time"])["time"].to_numpy()
     bins = np.searchsorted(edges(first, last), times, side="right") - 1
     return features.value_counts(pa.chunked_array([pa.array(bins)]))
@@ -102,7 +118,7 @@ def count(
     context: dict[str, FeatureConfig],
     sample: float,
 ) -> tuple[Any, ...]:
-    """Step 3: events of each split; train counts of items; a sample of positive events; counts of each context feature."""
+    """Step 3: (events per split, train counts of items, a sample of positive events, counts of each context feature...)."""
     part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
     positive_E = _positive(part.table)
     sizes = {f"events_{name}": int(((part.code_E == code) & positive_E).sum()) for code, name in enumerate(SPLITS)}
@@ -125,10 +141,10 @@ def write(
     uri: str,
     first_user: int,
 ) -> dict[str, Any]:
-    """Step 4: this bucket's shard of every split, and its users."""
+    """Step 4: write this bucket's shard of every split, and its users. first_user: id of its first user."""
     part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
     item_E = vocab.item_ids(part.table["item"], encoders.item_keys)
-    rare_E = (item_E == 1) & (part.code_E == 0)
+    rare_E = (item_E == UNKNOWN) & (part.code_E == 0)
     counts = {
         "events_after_end": int((part.code_E >= len(SPLITS)).sum()),
         "train_events_dropped_rare_item": int(rare_E.sum()),
@@ -155,7 +171,7 @@ def write(
         events, impressions = int(positive_E[target_E].sum()), len(target_E)
         counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
         if code:
-            counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == 1))[target_E].sum())
+            counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == UNKNOWN))[target_E].sum())
         if "label" in table.column_names:
             counts[f"negatives_{split_name}"] = impressions - events
         if not impressions:
@@ -171,7 +187,7 @@ def write(
 def _with_negatives(
     table: pa.Table, user_E: np.ndarray, code_E: np.ndarray, item_E: np.ndarray, bucket: int, encoders: Encoders
 ) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, int]:
-    """The events with their negatives, each just before its positive; and how many negatives were not found."""
+    """The events with negatives, each placed just before its positive; last, how many negatives could not be drawn."""
     assert encoders.sampler is not None
     wanted_E = user_rows.num_earlier(user_E, np.ones(len(user_E), bool)) >= encoders.min_history
     time_E, seed = table["time"].to_numpy(), [encoders.seed, 4, bucket]
@@ -187,14 +203,14 @@ def _with_negatives(
 
 
 def _positive(table: pa.Table) -> np.ndarray:
-    """(E,) bool: events that are something chosen, not something shown and left (label 0)."""
+    """(E,) bool: whether the item was chosen; False for impressions with label 0."""
     if "label" not in table.column_names:
         return np.ones(len(table), bool)
     return np.asarray(table["label"].to_numpy() > 0)
 
 
 def _user_columns(keys: pa.Array, encoders: Encoders) -> dict[str, pa.Array]:
-    """Encoded features of users, one entry per user; a user that the table lacks gets missing values."""
+    """Encoded user features, one entry per user; missing values for users that are not in the table."""
     if encoders.user_table is None:
         return {}
     table = encoders.user_table

@@ -1,6 +1,6 @@
-"""Raw events to a prepared dataset, by Ray Data and Ray tasks; no process holds the log.
+"""Raw events to a prepared dataset, by Ray Data and Ray tasks; no process holds the whole log.
 
-Layout of <run>/dataset:
+Layout of <run>/dataset/<identity>:
 
     dataset.json             DatasetRecord, written last
     items.parquet            row i is item id i: `item` (key), `count` (train events), encoded features
@@ -9,25 +9,24 @@ Layout of <run>/dataset:
         user         int32
         item         list<int32>   oldest first; 1 = unknown item
         time         list<int64>   microseconds, or positions
-        num_targets  int32         the last num_targets entries are targets, the ones before are context
-        label        list<float32>     1 chosen, 0 shown and not chosen (or drawn: data.negatives); a context is all chosen
+        num_targets  int32         the last num_targets entries are targets, the ones before are history
+        label        list<float32>     1 chosen, 0 shown and not chosen (or drawn: data.negatives); history is all chosen
         weight       list<float32>     where the log has them
         user_<f>     encoded user feature
         context_<f>  list of encoded context features, parallel to item
 
-Steps: (1) events go to buckets of users by a hash of the user and are sorted there
-(duplicates and users with too few events leave), (2) time boundaries from a
-histogram, (3) counts of train events give the catalogue (items with too few train
-events leave; where valid or test ask for one, it is the unknown item), (4) shards.
+Steps: (1) partition events into buckets by a hash of the user, and sort each bucket
+(dropping duplicates and users with too few events), (2) find the time boundaries from
+a histogram, (3) count train events, which gives the catalogue (items with too few train
+events are dropped; in valid and test they are the unknown item), (4) write shards.
 Each step is one pass over the buckets. The number of buckets follows from the number
-of events, never from the machine, so the same input and seed give the same bytes on
-any number of CPUs. Only sums, the merged counts and names of files reach the driver.
+of events, never from the machine, so the same log and seed give the same bytes on any
+number of CPUs. Only sums, merged counts and file names reach the driver.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,56 +35,56 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import errors, registry, storage
+from recray import log, registry, storage
+from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
+from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig, FeatureConfig
 from recray.data import features, negatives, partition, split, vocab
-from recray.data.sources import base
 from recray.data.sources.base import Source
-from recray.data.split import SPLITS
-from recray.errors import ConfigError, DataError, LineageError, RecrayError
+from recray.errors import ConfigError, DataError
+from recray.ids import NUM_RESERVED, SPLITS
 from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
-# A log this small is not shuffled: every bucket's task picks its events from all blocks itself (shared memory, no copy).
-# A shuffle starts its own processes, at seconds each, before the first row moves.
+# A log this small is not shuffled: each bucket's task selects its events from all blocks (shared memory, no copy).
+# A shuffle starts processes of its own, seconds each, before the first row moves.
 _SCANNED_EVENTS = 4_194_304
 _SCANNED_BUCKETS = 16
 _PARTITION_BUCKETS = 16  # buckets in one partition of the shuffle, at most
 
 
 def prepare(config: Config) -> DatasetRecord:
-    """Prepare `config.data` into config.dataset_uri; a dataset already there for the same input is returned as it is."""
+    """Prepare the log of `config.data`; a dataset of the same log, [data] and run.seed is returned as it is.
+
+    Raises ConfigError, DataError or StorageError where the log cannot be read as configured.
+    """
     started = time.perf_counter()
+    run = Run(config)
+    if config.run.dataset and storage.exists(storage.join(config.run.dataset, DatasetRecord.file_name())):
+        return run.dataset().record
     runtime.start(config.scaling)
-    uri = config.dataset_uri
-    with base.plain_errors():
+    with unwrapped():
         source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
-        wanted = {"data": config.data.model_dump(mode="json"), "seed": config.run.seed}
-        if storage.exists(storage.join(uri, "dataset.json")):
-            record = DatasetRecord.read(uri)
-            if record.config == wanted and record.fingerprint == source.fingerprint:
-                _say(f"{uri} is there for this input and configuration ({record.id}); reused")
-                return record
-            if config.run.dataset:
-                raise LineageError(
-                    f"run.dataset = {uri} was prepared from another input, [data] or run.seed, and other runs may need it: "
-                    f"leave run.dataset out, or delete that folder"
-                )
-        storage.delete_folder(uri)
-        work = _Work(config.data, config.run.seed, source, uri, storage.join(uri, "_sorted"))
+        artifact = run.artifact(DATASET, [source.fingerprint])
+        if not run.begin(artifact):
+            return artifact.record
+        storage.delete_folder(artifact.uri)  # what a process that was killed has left
+        artifact.mark()
+        work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))
         try:
-            record = work.run(wanted, started)
-        except BaseException as error:
-            storage.delete_folder(uri)  # nothing half-written stays
-            plain = _plain(error)
-            if plain is None:
-                raise
-            raise plain from None
+            record = work.run(started)
+        except BaseException:
+            storage.delete_folder(artifact.uri)  # nothing half-written stays
+            raise
     storage.delete_folder(work.sorted_uri)
+    run.publish(artifact)
     counts = record.counts
     events = ", ".join(f"{counts[f'events_{name}']:,} {name}" for name in SPLITS)
-    _say(f"{events} events, {record.num_items - 2:,} items, {record.num_users - 2:,} users in {record.seconds:.1f} s")
+    _say(
+        f"{events} events, {record.num_items - NUM_RESERVED:,} items, "
+        f"{record.num_users - NUM_RESERVED:,} users in {record.seconds:.1f} s"
+    )
     return record
 
 
@@ -95,22 +94,8 @@ def _add(total: dict[str, int], parts: Iterable[dict[str, int]]) -> None:
             total[key] = total.get(key, 0) + value
 
 
-def _plain(error: BaseException) -> RecrayError | None:
-    """What recray raised inside a task, out of Ray's wrapping; None for what it did not raise there."""
-    from ray.exceptions import RayTaskError
-
-    if not isinstance(error, RayTaskError):
-        return None
-    if isinstance(error.cause, RecrayError):
-        return error.cause
-    # Ray Data wraps once more, and what that wraps is lost in pickling: it is left in the traceback's text.
-    found = re.search(r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\Z)", str(error), re.MULTILINE | re.DOTALL)
-    kind = getattr(errors, found[1], None) if found else None
-    return kind(found[2]) if found and kind else None
-
-
 def _say(text: str) -> None:
-    print(f"prepare: {text}", flush=True)
+    log.info("prepare", text)
 
 
 @dataclass(frozen=True)
@@ -118,11 +103,11 @@ class _Work:
     config: DataConfig
     seed: int
     source: Source
-    uri: str
+    artifact: Artifact[DatasetRecord]
     sorted_uri: str
 
-    def run(self, wanted: dict[str, Any], started: float) -> DatasetRecord:
-        """All four steps. Writes everything but the sorted buckets for good."""
+    def run(self, started: float) -> DatasetRecord:
+        """All four steps. What they write is final, except for the sorted buckets."""
         stats = self._sort(max(1, math.ceil(self.source.num_events / self.config.shard_events)))
         counts = {key: sum(s[key] for s in stats) for key in stats[0] if key not in ("bucket", "first", "last")}
         if not counts["events_kept"]:
@@ -158,7 +143,7 @@ class _Work:
             for name, kind in user_kinds.items():
                 user[name] = features.fit(name, "user", kind, features.count_values(users[name], kind))
         table, item_features = vocab.item_table(items, self.source.items, item_kinds)
-        storage.write_table(storage.join(self.uri, "items.parquet"), table)
+        storage.write_table(storage.join(self.artifact.uri, "items.parquet"), table)
         _say(f"{len(items):,} items counted")
 
         for feature in (*context.values(), *user.values(), *item_features):
@@ -177,12 +162,13 @@ class _Work:
                     f"no event of the {name} split has {self.config.min_history} earlier ones of its user: "
                     f"lower data.min_history ({self.config.min_history}), or check data.split"
                 )
-        schema, _ = storage.read_schema(storage.join(self.uri, shards["train"][0].file))
+        schema, _ = storage.read_schema(storage.join(self.artifact.uri, shards["train"][0].file))
         return DatasetRecord(
-            config=wanted,
+            **self.artifact.lineage,
+            config={"data": self.config.model_dump(mode="json"), "seed": self.seed},
             fingerprint=self.source.fingerprint,
-            num_items=len(items) + vocab.NUM_RESERVED,
-            num_users=vocab.NUM_RESERVED + counts["users_kept"],
+            num_items=len(items) + NUM_RESERVED,
+            num_users=NUM_RESERVED + counts["users_kept"],
             counts=counts,
             features=[*user.values(), *context.values(), *item_features],
             columns={field.name: str(field.type) for field in schema},
@@ -192,10 +178,10 @@ class _Work:
             | (vars(boundaries) if boundaries else {}),
             has_time=self.source.has_time,
             seconds=time.perf_counter() - started,
-        ).write(self.uri)
+        ).write(self.artifact.uri)
 
     def _sample_share(self, num_events: int) -> float:
-        """Of the log's events, that negatives are drawn from. Raises where negatives cannot be drawn as configured."""
+        """The share of the log's events that negatives are drawn from. Raises ConfigError if they cannot be drawn as configured."""
         wanted = self.config.negatives
         if wanted is None:
             return 0.0
@@ -221,7 +207,7 @@ class _Work:
             return negatives.Sampler(self.config.negatives, items["count"].to_numpy())
         drawn = pa.concat_tables(ray.get(samples)).sort_by([("time", "ascending"), ("item", "ascending")])
         ids = vocab.item_ids(drawn["item"], items["item"].combine_chunks())
-        known = ids >= vocab.NUM_RESERVED
+        known = ids >= NUM_RESERVED
         time = drawn["time"].to_numpy()
         return negatives.Sampler(self.config.negatives, items["count"].to_numpy(), time[known], ids[known], share)
 
@@ -233,16 +219,22 @@ class _Work:
         draw: split.Draw | None,
         encoders: partition.Encoders,
     ) -> dict[str, list[Shard]]:
-        """Step 4: shards of all buckets; what was written is put into `counts`."""
+        """Step 4: the shards of all buckets; adds the counts of what was written to `counts`."""
         import ray
 
-        offsets = vocab.NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
+        offsets = NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
         calls = self._each(
-            partition.write, stats, boundaries, draw, ray.put(encoders), self.uri, offsets=offsets[:-1].tolist()
+            partition.write,
+            stats,
+            boundaries,
+            draw,
+            ray.put(encoders),
+            self.artifact.uri,
+            offsets=offsets[:-1].tolist(),
         )
         parts = self._get(calls)
         for name in SPLITS:
-            counts.pop(f"events_{name}")  # counted before rare items left
+            counts.pop(f"events_{name}")  # of step 3, which still had rare items
         _add(counts, [part["counts"] for part in parts])
         return {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
 
@@ -250,7 +242,7 @@ class _Work:
         """Step 1: one sorted Parquet file per bucket; returns one entry of statistics each, in order of buckets."""
         import ray
 
-        sort = {"config": self.config, "has_time": self.source.has_time, "folder": self.sorted_uri}
+        sorting = partition.Sorting(self.config, self.source.has_time, self.sorted_uri)
         events = self.source.events
         if num_buckets > 1:
             events = events.map_batches(
@@ -265,12 +257,12 @@ class _Work:
             refs = events.to_arrow_refs()
             task = ray.remote(partition.sort_blocks)
             stats = self._get(
-                [task.remote(sort, bucket if num_buckets > 1 else None, *refs) for bucket in range(num_buckets)]
+                [task.remote(sorting, bucket if num_buckets > 1 else None, *refs) for bucket in range(num_buckets)]
             )
         else:
             partitions = max(min(num_buckets, 200), num_buckets // _PARTITION_BUCKETS)
             grouped = events.groupby("bucket", num_partitions=partitions)
-            result = grouped.map_groups(partition.sort_group, batch_format="pyarrow", fn_kwargs={"sort": sort})
+            result = grouped.map_groups(partition.sort_group, batch_format="pyarrow", fn_kwargs={"sorting": sorting})
             stats = [{k: int(v) for k, v in row.items()} for row in result.take_all()]
         stats = sorted((s for s in stats if s["events_read"]), key=lambda s: s["bucket"])
         if not stats:
@@ -296,14 +288,14 @@ class _Work:
         ]
 
     def _get(self, refs: list[Any]) -> list[dict[str, Any]]:
-        """Results of tasks; when one fails the others are stopped, so that nothing is written after the error."""
+        """Results of tasks. If one fails, the others are stopped, so that nothing is written after the error."""
         import ray
 
         try:
             return list(ray.get(refs))
         except BaseException:
-            # Others often fail of the same at the same time, and Ray 2.60 aborts this process where a task ends while it
-            # is cancelled ("Tried to complete task that was not pending"): only who goes on for longer is cancelled.
+            # Other tasks often fail for the same reason at the same time, and Ray 2.60 aborts this process if a task ends
+            # while it is being cancelled ("Tried to complete task that was not pending"). So wait for them first.
             _, left = ray.wait(refs, num_returns=len(refs), timeout=2)
             for ref in left:
                 ray.cancel(ref)
@@ -320,7 +312,7 @@ class _Work:
         return ray.get(task.remote(*refs))
 
     def _boundaries(self, stats: list[dict[str, int]], first: int, last: int) -> split.Boundaries:
-        """Step 2: from a histogram of all times in _TIME_BINS bins."""
+        """Step 2: find the split times from a histogram of all event times."""
         bins = self._merge(self._each(partition.histogram, stats, first, last))
         edges = partition.edges(first, last)
         counts = np.zeros(len(edges) - 1, np.int64)
@@ -328,7 +320,7 @@ class _Work:
         return split.temporal(self.config.split, edges, counts, self.source.has_time)
 
     def _kinds(self, entry: dict[str, int]) -> tuple[dict[str, FeatureConfig], ...]:
-        """Kinds of the context, user and item features. Raises DataError where tables and log do not fit together."""
+        """Kinds of the context, user and item features. Raises DataError if the side tables do not match the log."""
         config, source = self.config, self.source
         schema, _ = storage.read_schema(partition.sorted_file(self.sorted_uri, entry["bucket"]))
         missing = [name for name in config.context_features if name not in config.columns.context]

@@ -1,4 +1,4 @@
-"""Where train ends and test begins."""
+"""Splitting events into train, validation and test: by time, by a random share, or as given."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from recray.config import SplitConfig
 from recray.data.hashing import mix
 from recray.errors import ConfigError, DataError
+from recray.ids import SPLITS
 
-SPLITS = ("train", "valid", "test")
 _UNITS = {"d": 86_400_000_000, "h": 3_600_000_000, "m": 60_000_000, "s": 1_000_000}
 
 
 def before(split: str) -> tuple[str, ...]:
-    """The splits whose events are known when this one is asked for."""
+    """The splits whose events are known when this one is evaluated."""
     return SPLITS[: SPLITS.index(split)]
 
 
@@ -37,7 +37,7 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class Draw:
-    """A share of train events drawn for validation. It depends on the event alone, not on how events are spread."""
+    """A random share of train events for validation. It depends on the event alone, not on how events are partitioned."""
 
     share: float
     seed: int
@@ -49,7 +49,7 @@ class Draw:
 
 
 def draw(config: SplitConfig, num_valid: int, seed: int) -> Draw | None:
-    """What is drawn for 'given': nothing where validation events were given."""
+    """What to draw for split.kind 'given'; None if validation events are given."""
     if config.kind != "given" or num_valid:
         return None
     if isinstance(config.valid, str) or not 0 < config.valid < 1:
@@ -71,7 +71,7 @@ def duration(text: str) -> int:
 def temporal(config: SplitConfig, edges: np.ndarray, counts: np.ndarray, has_time: bool = True) -> Boundaries:
     """Boundaries from a histogram of event times: counts[i] events lie in [edges[i], edges[i + 1]).
 
-    A fraction is met to within one bin, from below for test. Raises ConfigError on what the events cannot have.
+    A fraction is met to within one bin, from below for test. Raises ConfigError for boundaries that these events cannot have.
     """
     timed = [n for n in ("start", "valid_start", "test_start", "end") if getattr(config, n) is not None]
     timed += [n for n in ("valid", "test") if isinstance(getattr(config, n), str)]
@@ -122,13 +122,13 @@ def _start(
 
 
 def microseconds(moment: datetime) -> int:
-    """Since 1970 in UTC, which a time without a zone is taken to be in."""
+    """Microseconds since 1970. A time without a zone is taken as UTC."""
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 def check(counts: dict[str, int], first: int, last: int, boundaries: Boundaries | None, has_time: bool) -> None:
-    """Refuse a split that leaves a part empty. Raises DataError that shows the range and the boundaries."""
+    """Raise DataError if a split is empty; it shows the range of times and the boundaries."""
     empty = [name for name in SPLITS if not counts[f"events_{name}"]]
     if not empty:
         return

@@ -1,6 +1,10 @@
-"""One bucket of users: sorted events, then one row per user and split. numpy and Arrow only.
+"""From the sorted events of one bucket to one row per user and split. numpy and Arrow only, no loop over users.
 
-A bucket holds all events of its users. Nothing here loops over users.
+User 7 has events a b c (train), d (valid), e (test). Its rows hold every event up to the end of the split:
+
+    train   item = [a, b, c]           num_targets = 3
+    valid   item = [a, b, c, d]        num_targets = 1
+    test    item = [a, b, c, d, e]     num_targets = 1
 """
 
 from __future__ import annotations
@@ -12,14 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import DataConfig
-from recray.data.split import SPLITS, Boundaries, Draw, microseconds
+from recray.data.split import Boundaries, Draw, microseconds
+from recray.ids import SPLITS
+from recray.loading.jagged import offsets_from_lengths
 
 
 def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
-    """Events by (user, split, time, order) without duplicates and without users below the minimum count.
+    """Events by (user, split, time, order) without duplicates and without users below the minimum count; and counts of what left.
 
-    Adds column `code`, int8: the split of the event where the source names it, else -1. Of duplicates the first stays
-    (of the earliest split). Without times an event is a (user, item) pair.
+    Adds the column `code`, int8: the split that the source names, else -1. The first of duplicates is kept, that of the
+    earliest split. In a log without times two events of the same (user, item) are duplicates.
     """
     early = 0
     if config.split.start is not None and has_time:
@@ -65,6 +71,7 @@ def _ranks(keys: pa.ChunkedArray) -> np.ndarray:
 
 
 def _given_codes(table: pa.Table, config: DataConfig) -> np.ndarray:
+    """(E,) int8: 0 train, 1 valid, 2 test as the source names them; -1 where the split is not given."""
     if config.split.kind != "given":
         return np.full(len(table), -1, np.int8)
     names = pa.array(SPLITS, pa.string())
@@ -82,7 +89,7 @@ class Bucket:
 
     @staticmethod
     def of(table: pa.Table, boundaries: Boundaries | None, draw: Draw | None) -> Bucket:
-        """table: from `sort_users`. Temporal with boundaries; given where events have a code; else leave_last."""
+        """table: from `sort_users`. Splits by time with `boundaries`, as given if events have a code, else leave-last."""
         encoded = table["user"].combine_chunks().dictionary_encode()
         user_E = encoded.indices.to_numpy().astype(np.int64)
         code_E = table["code"].to_numpy()
@@ -98,7 +105,7 @@ class Bucket:
 
 
 def _leave_last(user_E: np.ndarray) -> np.ndarray:
-    """The last event of a user is test, the one before it valid; users with fewer than 3 events are train."""
+    """(E,) int8: a user's last event is test, the one before it valid; users with fewer than 3 events are all train."""
     events_U = np.bincount(user_E)
     from_end_E = np.cumsum(events_U)[user_E] - 1 - np.arange(len(user_E))
     code_E = np.where(from_end_E == 0, 2, np.where(from_end_E == 1, 1, 0))
@@ -115,12 +122,12 @@ class Rows:
     num_targets_R: np.ndarray
 
     def targets(self) -> np.ndarray:
-        """Kept events that are targets."""
+        """Indices of the kept events that are targets."""
         from_end = np.repeat(self.offsets[1:], np.diff(self.offsets)) - np.arange(len(self.index))
         return np.asarray(self.index[from_end <= np.repeat(self.num_targets_R, np.diff(self.offsets))])
 
     def table(self, ids: pa.Array, lists: dict[str, pa.Array], users: dict[str, pa.Array]) -> pa.Table:
-        """The rows as they are stored. ids and users: one entry per user; lists: one entry per kept event."""
+        """The rows as a shard stores them. ids, users: one entry per user; lists: one entry per kept event."""
         user, offsets, index = pa.array(self.user_R), pa.array(self.offsets.astype(np.int32)), pa.array(self.index)
         columns: dict[str, pa.Array] = {"user": ids.take(user)}
         columns |= {name: pa.ListArray.from_arrays(offsets, values.take(index)) for name, values in lists.items()}
@@ -130,15 +137,15 @@ class Rows:
 
 def num_earlier(user_E: np.ndarray, positive_E: np.ndarray) -> np.ndarray:
     """(E,) positive events of the same user before each event."""
-    before = np.concatenate([[0], np.cumsum(positive_E)])
+    before = offsets_from_lengths(positive_E)
     starts = np.flatnonzero(np.diff(user_E, prepend=-1))
     return np.asarray(before[:-1] - np.repeat(before[starts], np.diff(np.append(starts, len(user_E)))))
 
 
 def rows(user_E: np.ndarray, code_E: np.ndarray, split: str, positive_E: np.ndarray, min_history: int = 0) -> Rows:
-    """The rows of a split. Context of a target: every earlier positive event of the user, of this split or one before.
+    """The rows of a split: its targets, and before them every earlier positive event of the user.
 
-    Targets are the split's events, positive or not, with at least `min_history` positive ones before them.
+    Targets are the split's events, positive or not, with at least `min_history` positive events of the user before them.
     """
     wanted = SPLITS.index(split)
     num_users = int(user_E[-1]) + 1 if len(user_E) else 0
@@ -148,5 +155,5 @@ def rows(user_E: np.ndarray, code_E: np.ndarray, split: str, positive_E: np.ndar
     index = np.flatnonzero(in_row_E)
     length_U = np.bincount(user_E[index], minlength=num_users)
     user_R = np.flatnonzero(targets_U)
-    offsets = np.concatenate([[0], np.cumsum(length_U[user_R])]).astype(np.int64)
+    offsets = offsets_from_lengths(length_U[user_R])
     return Rows(user_R, index, offsets, targets_U[user_R])

@@ -1,6 +1,6 @@
-"""The item catalogue: which item has which id. From counts of train events only, so nothing of the future is in it.
+"""The item catalogue: which item has which id. It is built from train events only, so that it does not leak the future.
 
-An item that was shown and never chosen is in it too: were it unknown, that alone would tell a ranker its label.
+Items that were shown but never chosen are included: if they were unknown, that alone would tell a ranker the label.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import pyarrow.compute as pc
 from recray.config import FeatureConfig
 from recray.data import features
 from recray.errors import DataError
+from recray.ids import NUM_RESERVED, UNKNOWN
 from recray.records import Feature
 
-NUM_RESERVED = 2  # ids 0 (padding) and 1 (unknown)
 _MAX_ITEMS = 2**31 - 1 - NUM_RESERVED  # ids are int32
 
 
 def catalogue(counts: pa.Table, min_count: int) -> pa.Table:
-    """Items with their train counts, in order of their ids from 2: by how often they were chosen, ties by key.
+    """Items with their train counts, in the order of their ids: most often chosen first, ties by key.
 
     counts: columns value (item key), n (events) and chosen (positive ones), one row per item. Returns columns item and
-    count, which counts what was chosen; `min_count` is of all events.
-    Raises DataError when no item is frequent enough.
+    count (of chosen events); `min_count` applies to all events.
+    Raises DataError if no item is frequent enough.
     """
     kept = counts.filter(pc.greater_equal(counts["n"], min_count))
     if not len(kept):
@@ -39,13 +39,13 @@ def catalogue(counts: pa.Table, min_count: int) -> pa.Table:
 
 
 def item_ids(keys: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
-    """(E,) int32 ids of item keys: 2 + position in `known`, 1 where it is not there."""
-    found = pc.fill_null(pc.index_in(keys.combine_chunks(), value_set=known), 1 - NUM_RESERVED)
+    """(E,) int32 ids of item keys: NUM_RESERVED + position in `known`, UNKNOWN for keys that it does not contain."""
+    found = pc.fill_null(pc.index_in(keys.combine_chunks(), value_set=known), UNKNOWN - NUM_RESERVED)
     return np.asarray(found.to_numpy(zero_copy_only=False).astype(np.int32) + NUM_RESERVED)
 
 
 def check_key(role: str, log: pa.DataType, table: pa.Table | None) -> None:
-    """Raises DataError when the keys of a side table cannot be those of the log."""
+    """Raises DataError if the keys of a side table have another type than those of the log."""
     if table is not None and table[role].type != log:
         raise DataError(
             f"{role} ids are {log} in the log but {table[role].type} in data.{role}s: "
@@ -58,7 +58,7 @@ def item_table(
 ) -> tuple[pa.Table, list[Feature]]:
     """The table items.parquet, row i being item id i, and its features, fitted on the catalogue's items.
 
-    items: from `catalogue`. side: columns item and features; an item that it lacks gets missing values.
+    items: from `catalogue`. side: columns item and features; items that are not in it get missing values.
     """
     keys = pa.concat_arrays([pa.nulls(NUM_RESERVED, items["item"].type), items["item"].combine_chunks()])
     counts = np.concatenate([np.zeros(NUM_RESERVED, np.int64), items["count"].to_numpy()])

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from recray import storage
+from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
-from recray.evaluation.folder import report_folder
 from recray.evaluation.parallel import map_shards
+from recray.evaluation.refit import check_refit
 from recray.loading.collate import impressions
 from recray.metrics.clicks import NAMES, RANKING, Clicks
 from recray.models import Ranker
@@ -30,11 +31,14 @@ _Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logi
 
 
 def evaluate_clicks(config: Config, split: str) -> ReportRecord:
-    """Evaluate <run>/checkpoint on a split; writes report.json of <run>/report, or of <run>/report-valid."""
+    """Evaluate the run's checkpoint on a split; writes report.json."""
     started = time.perf_counter()
-    dataset = PreparedDataset.open(config.dataset_uri)
-    record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
-    folder = report_folder(config, record, split)
+    run = Run(config)
+    dataset, record = PreparedDataset.of(run), run.checkpoint().record
+    check_refit(config, record, split)
+    artifact = run.artifact(report_stage(split), [record.id, dataset.record.id])
+    if not run.begin(artifact):
+        return artifact.record
     parts = map_shards("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     if not parts:
         raise DataError(f"the {split} split has no impressions: check data.split and data.min_history")
@@ -47,7 +51,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
         "popularity": _summary(popularity, config, RANKING),
     }
     report = ReportRecord(
-        parents=[record.id, dataset.record.id],
+        **artifact.lineage,
         config=config.model_dump(mode="json"),
         kind="clicks",
         split=split,
@@ -60,14 +64,16 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
         },
         reliability=[ReliabilityBin(**vars(one)) for one in model.reliability()],
         seconds=time.perf_counter() - started,
-    )
-    return report.write(folder)
+    ).write(artifact.uri)
+    run.publish(artifact)
+    return report
 
 
 @torch.inference_mode()
 def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
-    dataset = PreparedDataset.open(config.dataset_uri)
-    model, _ = checkpoint.load_model(storage.join(config.run_uri, "checkpoint"))
+    run = Run(config)
+    dataset = PreparedDataset.of(run)
+    model, _ = checkpoint.load_model(run.checkpoint().uri)
     assert isinstance(model, Ranker)
     for number in numbers:
         table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))

@@ -20,21 +20,21 @@ from functools import partial
 import numpy as np
 import torch
 
-from recray import storage
+from recray import log, storage
+from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
 from recray.data.split import before, duration
 from recray.errors import DataError
-from recray.evaluation.folder import report_folder
 from recray.evaluation.parallel import map_shards
+from recray.evaluation.refit import check_refit
 from recray.loading.collate import EvalQuery, eval_queries
 from recray.metrics import ranking
 from recray.metrics.beyond_accuracy import ListCounts
 from recray.records import IndexRecord, Interval, ReportRecord
 from recray.retrieval import baselines, embed
 from recray.retrieval.blend import check_blend, open_blend
-from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
 from recray.retrieval.item_knn import MAX_EVENTS, ItemKNN, num_events
 from recray.retrieval.ranker import open_ranker, ranker_parents
@@ -59,22 +59,29 @@ _Part = tuple[dict[str, _Scores], dict[str, int]]  # of one shard: scores by sys
 
 
 def evaluate_lists(config: Config, split: str) -> ReportRecord:
-    """Evaluate <run>/checkpoint and <run>/index on a split; writes report.json of <run>/report, or of <run>/report-valid.
+    """Evaluate the run's checkpoint and its index on a split; writes report.json.
 
-    Raises LineageError when the index was built from another checkpoint, ConfigError for the validation split of a refitted
-    checkpoint, and for a filter over too many events.
+    Raises LineageError if there is no checkpoint of this configuration, ConfigError for the validation split of a refitted
+    checkpoint, and for an item-item baseline over too many events.
     """
     started = time.perf_counter()
-    dataset = PreparedDataset.open(config.dataset_uri)
-    record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
-    folder = report_folder(config, record, split)
+    run = Run(config)
+    dataset, record = PreparedDataset.of(run), run.checkpoint().record
+    check_refit(config, record, split)
     check_blend(config, dataset, before(split))
-    index = index_of(config, record)
+    found = run.index()
+    index = found.record if found is not None else None
+    inputs = [record.id, dataset.record.id, *([index.id] if index else []), *ranker_parents(config)]
+    artifact = run.artifact(report_stage(split), inputs)
+    if not run.begin(artifact):
+        return artifact.record
     if index is None:
-        print(f"evaluate: there is no index in {config.run_uri}/index; exact search only", flush=True)
+        log.warning("evaluate", "no index of this checkpoint: exact search only; `recray index` builds one")
     events = num_events(dataset, before(split))
     if "item_filter" in config.evaluation.baselines and events > MAX_EVENTS:
-        print(f"evaluate: item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}")
+        log.warning(
+            "evaluate", f"item_filter is left out: {events:,} events before the split are more than {MAX_EVENTS:,}"
+        )
     scores, counts = _merged(
         map_shards("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
     )
@@ -82,7 +89,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         raise DataError(f"no query of the {split} split has a history: check data.split, or train on more of the log")
     metrics = {name: _summary(one, config, dataset) for name, one in scores.items()}
     report = ReportRecord(
-        parents=[record.id, dataset.record.id] + ([index.id] if index else []) + ranker_parents(config),
+        **artifact.lineage,
         config=config.model_dump(mode="json"),
         split=split,
         metrics=metrics,
@@ -90,13 +97,15 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         index=_index_loss(index, metrics, max(config.evaluation.k)) if index else {},
         rerank=_rerank(scores, metrics, config, counts["queries"]) if "reranked" in scores else {},
         seconds=time.perf_counter() - started,
-    )
-    return report.write(folder)
+    ).write(artifact.uri)
+    run.publish(artifact)
+    return report
 
 
 def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
-    dataset = PreparedDataset.open(config.dataset_uri)
-    systems, vectors_ND = _systems(config, dataset, split)
+    run = Run(config)
+    dataset = PreparedDataset.of(run)
+    systems, vectors_ND = _systems(run, dataset, split)
     for number in numbers:
         table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))
         scores = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in systems}
@@ -107,14 +116,14 @@ def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterato
         yield scores, counts
 
 
-def _systems(config: Config, dataset: PreparedDataset, split: str) -> tuple[dict[str, System], np.ndarray]:
+def _systems(run: Run, dataset: PreparedDataset, split: str) -> tuple[dict[str, System], np.ndarray]:
     """The model by exact search, its index, the baselines that apply; and the item vectors."""
-    model_uri, index_uri = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
+    config, model_uri, index = run.config, run.checkpoint().uri, run.index()
     model, _ = checkpoint.load_model(model_uri)
     vectors_ND = embed.item_vectors(model_uri, dataset.record.num_items, parallel=False)
     systems: dict[str, System] = {"model": ExactSearch(model, torch.from_numpy(vectors_ND))}
-    if storage.exists(storage.join(index_uri, "index.json")):
-        systems["index"] = IndexSearch(model, ItemIndex.open(index_uri))
+    if index is not None:
+        systems["index"] = IndexSearch(model, ItemIndex.open(index.uri))
     known = before(split)
     search = systems.get("index", systems["model"])
     blend = open_blend(config, dataset, known, search, model, torch.from_numpy(vectors_ND))

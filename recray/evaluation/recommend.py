@@ -18,19 +18,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from recray import storage
+from recray import log, storage
+from recray.artifacts import Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.sources import base
-from recray.data.split import SPLITS
 from recray.errors import DataError
 from recray.evaluation.parallel import map_shards
-from recray.loading.batch import FIRST_ID
+from recray.ids import FIRST_ITEM, SPLITS
 from recray.loading.collate import eval_queries
 from recray.records import ListsRecord
 from recray.retrieval import embed
 from recray.retrieval.blend import check_blend, open_blend
-from recray.retrieval.build import index_of
 from recray.retrieval.faiss_index import ItemIndex
 from recray.retrieval.ranker import open_ranker, ranker_parents
 from recray.retrieval.recommenders import ExactSearch, IndexSearch, Reranked, Scorer
@@ -45,10 +44,11 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
     users: Parquet file or folder whose column `data.columns.user` holds the keys. Raises DataError when it has none.
     """
     started = time.perf_counter()
-    dataset = PreparedDataset.open(config.dataset_uri)
-    record = checkpoint.record_of(storage.join(config.run_uri, "checkpoint"), dataset)
+    run = Run(config)
+    dataset, record = PreparedDataset.of(run), run.checkpoint().record
     check_blend(config, dataset, SPLITS)
-    index = index_of(config, record)
+    found = run.index()
+    index = found.record if found is not None else None
     wanted = None if users is None else _keys(users, config.data.columns.user, dataset)
     _clear(output)
     names = [info.uri.rpartition("/")[2] for info in storage.list_files(storage.join(dataset.uri, "users"))]
@@ -66,10 +66,12 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
         files=sorted(info.uri.rpartition("/")[2] for info in storage.list_files(output)),
         seconds=time.perf_counter() - started,
     ).write(output)
-    print(
-        f"recommend: {known:,} users with a list of their own, {popular:,} with popular items, {k} items each, "
+    log.info(
+        "recommend",
+        f"{known:,} users with a list of their own, {popular:,} with popular items, {k} items each, "
         f"in {lists.seconds:.1f} s: {output}",
-        flush=True,
+        event="result",
+        values=counts,
     )
     return lists
 
@@ -105,8 +107,9 @@ def _recommend_parts(
     config: Config, output: str, names: list[str], wanted: pa.Array | None, k: int, numbers: Iterable[int]
 ) -> Iterator[int]:
     """Write the lists of these parts of users; how many users each has."""
-    dataset = PreparedDataset.open(config.dataset_uri)
-    system = _system(config, dataset)
+    run = Run(config)
+    dataset = PreparedDataset.of(run)
+    system = _system(run, dataset)
     items = dataset.items()["item"].combine_chunks()
     for number in numbers:
         users = storage.read_table(storage.join(dataset.uri, "users", names[number]))
@@ -124,17 +127,16 @@ def _recommend_parts(
         yield sum(len(pc.unique(table["user"])) for table in written)
 
 
-def _system(config: Config, dataset: PreparedDataset) -> Scorer:
+def _system(run: Run, dataset: PreparedDataset) -> Scorer:
     """The index where there is one, else exact search; with the item filter and the ranker behind it where there are any."""
-    model_uri, index_uri = storage.join(config.run_uri, "checkpoint"), storage.join(config.run_uri, "index")
+    config, model_uri, index = run.config, run.checkpoint().uri, run.index()
     model, _ = checkpoint.load_model(model_uri)
-    indexed = storage.exists(storage.join(index_uri, "index.json"))
     vectors_ND = None
-    if not indexed or config.retrieval.filter_weight:
+    if index is None or config.retrieval.filter_weight:
         vectors_ND = torch.from_numpy(embed.item_vectors(model_uri, dataset.record.num_items, False))
     found: Scorer
-    if indexed:
-        found = IndexSearch(model, ItemIndex.open(index_uri))
+    if index is not None:
+        found = IndexSearch(model, ItemIndex.open(index.uri))
     else:
         assert vectors_ND is not None
         found = ExactSearch(model, vectors_ND)
@@ -160,7 +162,7 @@ def _latest(dataset: PreparedDataset, name: str, user_ids: pa.Array) -> Iterator
 
 def _table(users: pa.Array, ids_BK: np.ndarray, scores_BK: np.ndarray | None, items: pa.Array) -> pa.Table:
     """One row per place that is filled."""
-    row, place = np.nonzero(ids_BK >= FIRST_ID)
+    row, place = np.nonzero(ids_BK >= FIRST_ITEM)
     scores = np.zeros(len(row), np.float32) if scores_BK is None else scores_BK[row, place].astype(np.float32)
     return pa.table(
         {
@@ -179,7 +181,7 @@ def _write_popular(dataset: PreparedDataset, output: str, wanted: pa.Array, any_
         have = storage.read_table(info.uri, ["user"])["user"].combine_chunks()
         left = left.filter(pc.invert(pc.is_in(left, value_set=have)))
     if len(left):
-        best = np.argsort(-dataset.item_counts()[FIRST_ID:], kind="stable")[:k] + FIRST_ID
+        best = np.argsort(-dataset.item_counts()[FIRST_ITEM:], kind="stable")[:k] + FIRST_ITEM
         lists = np.broadcast_to(best, (len(left), len(best)))
         items = dataset.items()["item"].combine_chunks()
         storage.write_table(storage.join(output, "part-popular.parquet"), _table(left, lists, None, items))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from recray.kernels.dice import Curve
-from recray.loading.batch import Jagged
+from recray.loading.jagged import Jagged
 
 # Entries per chunk. What one thread works on fits into its cache; several threads share a larger chunk, or they would
 # wait for each other too often. Without gradients the size does not depend on the number of threads, so that scores are

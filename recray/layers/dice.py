@@ -29,7 +29,7 @@ class Dice(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.ones(channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        # Of this worker since the last `sync`: sums of x, of x squared, and the number of rows.
+        # What this worker saw in the current step: sums of x, sums of x squared, and the number of rows.
         self.register_buffer("seen", torch.zeros(2 * channels + 1, dtype=torch.float64), persistent=False)
 
     def gate(self) -> tuple[Tensor, Tensor]:
@@ -45,37 +45,25 @@ class Dice(nn.Module):
         return dice(x_TC, self.alpha, *self.gate())
 
     def see(self, sums_2C: Tensor, rows: Tensor) -> None:
-        """Sums of x and of x squared over so many rows, for the next `sync`."""
+        """Add sums of x and of x squared over `rows` rows to what this step saw."""
         self.seen += torch.cat([sums_2C.flatten(), rows.view(1)])
 
-    def move(self, total: Tensor) -> None:
-        """Move the averages towards what all workers saw: `total` is the sum of their `seen`."""
+    def after_backward(self, scaled: bool) -> Tensor:
+        """StepHook: what this worker saw in the step. No exchange in the forward, where workers would wait for the
+        slowest of them in every layer."""
+        return self.seen
+
+    def after_sum(self, total: Tensor) -> None:
+        """StepHook: move the averages toward the mean and the variance of what all workers saw."""
         any_rows = (total[-1] > 0).to(self.mean.dtype)  # a batch of empty histories has no entries
         mean_C, square_C = (total[:-1] / total[-1].clamp(min=1)).view(2, -1)
         self.batches += any_rows.to(torch.int64)
-        # The first batches weigh as much as all before them, so that nothing of the start (0, 1) is left.
+        # Step size 1, 1/2, 1/3, ... at first: the mean of the batches so far, without the initial values (0, 1).
         step = any_rows * torch.clamp(1 / self.batches.clamp(min=1), min=_MOMENTUM).to(self.mean.dtype)
         self.mean.lerp_(mean_C.to(self.mean.dtype), step)
         self.var.lerp_((square_C - mean_C**2).clamp(min=0).to(self.var.dtype), step)
         self.seen.zero_()
 
-
-@torch.no_grad()
-def sync(module: nn.Module) -> None:
-    """After a step: move the averages of every Dice of a module. One exchange for all of them, and none in a forward,
-    where workers would wait for the slowest of them again and again."""
-    found = [m for m in module.modules() if isinstance(m, Dice)]
-    if not found:
-        return
-    total = torch.cat([m.seen for m in found])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    for m, part in zip(found, torch.split(total, [len(m.seen) for m in found]), strict=True):
-        m.move(part)
-
-
-def forget(module: nn.Module) -> None:
-    """Drop what was seen in a step that is begun anew."""
-    for m in module.modules():
-        if isinstance(m, Dice):
-            m.seen.zero_()
+    def discard(self) -> None:
+        """StepHook: forget what was seen in a step that starts again."""
+        self.seen.zero_()

@@ -15,8 +15,9 @@ owns 1 3 5, and id 5 is row 5 // 2 = 2 of its weight. Worker 1 looks up 5 4 4 1:
     forward, rows back           row 2 of worker 0's weight, rows 0 and 2 of its own; they are leaves of autograd
     after the last backward      the gradient of id 4 goes to worker 0, which adds up what all workers sent
 
-Tables that are not dense stay outside of DDP: `sync` exchanges their gradients after the last backward of a step.
-Nothing is exchanged during backward, so all workers run their collectives in the same order.
+Tables that are not dense stay outside of DDP: `Table.after_backward` exchanges their gradients after the last
+backward of a step (recray.layers.hooks). Nothing is exchanged during backward, so all workers run their
+collectives in the same order.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recray.ids import PAD
 from recray.layers import collectives
-from recray.loading.batch import PAD
 
 Mode = Literal["dense", "sparse_replicated", "row_sharded"]
 Ids = Literal["user", "item", "feature"]
@@ -201,9 +202,32 @@ class Table(nn.Embedding):
             self._pulls.append(_Pull(rows.requires_grad_(), asked, send, receive))
         return rows, position
 
+    def after_backward(self, scaled: bool) -> Tensor:
+        """StepHook: exchange the gradients of the rows that this step used.
+
+        Returns (1,) of a row_sharded table under a GradScaler: 1 if a gradient of this worker's rows overflowed, else 0.
+        """
+        if self.mode != "dense":
+            self._exchange_gradients()
+        gradient = self.weight.grad
+        if not scaled or self.mode != "row_sharded" or self.world_size == 1 or gradient is None:
+            return torch.empty(0, dtype=torch.float64)
+        return (~gradient._values().isfinite()).any().double().view(1)
+
+    def after_sum(self, total: Tensor) -> None:
+        """StepHook: an overflow that one worker finds in its rows must be one for all, so that all skip the step."""
+        if total[0] > 0:
+            nan = torch.full((1, self.embedding_dim), torch.nan, device=self.weight.device)
+            at = torch.zeros(1, 1, dtype=torch.int64, device=self.weight.device)
+            self.weight.grad = torch.sparse_coo_tensor(at, nan, self.weight.shape, is_coalesced=True)
+
+    def discard(self) -> None:
+        """StepHook: forget what forwards fetched in a step that starts again."""
+        self._pulls.clear()
+
     @torch.no_grad()
-    def sync(self) -> None:
-        """`weight.grad`: touched rows with their gradients averaged over workers, of a sharded table this worker's."""
+    def _exchange_gradients(self) -> None:
+        """Set `weight.grad` to the mean over workers, sparse: the rows used, or of a sharded table those of this worker."""
         dim = self.embedding_dim
         ids, values = self.weight.new_empty(0, dtype=torch.int64), self.weight.new_empty(0, dim)
         if self.mode == "row_sharded":
@@ -221,9 +245,6 @@ class Table(nn.Embedding):
         self.weight.grad = torch.sparse_coo_tensor(
             ids[None], values.div_(self.world_size), self.weight.shape, is_coalesced=True, check_invariants=False
         )
-
-    def forget(self) -> None:
-        self._pulls.clear()
 
     def _push(self, pull: _Pull) -> Tensor:
         gradient = pull.rows.grad if pull.rows.grad is not None else torch.zeros_like(pull.rows)
@@ -276,28 +297,5 @@ def sharded(module: nn.Module) -> dict[str, Table]:
 
 
 def waits_in_forward(module: nn.Module) -> bool:
-    """Whether a forward needs the other workers', for rows of a sharded table."""
+    """Whether a forward waits for other workers, because it fetches rows of a sharded table from them."""
     return bool(sharded(module))
-
-
-def forget(module: nn.Module) -> None:
-    """Drop what forwards fetched whose step is begun anew."""
-    for table in sharded(module).values():
-        table.forget()
-
-
-def sync(module: nn.Module, scaled: bool = False) -> None:
-    """Gradients of touched rows, after the last backward of a step. scaled: a GradScaler looks for overflows in them."""
-    found = tables(module)
-    for table in found.values():
-        table.sync()
-    ours = [table for table in found.values() if table.mode == "row_sharded" and table.world_size > 1]
-    if scaled and ours:
-        # An overflow that one worker sees in its rows must be one for all: they skip the step together.
-        gradients = [table.weight.grad for table in ours]
-        bad = torch.stack([(~g._values().isfinite()).any() for g in gradients if g is not None]).any()
-        if bool(collectives.total(bad.float())):
-            for table in ours:
-                nan = torch.full((1, table.embedding_dim), torch.nan, device=table.weight.device)
-                at = torch.zeros(1, 1, dtype=torch.int64, device=table.weight.device)
-                table.weight.grad = torch.sparse_coo_tensor(at, nan, table.weight.shape, is_coalesced=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recray.kernels.dropout import dropout
 from recray.layers.embedding import Table
-from recray.loading.batch import Feature, ItemTable, Jagged
+from recray.loading.batch import Feature, ItemTable, Jagged, select
 from recray.records import Feature as FeatureRecord
 
 
@@ -94,14 +93,3 @@ def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequentia
         layers += [nn.Linear(width, inner), nn.GELU(), Dropout(dropout)]
         width = inner
     return nn.Sequential(*layers, nn.Linear(width, out))
-
-
-def select(feature: Feature, rows: Tensor, entries: int | None = None) -> Feature:
-    """The feature's values of these rows; `entries`: how many a Jagged has there, if known, or a GPU is waited for."""
-    if not isinstance(feature, Jagged):
-        return feature[rows]
-    starts, lengths = feature.offsets[rows], feature.lengths()[rows]
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    entries = int(offsets[-1]) if entries is None else entries
-    shift = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=entries)
-    return Jagged(feature.values[shift + torch.arange(entries, device=rows.device)], offsets)

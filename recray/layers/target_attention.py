@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recray.kernels.target_attention_cpu import Gates, Parameters, attend
 from recray.layers.dice import Dice
-from recray.loading.batch import Jagged
+from recray.loading.jagged import Jagged
 
 
 class TargetAttention(nn.Module):
@@ -43,7 +43,7 @@ class TargetAttention(nn.Module):
 
     def plain(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
         """All entries at once, for devices with the memory and the bandwidth; the reference of the kernel."""
-        row_T = torch.repeat_interleave(torch.arange(len(q_BI), device=q_BI.device), history.lengths())
+        row_T = history.row_index()
         k_TI = v_UI[history.values]
         x_TC = self.query(q_BI)[row_T] + self.key(v_UI)[history.values] + self.product(q_BI[row_T] * k_TI)
         w_T1 = self.out(self.dice_2(self.second(self.dice_1(x_TC))))

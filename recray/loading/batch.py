@@ -1,7 +1,6 @@
-"""What a model sees: tensors of one batch, and the item table.
+"""What a model takes: the tensors of one batch, and the item table.
 
-Shape legend: B rows, T history entries of all rows together, Q queries,
-N items, F entries of a list feature.
+Shape legend: B rows, T history entries of all rows together, Q queries, N items.
 """
 
 from __future__ import annotations
@@ -14,76 +13,39 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-PAD = 0  # padding: never a target, never recommended
-UNKNOWN = 1  # out of vocabulary: may stand in a history, never recommended
-FIRST_ID = 2  # the most frequent real item
+from recray.ids import FIRST_ITEM
+from recray.ids import PAD as PAD
+from recray.loading.jagged import Jagged as Jagged
+
+FIRST_ID = FIRST_ITEM
+
+Feature = Tensor | Jagged  # one number per row, or one list
 
 
-@dataclass(frozen=True)
-class Jagged:
-    """Rows of different lengths without padding: row b is values[offsets[b] : offsets[b + 1]]."""
-
-    values: Tensor  # (T,)
-    offsets: Tensor  # (B + 1,) int64, offsets[0] == 0
-
-    def lengths(self) -> Tensor:
-        return self.offsets[1:] - self.offsets[:-1]
-
-    def last(self, length: int) -> Jagged:
-        """The last `length` entries of every row."""
-        lengths = self.lengths()
-        kept = lengths.clamp(max=length)
-        offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
-        entries = int(offsets[-1])
-        shift = torch.repeat_interleave(self.offsets[1:] - kept - offsets[:-1], kept, output_size=entries)
-        return Jagged(self.values[shift + torch.arange(entries, device=kept.device)], offsets)
-
-    def rows(self, start: int, stop: int) -> Jagged:
-        offsets = self.offsets[start : stop + 1]
-        return Jagged(self.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> Jagged:
-        return Jagged(function(self.values), function(self.offsets))
-
-    def to(self, device: torch.device) -> Jagged:
-        return self.each(lambda x: x.to(device))
-
-    def padded(self, length: int) -> Tensor:
-        """(B, length) with row b's last entries at the right end and PAD before them."""
-        lengths = self.lengths()
-        out = self.values.new_zeros(len(lengths), length)
-        row_T = torch.repeat_interleave(
-            torch.arange(len(lengths), device=self.values.device), lengths, output_size=len(self.values)
-        )
-        from_end_T = self.offsets[1:][row_T] - torch.arange(len(self.values), device=self.values.device)
-        keep_T = from_end_T <= length
-        out[row_T[keep_T], length - from_end_T[keep_T]] = self.values[keep_T]
-        return out
-
-
-Feature = Tensor | Jagged
+def select(feature: Feature, rows: Tensor, entries: int | None = None) -> Feature:
+    """These rows of a feature. `entries`: total length of their lists, if it is known; reading it waits for a GPU."""
+    return feature.take(rows, entries) if isinstance(feature, Jagged) else feature[rows]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows on their way through a model.
+    """One batch of examples or of evaluation queries.
 
-    A *query* is a point in a row's history at which the next item is asked for.
-    With `position_Q` None there is one query per row, after its whole history.
-    A sequence model trains on every position at once: then position_Q[q] is the
-    index into history.values of the last entry that query q may see.
+    A *query* is a position in a row's history at which the next item is predicted. Without `position_Q` there is one
+    query per row, after its whole history. A sequence model trains on every position at once: position_Q[q] is the index
+    in history.values of the last entry that query q sees.
+
+    The sequence [9, 2, 5] of one user is history = Jagged([9, 2], [0, 2]), position_Q = [0, 1], target_Q = [2, 5].
     """
 
     user_B: Tensor  # int64 user ids
     history: Jagged  # int64 item ids, oldest first
-    target_Q: Tensor | None = None  # int64: the item each query should find
-    weight_Q: Tensor | None = None  # float32; 0 marks a query that only pads the batch
+    target_Q: Tensor | None = None  # int64: the item to predict, or the candidate that a ranker scores
+    weight_Q: Tensor | None = None  # float32; 0 for padding
     position_Q: Tensor | None = None
-    label_Q: Tensor | None = None  # float32, of impressions: 1 when target_Q was chosen, 0 when it was only shown
+    label_Q: Tensor | None = None  # float32, impressions only: 1 if target_Q was chosen, 0 if it was only shown
     user_features: dict[str, Feature] = field(default_factory=dict)
     context: dict[str, Feature] = field(default_factory=dict)  # of the target event, one entry per row
-    shard_B: Tensor | None = None  # int64: identity of the row: which shard,
-    row_B: Tensor | None = None  # int64: and which row (or event) of it
 
     @property
     def num_rows(self) -> int:
@@ -105,7 +67,7 @@ class Batch:
         return replace(self, **replaced)  # type: ignore[arg-type]
 
     def split(self, parts: int) -> list[Batch]:
-        """The rows in order, in `parts` batches or as many as there are rows."""
+        """The rows in order, in `parts` batches; in fewer if there are fewer rows."""
         parts = min(parts, self.num_rows)
         if parts <= 1:
             return [self]
@@ -132,8 +94,6 @@ class Batch:
             label_Q=None if self.label_Q is None else self.label_Q[first:last],
             user_features={name: part(feature) for name, feature in self.user_features.items()},
             context={name: part(feature) for name, feature in self.context.items()},
-            shard_B=None if self.shard_B is None else self.shard_B[start:stop],
-            row_B=None if self.row_B is None else self.row_B[start:stop],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -142,7 +102,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ItemTable:
-    """Everything known about items, indexed by item id; rows PAD and UNKNOWN included.
+    """Everything known about items; row i describes item id i, PAD and UNKNOWN included.
 
     counts_N: float32, training events of each item (0 for PAD and UNKNOWN).
     features: categorical (N,) int64 ids, numeric (N,) float32, list Jagged of int64 ids.
@@ -153,10 +113,10 @@ class ItemTable:
 
     @cached_property
     def total(self) -> Tensor:
-        """Sum of counts_N, at least 1."""
+        """Sum of counts_N, or 1 if that is 0."""
         return self.counts_N.sum().clamp(min=1)
 
     @property
     def num_items(self) -> int:
-        """Rows of the table: real items + FIRST_ID."""
+        """Rows of the table: real items + NUM_RESERVED."""
         return len(self.counts_N)

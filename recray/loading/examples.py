@@ -1,27 +1,50 @@
-"""Prepared rows to training examples: numpy, no torch, no Ray.
+"""Training examples, cut from the user rows of a shard. numpy only: importing this module does not load torch.
 
-An example is a training event ("events": its history is the window before it, cut
-from the user's list by offsets; "others": it is the rest of the list), a user
-("sequences"), or anything that a user was shown ("impressions": chosen or not, its
-history is what the user had chosen before that time).
+A shard has one row per user. `num_targets` counts the events at the end of the lists that belong to the shard's split;
+the events before them are context from earlier splits:
+
+    user  item          time          num_targets  user_age  context_hour
+    7     [4, 9, 2, 5]  [1, 3, 8, 9]  2            3         [23, 1, 6, 7]
+
+With history_length = 2, this row becomes
+
+    "events"       one example per target, its history is the window before it:  [4, 9] -> 2    [9, 2] -> 5
+    "others"       the same with all other events of the user as candidates for the history, for logs without an order:
+                   [9, 5] -> 2    [9, 2] -> 5
+    "sequences"    one example per user, which trains on every position at once:  [9, 2] -> [2, 5]
+    "impressions"  one example per target, whether it was chosen (label 1) or only shown (label 0); its history is what
+                   the user chose strictly before the time of the target
+
+Histories overlap, so an `ExampleTable` stores for each example where its list begins and ends in the shard's values. They
+are gathered only when a batch is made.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from recray.loading.batch import FIRST_ID
-from recray.models import Examples
+from recray.ids import FIRST_ITEM
+from recray.loading.jagged import Column, offsets_from_lengths, range_index
+
+Examples = Literal["events", "others", "sequences", "impressions"]
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# Prefixes of the feature columns of a shard. Context features have one entry per event.
+_USER, _CONTEXT = "user_", "context_"
 
 
 @dataclass(frozen=True)
 class Decay:
-    """An event's weight halves with every `half_life` that it lies before `until` (microseconds), to 0 after 20 of them.
+    """An event's weight halves with every `half_life` that it lies before `until` (both in microseconds).
 
-    Products with numbers much smaller become denormal, which a CPU takes ten times as long for.
+    After 20 half-lives it is 0: products with much smaller numbers become denormal, which are 10 times slower on a CPU.
     """
 
     until: int
@@ -33,225 +56,257 @@ class Decay:
 
 
 @dataclass(frozen=True)
-class Column:
-    """Numbers, one per row; or lists of numbers, with offsets."""
+class Fields(Generic[T]):
+    """The parts of examples, each as a T: numpy columns, or the places in a table that they are gathered from."""
 
-    values: np.ndarray
-    offsets: np.ndarray | None = None
+    user: T
+    history: T  # lists
+    target: T  # one per example; lists in "sequences"
+    weight: T  # as target
+    label: T | None = None  # "impressions" only
+    user_features: dict[str, T] = field(default_factory=dict)
+    context: dict[str, T] = field(default_factory=dict)
+
+    def map(self, function: Callable[[T], U]) -> Fields[U]:
+        return Fields.combine([self], lambda parts: function(parts[0]))
 
     @staticmethod
-    def of(array: pa.ChunkedArray) -> Column:
-        flat = array.combine_chunks()
-        if not pa.types.is_list(flat.type):
-            return Column(flat.to_numpy(zero_copy_only=False))
-        offsets = flat.offsets.to_numpy().astype(np.int64)
-        values = flat.values.slice(offsets[0], offsets[-1] - offsets[0])
-        return Column(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
-
-    def take(self, rows: np.ndarray) -> Column:
-        if self.offsets is None:
-            return Column(self.values[rows])
-        starts = self.offsets[rows]
-        return windows(self.values, starts, self.offsets[rows + 1] - starts)
-
-
-def windows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Column:
-    """Lists values[start : start + length]."""
-    index, offsets = _places(starts, lengths)
-    return Column(values[index], offsets)
+    def combine(parts: Sequence[Fields[T]], function: Callable[[list[T]], U]) -> Fields[U]:
+        """Each field of the result is `function` of that field of all parts."""
+        labels = [part.label for part in parts if part.label is not None]
+        return Fields(
+            user=function([part.user for part in parts]),
+            history=function([part.history for part in parts]),
+            target=function([part.target for part in parts]),
+            weight=function([part.weight for part in parts]),
+            label=function(labels) if labels else None,
+            user_features={n: function([p.user_features[n] for p in parts]) for n in parts[0].user_features},
+            context={n: function([p.context[n] for p in parts]) for n in parts[0].context},
+        )
 
 
-def _places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """start, start + 1, ..., of every list, and the lists' offsets."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    index = np.repeat(starts - offsets[:-1], lengths)
-    index += np.arange(len(index))
-    return index, offsets
+class UserRows:
+    """A table of user rows as numpy arrays. Of a labelled log it keeps the positive events only.
 
-
-class Rows:
-    """A table of user rows as numpy arrays. Of a labelled log only the positive events are here."""
+    Shapes: R rows, E events of all rows. user, num_targets (R,); item, time, weight (E,); offsets (R + 1,).
+    """
 
     def __init__(self, table: pa.Table) -> None:
+        names = table.column_names
         self.user = table["user"].to_numpy()
         items, times = Column.of(table["item"]), Column.of(table["time"])
         assert items.offsets is not None
         self.item, self.time, self.offsets = items.values, times.values, items.offsets
         self.num_targets = table["num_targets"].to_numpy().astype(np.int64)
-        self.user_features = {n[5:]: Column.of(table[n]) for n in table.column_names if n.startswith("user_")}
-        self.context = {}
-        for name in table.column_names:
-            if name.startswith("context_"):
-                flat = pa.chunked_array([table[name].combine_chunks().flatten()])
-                self.context[name[8:]] = Column.of(flat)
-        self.weight = Column.of(table["weight"]).values if "weight" in table.column_names else np.ones(len(self.item))
-        if "label" in table.column_names:
+        self.user_features = {n.removeprefix(_USER): Column.of(table[n]) for n in names if n.startswith(_USER)}
+        self.context = {
+            n.removeprefix(_CONTEXT): Column.of(pa.chunked_array([table[n].combine_chunks().flatten()]))
+            for n in names
+            if n.startswith(_CONTEXT)
+        }
+        self.weight = Column.of(table["weight"]).values if "weight" in names else np.ones(len(self.item))
+        if "label" in names:
             self._keep(Column.of(table["label"]).values > 0)
 
     def _keep(self, kept: np.ndarray) -> None:
-        """Leave out events; what is left keeps its order."""
-        before = np.concatenate([[0], np.cumsum(kept)])
+        """Drop the events that are not marked in `kept` (E,)."""
+        before = offsets_from_lengths(kept)
         first = self.first_target()
         self.num_targets = before[self.offsets[1:]] - before[first]
         self.offsets = before[self.offsets]
         self.item, self.time, self.weight = self.item[kept], self.time[kept], self.weight[kept]
-        rows = np.flatnonzero(kept)
-        self.context = {name: column.take(rows) for name, column in self.context.items()}
+        events = np.flatnonzero(kept)
+        self.context = {name: column.take(events) for name, column in self.context.items()}
 
     def first_target(self) -> np.ndarray:
+        """(R,) index of each row's first target."""
         return np.asarray(self.offsets[1:] - self.num_targets)
 
     def targets(self) -> np.ndarray:
-        """Places of all targets, row by row."""
+        """Indices of all targets, row by row."""
         if self.num_targets.sum() == len(self.item):
             return np.arange(len(self.item))
-        return _places(self.first_target(), self.num_targets)[0]
+        return range_index(self.first_target(), self.num_targets)[0]
 
 
 @dataclass(frozen=True)
-class _List:
-    """An example's list is values[start : stop] but the place `skip`: names of columns that hold these numbers."""
+class _Ranges:
+    """One range of indices per example: start to stop, without the index `skip` if it is given."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    skip: np.ndarray | None = None
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> _Ranges:
+        return _Ranges(function(self.start), function(self.stop), None if self.skip is None else function(self.skip))
+
+    def slice(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and offsets of the ranges first to last."""
+        part = self.map(lambda x: _wide(x[first:last]))
+        index, offsets = range_index(part.start, part.stop - part.start)
+        if part.skip is not None:
+            kept = index != np.repeat(part.skip, np.diff(offsets))
+            index, offsets = index[kept], offsets_from_lengths(kept)[offsets]
+        return index, offsets
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """A field with one list per example: a range of values that all examples of the shard share."""
 
     values: np.ndarray
-    start: str
-    stop: str
-    skip: str | None = None
+    ranges: int  # which of the table's ranges; several fields may use the same
+
+
+_Field = np.ndarray | _Lists  # an array has one entry per example
 
 
 class ExampleTable:
-    """All examples of a table, by columns."""
+    """All examples of a shard, column by column."""
 
-    def __init__(self, columns: dict[str, np.ndarray], lists: dict[str, _List]) -> None:
-        """Columns whose name begins with '_' are places in the lists' values and in no batch."""
-        self._columns = {
-            name: values.astype(np.float32 if values.dtype.kind == "f" else np.int32, copy=False)
-            for name, values in columns.items()
-        }
-        self._lists = lists
+    def __init__(self, fields: Fields[_Field], ranges: list[_Ranges]) -> None:
+        self._fields, self._ranges = fields, ranges
+
+    @staticmethod
+    def of(fields: Fields[_Field], ranges: list[_Ranges]) -> ExampleTable:
+        """Numbers are stored in 4 bytes: a permutation reads and writes all of them once an epoch."""
+        small = fields.map(lambda x: x if isinstance(x, _Lists) else _narrow(x))
+        return ExampleTable(small, [one.map(_narrow) for one in ranges])
 
     def __len__(self) -> int:
-        return len(next(iter(self._columns.values())))
+        assert isinstance(self._fields.user, np.ndarray)
+        return len(self._fields.user)
 
     def take(self, index: np.ndarray) -> ExampleTable:
-        """These examples in this order. Column by column: one stays in the cache while it is read at random."""
-        # mode="clip" writes where it is to be written; "raise", the default, writes twice.
-        return ExampleTable({name: c.take(index, mode="clip") for name, c in self._columns.items()}, self._lists)
+        """These examples in this order. Column by column, so that a column stays in the cache while it is read at random."""
 
-    def slice(self, start: int, stop: int) -> dict[str, Column]:
-        """Columns of the examples start to stop, int64 and float32."""
-        numbers = {name: _numbers(values[start:stop]) for name, values in self._columns.items()}
-        piece = {name: Column(values) for name, values in numbers.items() if not name.startswith("_")}
-        places: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-        for name, one in self._lists.items():
-            key = (one.start, one.stop)
-            if key not in places:
-                place, offsets = _places(numbers[one.start], numbers[one.stop] - numbers[one.start])
-                if one.skip is not None:
-                    kept = place != np.repeat(numbers[one.skip], np.diff(offsets))
-                    place, offsets = place[kept], np.concatenate([[0], np.cumsum(kept)])[offsets]
-                places[key] = place, offsets
-            place, offsets = places[key]
-            piece[name] = Column(one.values[place], offsets)
-        return piece
+        def taken(values: np.ndarray) -> np.ndarray:
+            # mode="clip" writes to the result directly; "raise", the default, goes through a buffer.
+            return values.take(index, mode="clip")
+
+        fields = self._fields.map(lambda x: x if isinstance(x, _Lists) else taken(x))
+        return ExampleTable(fields, [one.map(taken) for one in self._ranges])
+
+    def slice(self, start: int, stop: int) -> Fields[Column]:
+        """Examples start to stop as int64 and float32 columns."""
+        found = [one.slice(start, stop) for one in self._ranges]
+
+        def column(field: _Field) -> Column:
+            if isinstance(field, np.ndarray):
+                return Column(_wide(field[start:stop]))
+            index, offsets = found[field.ranges]
+            return Column(field.values[index], offsets)
+
+        return self._fields.map(column)
 
 
 def example_table(table: pa.Table, examples: Examples, history_length: int, decay: Decay | None) -> ExampleTable:
     """The examples of a table of user rows."""
     if examples == "impressions":
         return _impressions(table, history_length, decay)
-    rows = Rows(table)
+    rows = UserRows(table)
     if examples == "sequences":
         return _sequences(rows, history_length, decay)
     return _events(rows, history_length, decay, others=examples == "others")
 
 
-def _events(rows: Rows, history_length: int, decay: Decay | None, others: bool) -> ExampleTable:
+def _events(rows: UserRows, history_length: int, decay: Decay | None, others: bool) -> ExampleTable:
     row, at = np.repeat(np.arange(len(rows.user)), rows.num_targets), rows.targets()
     begin, stop = rows.offsets[row], rows.offsets[row + 1] if others else at
-    # Of the others one more where the target lies inside of the window and leaves it.
+    # With `others` the window takes one more event if the target lies inside of it, because the target is left out.
     start = np.maximum(begin, stop - history_length - (others & (at >= stop - history_length)))
-    columns = {"user": rows.user[row], "target": rows.item[at], "weight": _weights(rows, decay)[at]}
-    columns |= {"_start": start, "_stop": stop} | ({"_skip": at} if others else {})
-    lists = {"history": _List(_numbers(rows.item), "_start", "_stop", "_skip" if others else None)}
-    return _with_features(columns, lists, rows.user_features, row, rows.context, at)
+    ranges = [_Ranges(start, stop, at if others else None)]
+    fields: Fields[_Field] = Fields(
+        user=rows.user[row],
+        history=_Lists(_wide(rows.item), 0),
+        target=rows.item[at],
+        weight=_weights(rows, decay)[at],
+        user_features=_features(rows.user_features, row, ranges),
+        context=_features(rows.context, _slice_if_all(at, len(rows.item)), ranges),
+    )
+    return ExampleTable.of(fields, ranges)
 
 
-def _sequences(rows: Rows, history_length: int, decay: Decay | None) -> ExampleTable:
-    """The last history_length + 1 events of a user; every event with a successor is asked for it.
+def _sequences(rows: UserRows, history_length: int, decay: Decay | None) -> ExampleTable:
+    """The last history_length + 1 events of a user; each but the last one is a query for its successor.
 
-    A history entry is a query when its successor is a target: all are, unless the row begins with context. The
-    weight of every other entry is 0.
+    Weights are 0 where the successor is no target: at the row's context from earlier splits.
     """
     end = rows.offsets[1:]
     start = np.maximum(rows.offsets[:-1], end - history_length - 1)
     weight = np.zeros(len(rows.item), np.float32)
     target = rows.targets()
     weight[target] = _weights(rows, decay)[target]
-    item = _numbers(rows.item)
-    lists = {
-        name: _List(values, "_start", "_stop")
-        for name, values in (("history", item), ("target", item[1:]), ("weight", weight[1:]))
-    }
-    columns = {"user": rows.user, "_start": start, "_stop": np.maximum(end - 1, start)}
-    return _with_features(columns, lists, rows.user_features, np.arange(len(rows.user)), {}, start)
+    item = _wide(rows.item)
+    # The same ranges of three arrays: entry i of the shifted ones belongs to the event after history entry i.
+    ranges = [_Ranges(start, np.maximum(end - 1, start))]
+    fields: Fields[_Field] = Fields(
+        user=rows.user,
+        history=_Lists(item, 0),
+        target=_Lists(item[1:], 0),
+        weight=_Lists(weight[1:], 0),
+        user_features=_features(rows.user_features, slice(None), ranges),
+    )
+    return ExampleTable.of(fields, ranges)
 
 
 def _impressions(table: pa.Table, history_length: int, decay: Decay | None) -> ExampleTable:
-    """Every target, chosen or not, and what its user had chosen before that time.
+    """Every target, chosen or not, with what its user had chosen before that time.
 
-    Two events of one time have no order: neither is in the history of the other.
+    Events of the same time have no order: none is in the history of another.
     """
-    chosen = Rows(table)
-    shown = Rows(table.drop_columns(["label"]))
+    chosen = UserRows(table)
+    shown = UserRows(table.drop_columns(["label"]))
     label = Column.of(table["label"]).values
     row = np.repeat(np.arange(len(shown.user)), np.diff(shown.offsets))
     new_time = np.ones(len(label), bool)
     new_time[1:] = (shown.time[1:] != shown.time[:-1]) | (row[1:] != row[:-1])
     first_of_time = np.maximum.accumulate(np.where(new_time, np.arange(len(label)), 0))
-    chosen_before = np.concatenate([[0], np.cumsum(label > 0)])[first_of_time]
+    chosen_before = offsets_from_lengths(label > 0)[first_of_time]
     at = shown.targets()
     row, end = row[at], chosen_before[at]
     weight = shown.weight if decay is None else shown.weight * decay(shown.time)
-    columns = {
-        "user": chosen.user[row],
-        "target": shown.item[at],
-        "label": label[at],
-        "weight": weight[at],
-        "_start": np.maximum(chosen.offsets[row], end - history_length),
-        "_stop": end,
-    }
-    lists = {"history": _List(_numbers(chosen.item), "_start", "_stop")}
-    return _with_features(columns, lists, chosen.user_features, row, shown.context, at)
+    ranges = [_Ranges(np.maximum(chosen.offsets[row], end - history_length), end)]
+    fields: Fields[_Field] = Fields(
+        user=chosen.user[row],
+        history=_Lists(_wide(chosen.item), 0),
+        target=shown.item[at],
+        weight=weight[at],
+        label=label[at],
+        user_features=_features(chosen.user_features, row, ranges),
+        context=_features(shown.context, _slice_if_all(at, len(shown.item)), ranges),
+    )
+    return ExampleTable.of(fields, ranges)
 
 
-def _with_features(
-    columns: dict[str, np.ndarray],
-    lists: dict[str, _List],
-    user_features: dict[str, Column],
-    row: np.ndarray,
-    context: dict[str, Column],
-    at: np.ndarray,
-) -> ExampleTable:
-    """Every example's features: of its user's row, and of the event at its place."""
-    for prefix, features, index in (("user", user_features, row), ("context", context, at)):
-        for name, column in features.items():
-            name = f"{prefix}_{name}"
-            whole = len(index) == len(column.values) and prefix == "context"
-            if column.offsets is None:
-                columns[name] = column.values if whole else column.values[index]
-            else:
-                columns |= {f"_{name}": column.offsets[index], f"_{name}_stop": column.offsets[index + 1]}
-                lists[name] = _List(_numbers(column.values), f"_{name}", f"_{name}_stop")
-    return ExampleTable(columns, lists)
+def _slice_if_all(index: np.ndarray, size: int) -> np.ndarray | slice:
+    """Increasing indices of `size` entries as a slice if they are all of them, so that columns are not copied."""
+    return slice(None) if len(index) == size else index
 
 
-def _numbers(values: np.ndarray) -> np.ndarray:
-    """float32 or int64; not copied where it is that already."""
+def _features(columns: dict[str, Column], index: np.ndarray | slice, ranges: list[_Ranges]) -> dict[str, _Field]:
+    """Features of the rows or events at `index`, one entry per example; list features add their ranges."""
+    found: dict[str, _Field] = {}
+    for name, column in columns.items():
+        if column.offsets is None:
+            found[name] = column.values[index]
+        else:
+            found[name] = _Lists(_wide(column.values), len(ranges))
+            ranges.append(_Ranges(column.offsets[:-1][index], column.offsets[1:][index]))
+    return found
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """float32 or int32, without a copy if it is that already."""
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int32, copy=False)
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    """float32 or int64, the types that models take; without a copy if it is that already."""
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
 
 
-def _weights(rows: Rows, decay: Decay | None) -> np.ndarray:
-    """Of all events. An unknown item (in validation events, when they are trained on) has no vector to learn."""
-    weight = np.where(rows.item < FIRST_ID, 0.0, rows.weight)
+def _weights(rows: UserRows, decay: Decay | None) -> np.ndarray:
+    """(E,) weight of every event. Unknown items, which a refit meets in validation events, have no vector to train."""
+    weight = np.where(rows.item < FIRST_ITEM, 0.0, rows.weight)
     return weight if decay is None else weight * decay(rows.time)

@@ -1,7 +1,10 @@
-"""Ready batches for the training loop, made by threads of their own: read -> cut -> copy to the device.
+"""Batches made ahead of the training loop by background threads: read -> cut -> copy to the device.
 
-What one thread makes waits in a short queue for the next; all of them end with the feed. Reading (Arrow) and most of
-cutting (numpy) leave the interpreter to the thread that trains.
+    with DeviceLoader(tables, cut, device) as batches:
+        for batch, real in batches: ...
+
+One thread reads tables, one cuts them into batches and copies those to the device; a short queue after each bounds the
+memory. Reading (Arrow) and most of cutting (numpy) release the GIL, so that they run next to the training step.
 """
 
 from __future__ import annotations
@@ -20,18 +23,18 @@ from torch import Tensor
 from recray.loading.batch import Batch
 
 T = TypeVar("T")
-_Made = tuple[Batch, bool]  # False marks a batch that only pads
+_Made = tuple[Batch, bool]  # False marks a padding batch
 
 _READY = 4  # batches
-_TABLES = 1  # one waits, one is being read, one is being cut
-_SECONDS_TO_END = 10.0  # a thread that waits for a slow disk or network ends with the process instead
+_TABLES = 1  # one is ready while one is read and one is cut
+_SECONDS_TO_STOP = 10.0  # a thread that a slow disk or network blocks for longer is left to end with the process
 
 
 class Prefetcher(Generic[T]):
-    """Takes entries from an iterable in a thread, `size` ahead. What fails there is raised where entries are taken."""
+    """Prefetches up to `size` items in a background thread, and re-raises its exceptions in the consumer."""
 
     def __init__(self, entries: Iterable[T], size: int) -> None:
-        self.waited = 0.0  # seconds that whoever takes entries has waited for one
+        self.waited = 0.0  # seconds that the consumer waited for items
         self._entries = entries
         self._queue: queue.Queue[T | _End] = queue.Queue(maxsize=size)
         self._stopped = threading.Event()
@@ -46,7 +49,7 @@ class Prefetcher(Generic[T]):
                 self._queue.put(entry)
                 if self._stopped.is_set():
                     break
-            # A generator ends in the thread that ran it: what it holds open is closed there.
+            # A generator must be closed in the thread that runs it, to release the files and streams that it holds.
             close: Callable[[], None] | None = getattr(self._entries, "close", None)
             if close is not None:
                 close()
@@ -64,27 +67,25 @@ class Prefetcher(Generic[T]):
             self.waited += time.perf_counter() - started
             if not isinstance(entry, _End):
                 return entry
-            self._end = entry  # for whoever asks again
+            self._end = entry  # kept, so that later calls end or fail the same way
         raise StopIteration if self._end.error is None else self._end.error
 
     def stop(self) -> None:
-        """Returns when the thread has ended. Whoever still takes entries finds none."""
+        """Stop the thread and wait for it, for a limited time. A consumer that still iterates gets no more items."""
         self._stopped.set()
-        until = time.monotonic() + _SECONDS_TO_END
+        until = time.monotonic() + _SECONDS_TO_STOP
         while self._thread.is_alive() and time.monotonic() < until:
-            self._drain()  # a full queue holds the thread
+            self._drain()  # a full queue blocks the thread
             self._thread.join(0.01)
-        while True:  # a thread that still lives may fill the queue again
+        while True:  # a thread that was not waited for may fill the queue again
             self._drain()
             with contextlib.suppress(queue.Full):
                 return self._queue.put_nowait(_End(None))
 
     def _drain(self) -> None:
-        try:
+        with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
-        except queue.Empty:
-            return
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _End:
 
 
 class DeviceLoader:
-    """An iterator over batches on the device, cut by `cut` from `tables`. Close it by `with`."""
+    """Iterates over (batch on the device, False if it is padding). Use it in a `with` block, which stops its threads."""
 
     def __init__(
         self, tables: Iterator[T], cut: Callable[[Iterator[T]], Iterator[_Made]], device: torch.device
@@ -123,10 +124,11 @@ class DeviceLoader:
         return batch, real
 
     def seconds(self) -> dict[str, float]:
-        """So far: what cutting waited for reading, and what cutting and copying took."""
+        """Since the start: "read", how long cutting waited for tables; "cut" and "copy", how long those took."""
         return {"read": self._tables.waited, "cut": self._cut - self._tables.waited, "copy": self._copied}
 
     def _moved(self, made: Iterator[_Made]) -> Iterator[tuple[Batch, bool, Any]]:
+        """Batches on the device, each with the event that its copy is done (None on a CPU)."""
         while True:
             started = time.perf_counter()
             entry = next(made, None)
@@ -137,7 +139,8 @@ class DeviceLoader:
             batch, real = entry
             copied = None
             if self._stream is not None:
-                # From pinned memory and beside the step that runs: the device waits only where the batch is used.
+                # From pinned memory on a stream of its own, the copy runs during the current step. The training stream
+                # waits for it only when it uses the batch.
                 with torch.cuda.stream(self._stream):
                     batch = batch.each(lambda x: x.pin_memory().to(self._device, non_blocking=True))
                     copied = self._stream.record_event()
@@ -146,6 +149,6 @@ class DeviceLoader:
 
 
 def _used_on(x: Tensor, stream: Any) -> Tensor:
-    """The allocator must not give x's memory away before `stream` is done with it."""
+    """Keep the caching allocator from reusing the memory of x before `stream` is done with it."""
     x.record_stream(stream)
     return x

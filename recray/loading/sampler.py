@@ -1,8 +1,14 @@
-"""The plan of an epoch: which worker trains on which examples. Arithmetic only.
+"""Which worker trains on which examples of an epoch: arithmetic on (seed, epoch, worker, number of workers).
 
-From (seed, epoch, rank, world size) every worker knows which examples are its own,
-equal to within one over the workers, so nobody waits for anybody at the end and nothing
-is dropped.
+The shards are shuffled and laid end to end; worker r of W takes the r-th of W contiguous parts. Every example belongs to
+one worker, shares differ by at most one example, and no worker has to ask another one. With two shards of 5 and 3
+examples, an epoch that shuffles them to [shard 1, shard 0] gives
+
+    worker 0 of 2    ShardSlice(shard=1, start=0, stop=3), ShardSlice(shard=0, start=0, stop=1)
+    worker 1 of 2    ShardSlice(shard=0, start=1, stop=5)
+
+start and stop count positions in the permutation of the shard's examples (recray.loading.collate.iter_batches), which is
+the same on every worker.
 """
 
 from __future__ import annotations
@@ -11,13 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recray.models import Examples
+from recray.loading.examples import Examples
 from recray.records import Shard
 
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """Examples start:stop of a shard in the order of its epoch's permutation."""
+    """Examples start to stop of a shard, in the order of its permutation in that epoch."""
 
     epoch: int
     shard: int
@@ -27,7 +33,7 @@ class ShardSlice:
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """Files whose rows are read and shuffled as one table."""
+    """Files whose rows are read and shuffled as one shard."""
 
     files: tuple[str, ...]
     rows: int
@@ -53,7 +59,7 @@ def num_examples(shard: ShardGroup, examples: Examples) -> int:
 def epoch_plan(
     shards: list[ShardGroup], seed: int, epoch: int, rank: int, world_size: int, examples: Examples
 ) -> list[ShardSlice]:
-    """This worker's part of an epoch: a contiguous share of the shuffled shards."""
+    """The slices of worker `rank`, in the order in which it trains on them."""
     order = np.random.default_rng([seed, epoch, 1]).permutation(len(shards))
     total = sum(num_examples(shard, examples) for shard in shards)
     begin, end = rank * total // world_size, (rank + 1) * total // world_size
@@ -68,7 +74,7 @@ def epoch_plan(
 
 
 def steps_per_epoch(shards: list[ShardGroup], world_size: int, batch_size: int, examples: Examples) -> int:
-    """Batches of the worker with most examples; the others pad with a batch of weight 0."""
+    """Batches of the worker with the most examples. The others end the epoch with batches of weight 0."""
     total = sum(num_examples(shard, examples) for shard in shards)
     largest = -(-total // world_size)
     return -(-largest // batch_size)

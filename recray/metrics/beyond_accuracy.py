@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recray.ids import FIRST_ITEM
+
 
 @dataclass
 class ListCounts:
@@ -23,12 +25,13 @@ class ListCounts:
     users: int = 0
 
     def add(self, ranked_BK: np.ndarray, vectors_ND: np.ndarray) -> None:
-        """Count lists (ids <= 1 are holes). vectors_ND: item vectors by id."""
-        self.shown_N += np.bincount(ranked_BK[ranked_BK > 1], minlength=len(self.shown_N))
+        """Count lists; ids below FIRST_ITEM fill places that are empty. vectors_ND: item vectors by id."""
+        filled_BK = ranked_BK >= FIRST_ITEM
+        self.shown_N += np.bincount(ranked_BK[filled_BK], minlength=len(self.shown_N))
         unit = vectors_ND[ranked_BK].astype(np.float64)
         unit /= np.maximum(np.linalg.norm(unit, axis=2, keepdims=True), 1e-12)
-        unit *= (ranked_BK > 1)[..., None]
-        n = (ranked_BK > 1).sum(axis=1)
+        unit *= filled_BK[..., None]
+        n = filled_BK.sum(axis=1)
         same = (unit.sum(axis=1) ** 2).sum(axis=1) - n  # sum of cosines over ordered pairs
         pairs = n * (n - 1)
         self.distance += float((1 - same[pairs > 0] / pairs[pairs > 0]).sum())
@@ -38,12 +41,12 @@ class ListCounts:
         return ListCounts(self.shown_N + other.shown_N, self.distance + other.distance, self.users + other.users)
 
     def metrics(self, k: int, train_counts_N: np.ndarray, num_users: int) -> dict[str, float]:
-        shown = self.shown_N[2:].astype(np.float64)
+        shown = self.shown_N[FIRST_ITEM:].astype(np.float64)
         total = max(shown.sum(), 1.0)
         ordered = np.sort(shown)
         n = len(ordered)
         gini = float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * total)) if n else 0.0
-        counts = train_counts_N[2:].astype(np.float64)
+        counts = train_counts_N[FIRST_ITEM:].astype(np.float64)
         novelty = -np.log2(np.maximum(counts, 1) / max(num_users, 1))
         return {
             f"coverage@{k}": float((shown > 0).mean()) if n else 0.0,

@@ -18,28 +18,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from recray.ids import FIRST_ITEM, UNKNOWN
+
 NAMES = ("recall", "recall_capped", "hr", "ndcg", "mrr", "map")
 
 
 def hits(ranked_BK: np.ndarray, target_values: np.ndarray, target_offsets: np.ndarray) -> np.ndarray:
     """(B, K) bool: whether the item at each place is one of the user's targets.
 
-    Ids <= 1 (padding, unknown) never hit. Repeated targets count once.
+    Padding and unknown items never hit. Repeated targets count once.
     """
     span = np.int64(max(ranked_BK.max(initial=0), target_values.max(initial=0)) + 1)
     row_B = np.arange(len(ranked_BK), dtype=np.int64)
     target = np.repeat(row_B, np.diff(target_offsets)) * span + target_values
     keys = row_B[:, None] * span + ranked_BK
-    return np.asarray(np.isin(keys, target) & (ranked_BK > 1))
+    return np.asarray(np.isin(keys, target) & (ranked_BK >= FIRST_ITEM))
 
 
 def num_distinct(target_values: np.ndarray, target_offsets: np.ndarray) -> np.ndarray:
-    """(B,) |T|: distinct known targets, and every unknown one (id 1) by itself: each is a miss."""
+    """(B,) |T|: distinct known targets, and every unknown one by itself: each is a miss."""
     row = np.repeat(np.arange(len(target_offsets) - 1), np.diff(target_offsets))
     order = np.lexsort((target_values, row))
     r, v = row[order], target_values[order]
     new = np.ones(len(v), bool)
-    new[1:] = (r[1:] != r[:-1]) | (v[1:] != v[:-1]) | (v[1:] == 1)
+    new[1:] = (r[1:] != r[:-1]) | (v[1:] != v[:-1]) | (v[1:] == UNKNOWN)
     return np.bincount(r[new], minlength=len(target_offsets) - 1)
 
 

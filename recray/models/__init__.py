@@ -13,7 +13,6 @@ the module is of that family. Code that has a module asks `isinstance(model, Ran
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -21,9 +20,8 @@ from recray import registry
 from recray.config import ModelOptions
 from recray.errors import ConfigError
 from recray.loading.batch import Batch, ItemTable
+from recray.loading.examples import Examples as Examples
 from recray.records import DatasetRecord
-
-Examples = Literal["events", "others", "sequences", "impressions"]
 
 
 class Retriever(nn.Module, ABC):

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recray.layers.dice import Dice
-from recray.layers.feature_encoder import Dropout, mean_pool, select
+from recray.layers.feature_encoder import Dropout, mean_pool
 from recray.layers.ranker_inputs import RankerInputs, RankerOptions
 from recray.layers.target_attention import TargetAttention
 from recray.loading.batch import Batch, ItemTable, Jagged
@@ -64,9 +64,8 @@ class Din(Ranker):
             return out_BI
         mean_BI = mean_pool(v_UI, history)
         rows = long_B.nonzero()[:, 0]
-        part = select(history, rows)
-        assert isinstance(part, Jagged)
-        return mean_BI.index_copy(0, rows, self.attention(q_BI[rows], v_UI, part).to(mean_BI.dtype))
+        attended = self.attention(q_BI[rows], v_UI, history.take(rows))
+        return mean_BI.index_copy(0, rows, attended.to(mean_BI.dtype))
 
 
 build = Din

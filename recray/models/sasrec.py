@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from recray.config import ModelOptions
 from recray.kernels.dropout import dropout
 from recray.layers.embedding import Table
-from recray.layers.feature_encoder import select
 from recray.layers.transformer import TransformerBlock, group_rows
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.models import Examples, Retriever
@@ -63,8 +62,7 @@ class SASRec(Retriever):
         lengths_B, order_B = batch.history.lengths().sort()
         lengths, tokens = lengths_B.tolist(), len(batch.history.values)  # the only place that waits for a GPU
         empty = lengths.count(0)
-        history = select(batch.history, order_B, tokens)
-        assert isinstance(history, Jagged)
+        history = batch.history.take(order_B, tokens)
         groups = group_rows(lengths[empty:], lengths_B[empty:], self.options.dim)
         x_TD = self._embed(history, lengths_B)
         *earlier, final = self.blocks

@@ -9,7 +9,8 @@ import numpy as np
 
 from recray.data.dataset import PreparedDataset
 from recray.data.split import before
-from recray.loading.batch import FIRST_ID, Jagged
+from recray.ids import FIRST_ITEM
+from recray.loading.batch import Jagged
 from recray.loading.collate import EvalQuery
 from recray.retrieval.item_knn import new_events
 
@@ -19,7 +20,7 @@ class Popularity:
 
     def __init__(self, counts_N: np.ndarray) -> None:
         """counts_N: how often each item id was chosen; ties stand in order of id."""
-        self._order = FIRST_ID + np.argsort(-counts_N[FIRST_ID:], kind="stable")
+        self._order = FIRST_ITEM + np.argsort(-counts_N[FIRST_ITEM:], kind="stable")
 
     def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
         seen = question.seen if filter_seen else Jagged(question.seen.values[:0], question.seen.offsets * 0)
@@ -27,7 +28,7 @@ class Popularity:
         row_E = np.repeat(np.arange(question.batch.num_rows), seen.lengths().numpy())
         head = self._order[:wanted]
         # Places of seen items in the head of the order are struck out.
-        place_of = np.full(len(self._order) + FIRST_ID, wanted)
+        place_of = np.full(len(self._order) + FIRST_ITEM, wanted)
         place_of[head] = np.arange(wanted)
         place_E = place_of[seen.values.numpy()]
         kept = np.ones((question.batch.num_rows, wanted + 1), bool)

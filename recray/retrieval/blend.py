@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
-from recray.loading.batch import FIRST_ID
+from recray.ids import FIRST_ITEM
 from recray.loading.collate import EvalQuery
 from recray.retrieval.exact import best_of
 from recray.retrieval.item_knn import MAX_EVENTS, ItemKNN, allowed, num_events
@@ -55,7 +55,7 @@ class Blended:
             item_BC, _ = torch.cat([found_BC[rows], its_own], dim=1).sort(dim=1)
             score_BC = torch.bmm(self.vectors_ND[item_BC], q_BD[rows, :, None])[:, :, 0]
             score_BC += self.weight * torch.log(share_BN.gather(1, item_BC) + _LEAST)
-            out = item_BC < FIRST_ID
+            out = item_BC < FIRST_ITEM
             out[:, 1:] |= item_BC[:, 1:] == item_BC[:, :-1]
             best, order = score_BC.masked_fill(out, -torch.inf).sort(dim=1, descending=True, stable=True)
             ids.append(torch.where(best == -torch.inf, 0, item_BC.gather(1, order))[:, :k])

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recray.loading.batch import FIRST_ID, Jagged
+from recray.ids import FIRST_ITEM
+from recray.loading.batch import Jagged
 
 # Scores alive at a time: 28 MB, as memory larger than 32 MB comes fresh from the kernel at every call; but as every pass
 # reads all items up to 32 queries, while that is no more than 128 MB.
@@ -25,7 +26,7 @@ def top_k(
     """Item ids (B, k) int64 and scores (B, k), best first, ties by lower id.
 
     Row i of v_ND is item id i, or first + i * step where it holds only the share (first, step) of items. Ids below
-    FIRST_ID and those in `exclude` never come back. A row with fewer than k items left ends in id 0 and score -inf.
+    FIRST_ITEM and those in `exclude` never come back. A row with fewer than k items left ends in id 0 and score -inf.
     """
     first, step = share
     items = max(len(v_ND), 1)
@@ -37,7 +38,7 @@ def top_k(
     for at in range(0, len(q_BD), rows_at_once):
         part_BD = q_BD[at : at + rows_at_once]
         score = torch.mm(part_BD, v_ND.T, out=buffer[: len(part_BD)])
-        score[:, : len(range(first, FIRST_ID, step))] = -torch.inf
+        score[:, : len(range(first, FIRST_ITEM, step))] = -torch.inf
         if exclude is not None:
             begin, end = exclude.offsets[at], exclude.offsets[min(at + rows_at_once, len(q_BD))]
             lengths = exclude.lengths()[at : at + rows_at_once]

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from recray import storage
 from recray.errors import DependencyError, ResourceError
-from recray.loading.batch import FIRST_ID
+from recray.ids import FIRST_ITEM
 from recray.records import IndexRecord
 
 _TRAIN_PER_LIST = 64  # training vectors per inverted list; faiss warns below 39
@@ -122,7 +122,7 @@ class ItemIndex:
 
         `exclude` is (values, offsets): item ids that row b must not get back. Rows are
         searched in groups of like exclusion length, each for k plus what may be filtered,
-        so no seen item takes a place. -1 and ids below FIRST_ID never come back: a row
+        so no seen item takes a place. -1 and ids below FIRST_ITEM never come back: a row
         that the index cannot fill ends in id 0 and score -inf.
         """
         ids = np.zeros((len(vectors_BD), k), np.int64)
@@ -131,9 +131,9 @@ class ItemIndex:
         buckets = np.ceil(np.log2(lengths + 1)).astype(np.int64)
         for bucket in np.unique(buckets):
             rows = np.flatnonzero(buckets == bucket)
-            fetch = min(self.index.ntotal, k + FIRST_ID + int(lengths[rows].max(initial=0)))
+            fetch = min(self.index.ntotal, k + FIRST_ITEM + int(lengths[rows].max(initial=0)))
             found_scores, found = self.index.search(np.ascontiguousarray(vectors_BD[rows], np.float32), fetch)
-            keep = found >= FIRST_ID
+            keep = found >= FIRST_ITEM
             if exclude is not None:
                 values, offsets = exclude
                 span = np.int64(self.record.num_items)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from recray.data.dataset import PreparedDataset
-from recray.loading.batch import FIRST_ID, Jagged
+from recray.ids import FIRST_ITEM
+from recray.loading.batch import Jagged
 from recray.loading.collate import EvalQuery
 from recray.retrieval.exact import best_of
 
@@ -40,7 +41,7 @@ class ItemKNN:
             lengths = torch.from_numpy(pc.list_value_length(table["item"].combine_chunks()).to_numpy().astype(np.int64))
             item = torch.from_numpy(table["item"].combine_chunks().flatten().to_numpy().astype(np.int64))
             user = torch.repeat_interleave(torch.from_numpy(table["user"].to_numpy().astype(np.int64)), lengths)
-            kept = torch.from_numpy(new_events(table)) & (item >= FIRST_ID)
+            kept = torch.from_numpy(new_events(table)) & (item >= FIRST_ITEM)
             pairs.append(torch.unique((user * n + item)[kept]))
         user_E, item_E = (found := torch.unique(torch.cat(pairs))) // n, found % n
         shape = (dataset.record.num_users, n)
@@ -74,7 +75,7 @@ def num_events(dataset: PreparedDataset, splits: Sequence[str]) -> int:
 
 def allowed(scores_BN: Tensor, question: EvalQuery, rows: slice, filter_seen: bool) -> Tensor:
     """Scores of these queries, -inf for what may not be recommended; in place."""
-    scores_BN[:, :FIRST_ID] = -torch.inf
+    scores_BN[:, :FIRST_ITEM] = -torch.inf
     if filter_seen:
         seen = _rows(question.seen, rows.start, rows.stop)
         row = torch.repeat_interleave(torch.arange(len(scores_BN)), seen.lengths())

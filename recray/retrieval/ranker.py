@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from recray import storage
+from recray.artifacts import CHECKPOINT, in_use
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.models import Ranker
-from recray.records import CheckpointRecord
 from recray.training import checkpoint
 
 
@@ -20,7 +19,7 @@ def open_ranker(config: Config, dataset: PreparedDataset) -> tuple[nn.Module, in
     """
     if config.retrieval.ranker is None:
         return None
-    folder = storage.join(config.retrieval.ranker, "checkpoint")
+    folder = in_use(config.retrieval.ranker, CHECKPOINT).uri
     record = checkpoint.record_of(folder, dataset)
     model, _ = checkpoint.load_model(folder)
     if not isinstance(model, Ranker):
@@ -33,4 +32,4 @@ def ranker_parents(config: Config) -> list[str]:
     """Id of the ranker's checkpoint, for records."""
     if config.retrieval.ranker is None:
         return []
-    return [CheckpointRecord.read(storage.join(config.retrieval.ranker, "checkpoint")).id]
+    return [in_use(config.retrieval.ranker, CHECKPOINT).record.id]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recray.loading.batch import FIRST_ID
+from recray.ids import FIRST_ITEM
 from recray.records import SweepPoint
 from recray.retrieval import faiss_index
 from recray.retrieval.exact import top_k
@@ -27,7 +27,7 @@ def sweep(
     """(chosen point, its recall on the reporting half, the whole curve)."""
     half = max(1, len(queries_QD) // 2)
     tune_QD, report_QD = queries_QD[:half], queries_QD[half:] if len(queries_QD) > 1 else queries_QD
-    k = min(k, len(vectors_ND) - FIRST_ID)
+    k = min(k, len(vectors_ND) - FIRST_ITEM)
     curve = []
     exact = exact_scores(tune_QD, vectors_ND, k)
     for setting in faiss_index.settings(index):
@@ -55,12 +55,12 @@ def measure(index: Any, queries_QD: np.ndarray, exact_QK: np.ndarray, k: int) ->
     """recall@k, recall@10, share of results missing, milliseconds per query. A result counts as right when its
     score reaches the exact k-th score."""
     started = time.perf_counter()
-    scores, ids = index.search(np.ascontiguousarray(queries_QD, np.float32), k + FIRST_ID)
+    scores, ids = index.search(np.ascontiguousarray(queries_QD, np.float32), k + FIRST_ITEM)
     milliseconds = (time.perf_counter() - started) * 1000 / len(queries_QD)
 
     def recall(at: int) -> float:
         bar = exact_QK[:, at - 1 : at] - _EPSILON * np.abs(exact_QK[:, at - 1 : at])
-        right = ((scores >= bar) & (ids >= FIRST_ID)).sum(axis=1)
+        right = ((scores >= bar) & (ids >= FIRST_ITEM)).sum(axis=1)
         return float(np.minimum(right, at).mean() / at)
 
     return recall(k), recall(min(10, k)), float((ids < 0).mean()), milliseconds

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from recray.data.dataset import PreparedDataset
 from recray.data.sources.simulated import SimulatedOracle
-from recray.layers.feature_encoder import select
-from recray.loading.batch import FIRST_ID, Batch, Jagged
+from recray.ids import FIRST_ITEM
+from recray.loading.batch import Batch, Jagged, select
 from recray.loading.collate import EvalQuery
 from recray.retrieval.exact import top_k
 from recray.retrieval.faiss_index import ItemIndex
@@ -96,7 +96,7 @@ class Reranked:
     def order(self, question: EvalQuery, found_BC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best of the candidates found, and their logits; 0 and -inf where nothing is left."""
         found = torch.from_numpy(found_BC)
-        row, place = (found >= FIRST_ID).nonzero(as_tuple=True)
+        row, place = (found >= FIRST_ITEM).nonzero(as_tuple=True)
         rows_of_history = question.seen.last(self.history_length)
         scores_BC = torch.full(found.shape, -torch.inf)
         for at in range(0, len(row), _ROWS):
@@ -130,7 +130,7 @@ class Oracle:
         self._oracle = oracle
         self._keys = dataset.items()["item"].to_numpy(zero_copy_only=False)
         self._id_of_key = np.ones(oracle.options.items, np.int64)
-        self._id_of_key[self._keys[FIRST_ID:].astype(np.int64)] = np.arange(FIRST_ID, len(self._keys))
+        self._id_of_key[self._keys[FIRST_ITEM:].astype(np.int64)] = np.arange(FIRST_ITEM, len(self._keys))
         users = dataset.user_keys()
         self._key_of_user = np.zeros(dataset.record.num_users, np.int64)
         self._key_of_user[users["user_id"].to_numpy()] = users["user"].to_numpy()
@@ -141,7 +141,7 @@ class Oracle:
         exclude = []
         for begin, end in itertools.pairwise(question.seen.offsets.tolist()):
             mine = seen[begin:end] if filter_seen else seen[:0]
-            exclude.append(self._keys[mine[mine >= FIRST_ID]].astype(np.int64))
+            exclude.append(self._keys[mine[mine >= FIRST_ITEM]].astype(np.int64))
         users = self._key_of_user[question.batch.user_B.numpy()].tolist()
         out = np.zeros((len(users), k), np.int64)
         for row, answer in zip(out, self._oracle(users, self._until, k, exclude), strict=True):

@@ -1,1 +1,1 @@
-"""Training: the loop, what surrounds it (context, optimiser), and the driver that starts it."""
+"""Training: the loop (trainer), its state on disk (state, checkpoint), and the function that starts it (launch)."""

@@ -1,11 +1,13 @@
-"""Weights on disk, and a model rebuilt from its own record.
+"""A checkpoint on disk, and the model rebuilt from it.
 
-model.safetensors     weights and buffers
-items.safetensors     the item table that the model was built with
-dataset.json          the prepared dataset's record
-tables-*.safetensors  rows of row_sharded tables, a file a worker (recray.training.sharded_tables); tables-state-* what their optimiser keeps
-state.pt              optimiser, EMA, random state (only where training may go on)
-checkpoint.json       CheckpointRecord, written last
+    model.safetensors         weights and buffers
+    items.safetensors         the item table that the model was built with
+    dataset.json              the record of the prepared dataset
+    tables-*.safetensors      rows of row_sharded tables, one file per worker (recray.training.sharded_tables)
+    checkpoint.json           CheckpointRecord, written last
+
+An epoch that training can resume from has state.pt and tables-state-*.safetensors, too (recray.training.state).
+A checkpoint needs no other file: `load_model` builds the model from the configuration in checkpoint.json.
 """
 
 from __future__ import annotations
@@ -26,56 +28,67 @@ from recray.layers import embedding
 from recray.loading.batch import Feature, ItemTable, Jagged
 from recray.models import Ranker, Retriever, build_model
 from recray.records import CheckpointRecord, DatasetRecord
+from recray.training import sharded_tables
 from recray.training.sharded_tables import ShardedTables
 
+_WEIGHTS, _ITEMS, _STATE = "model.safetensors", "items.safetensors", "state.pt"
 
-def save(
-    folder: str,
-    weights: dict[str, Tensor],
-    items: ItemTable,
-    dataset: DatasetRecord,
-    record: CheckpointRecord,
-    state: dict[str, Any] | None = None,
-) -> CheckpointRecord:
+
+def save_weights(folder: str, weights: dict[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    storage.write_bytes(storage.join(folder, "model.safetensors"), save_tensors(plain))
-    storage.write_bytes(storage.join(folder, "items.safetensors"), save_tensors(_pack(items)))
-    storage.write_json(storage.join(folder, "dataset.json"), dataset.model_dump(mode="json"))
-    if state is not None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        storage.write_bytes(storage.join(folder, "state.pt"), buffer.getvalue())
+    storage.write_bytes(storage.join(folder, _WEIGHTS), save_tensors(plain))
+
+
+def save_state(folder: str, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    storage.write_bytes(storage.join(folder, _STATE), buffer.getvalue())
+
+
+def save_record(folder: str, record: CheckpointRecord, dataset: DatasetRecord, items: ItemTable) -> CheckpointRecord:
+    """Write what rebuilds the model, then the record, which completes the checkpoint."""
+    storage.write_bytes(storage.join(folder, _ITEMS), save_tensors(_pack(items)))
+    storage.write_json(storage.join(folder, DatasetRecord.file_name()), dataset.model_dump(mode="json"))
     return record.write(folder)
 
 
+def publish(folder: str, target: str, record: CheckpointRecord) -> CheckpointRecord:
+    """Copy an epoch without its training state to `target`, with `record`, which is written last."""
+    tables = [sharded_tables.file_name("tables", piece, record.pieces) for piece in range(record.pieces)]
+    for name in (_WEIGHTS, _ITEMS, DatasetRecord.file_name(), *tables):
+        storage.copy_file(storage.join(folder, name), storage.join(target, name))
+    return record.write(target)
+
+
 def record_of(folder: str, dataset: PreparedDataset) -> CheckpointRecord:
-    """The record of a checkpoint that was trained on this dataset. Raises LineageError where it was another."""
+    """The record of a checkpoint. Raises LineageError if it was trained on another dataset."""
     record = CheckpointRecord.read(folder)
     if record.parents != [dataset.record.id]:
         raise LineageError(
-            f"{folder} was trained on {', '.join(record.parents)}, but {dataset.uri} is {dataset.record.id}, whose ids mean "
-            f"other items: train again, or prepare with the [data] and run.seed of that training"
+            f"{folder} was trained on {', '.join(record.parents)}, whose item ids do not match {dataset.uri} "
+            f"({dataset.record.id}): train again, or prepare with the [data] and run.seed of that training"
         )
     return record
 
 
 def load_state(folder: str) -> dict[str, Any]:
-    data = storage.read_bytes(storage.join(folder, "state.pt"))
+    """What `save_state` wrote, on the CPU. Nothing but tensors and plain values is unpickled."""
+    data = storage.read_bytes(storage.join(folder, _STATE))
     state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     return state
 
 
 def load_weights(folder: str) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = load_tensors(storage.read_bytes(storage.join(folder, "model.safetensors")))
+    weights: dict[str, Tensor] = load_tensors(storage.read_bytes(storage.join(folder, _WEIGHTS)))
     return weights
 
 
 def load_model(folder: str) -> tuple[Retriever | Ranker, CheckpointRecord]:
-    """The model in evaluation mode, rebuilt from the record beside its weights; rows of sharded tables stay on disk."""
+    """The model in evaluation mode, built from the configuration in its record. Rows of sharded tables stay on disk."""
     record = CheckpointRecord.read(folder)
     config = Config.model_validate(record.config)
     dataset = DatasetRecord.read(folder)
-    items = _unpack(load_tensors(storage.read_bytes(storage.join(folder, "items.safetensors"))))
+    items = _unpack(load_tensors(storage.read_bytes(storage.join(folder, _ITEMS))))
     with embedding.use_plan(embedding.TablePlan(stored=True)):
         model = build_model(config.model, dataset, items)
     weights = load_weights(folder)

@@ -1,7 +1,8 @@
-"""What the terminal shows of training: a bar where there is a terminal, a line an epoch everywhere."""
+"""What training reports: a bar while an epoch runs on a terminal, an event when it ends, and advice where loading is slow."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
@@ -9,24 +10,29 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from recray import log
+
+# Of an entry, what the text of an epoch does not repeat; the event has all numbers.
 _TIMES = (
     *("epoch", "loss", "seconds", "events_per_second", "waiting_share", "first_batch_seconds", "first_step_at"),
     *("read_seconds", "cut_seconds", "copy_seconds", "validation_seconds"),
 )
-_SLOW = 0.1  # share of an epoch spent waiting for batches that is worth a line
+_SLOW = 0.1  # share of an epoch spent waiting for batches that is worth advice
 _ADVICE = {
-    "read": "set scaling.reader = 'ray_data', so that other cores and nodes read, or put the dataset nearer",
-    "cut": "raise scaling.num_workers (each worker cuts its own share), or lower model.history_length",
-    "copy": "leave out features that do not help: every batch carries all of them to the device",
+    "read": "set scaling.reader = 'ray_data' to read on other cores and nodes, or move the dataset closer",
+    "cut": "raise scaling.num_workers (each worker cuts its own rows), or lower model.history_length",
+    "copy": "remove features that do not help: every batch carries all of them to the device",
 }
 
 
 class Progress:
+    """Measures and reports the epochs of one phase. Only worker 0 reports (`enabled`); all measure."""
+
     def __init__(self, name: str, epochs: int, steps: int, enabled: bool) -> None:
         self._name, self._epochs, self._steps, self._enabled = name, epochs, steps, enabled
         self._bar: Bar | None = None
         self._stages: dict[str, float] = {}
-        self._explained = False
+        self._advised = False
         self._reset()
 
     def _reset(self) -> None:
@@ -36,24 +42,18 @@ class Progress:
 
     def start_epoch(self, epoch: int) -> None:
         self._reset()
-        if self._enabled and sys.stderr.isatty():
-            text = TextColumn(
-                "{task.description}  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} events/s  waiting {task.fields[wait]:.0%}"
-            )
-            self._bar = Bar(
-                TextColumn(self._name),
-                BarColumn(),
-                text,
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
+        # A library is silent: the bar appears only where messages are shown, too.
+        shown = logging.getLogger(f"recray.{self._name}").isEnabledFor(logging.INFO)
+        if self._enabled and shown and sys.stderr.isatty():
+            self._bar = _bar(self._name)
             self._bar.start()
             self._id = self._bar.add_task(
                 f"epoch {epoch + 1}/{self._epochs}", total=self._steps, loss=0.0, rate=0.0, wait=0.0
             )
 
     def step(self, loss: float, events: float, waited: float) -> None:
+        """After every optimizer step: the global mean loss, the global number of queries, and the seconds this worker
+        waited for its batches."""
         self._events += events
         self._waited += waited
         if not self._count:
@@ -64,10 +64,12 @@ class Progress:
             self._bar.update(self._id, advance=1, loss=loss, rate=self._events / seconds, wait=self._waited / seconds)
 
     def end_epoch(self, stages: dict[str, float]) -> dict[str, float]:
-        """Of the epoch's training part: seconds, events_per_second, share of time spent waiting for data, the wait for
-        the first batch, when its step was done (seconds since 1970), and the seconds of each loader stage.
+        """Close the bar and return the epoch's measurements.
 
-        `stages`: seconds of read, cut and copy since training began.
+        stages: seconds of the loader's stages read, cut and copy, since training began.
+
+        Returns <stage>_seconds of this epoch, seconds, events_per_second, waiting_share (of the time, spent waiting for
+        batches), first_batch_seconds, and first_step_at (when the first step was done, seconds since 1970).
         """
         if self._bar is not None:
             self._bar.stop()
@@ -75,7 +77,7 @@ class Progress:
         seconds = time.perf_counter() - self._started
         took = {name: value - self._stages.get(name, 0.0) for name, value in stages.items()}
         self._stages = stages
-        self._explain((self._waited - self._first_wait) / seconds, took)
+        self._advise((self._waited - self._first_wait) / seconds, took)
         return {
             **{f"{name}_seconds": value for name, value in took.items()},
             "seconds": seconds,
@@ -85,25 +87,39 @@ class Progress:
             "first_step_at": self._first_step_at,
         }
 
-    def _explain(self, waiting: float, took: dict[str, float]) -> None:
-        """Once: why the model waits, and what to set. Starting, the first batch's wait, is no reason."""
-        if waiting < _SLOW or self._explained or not self._enabled:
-            return
-        self._explained = True
-        slowest = max(took, key=lambda name: took[name])
-        times = ", ".join(f"{name} {value:.1f} s" for name, value in took.items())
-        print(
-            f"{self._name}: the model waited for batches {waiting:.0%} of the epoch; the slowest stage is {slowest} ({times}): "
-            f"{_ADVICE[slowest]}",
-            flush=True,
-        )
-
     def report(self, entry: dict[str, float]) -> None:
+        """Log an epoch's entry of the history."""
         if not self._enabled:
             return
-        extra = "".join(f"  {name} {value:.4f}" for name, value in entry.items() if name not in _TIMES)
-        print(
-            f"{self._name}: epoch {int(entry['epoch'])}/{self._epochs}  loss {entry['loss']:.4f}{extra}  {entry['events_per_second']:,.0f} events/s  "
-            f"{entry['seconds']:.1f} s  waiting {entry['waiting_share']:.0%}",
-            flush=True,
+        metrics = "".join(f"  {name} {value:.4f}" for name, value in entry.items() if name not in _TIMES)
+        log.info(
+            self._name,
+            f"epoch {int(entry['epoch'])}/{self._epochs}  loss {entry['loss']:.4f}{metrics}  "
+            f"{entry['events_per_second']:,.0f} events/s  {entry['seconds']:.1f} s  waiting {entry['waiting_share']:.0%}",
+            event="epoch",
+            values=entry,
         )
+
+    def _advise(self, waiting: float, took: dict[str, float]) -> None:
+        """Once: why the model waits, and what to set. `waiting` excludes the first batch, which waits for the start-up."""
+        if waiting < _SLOW or self._advised or not self._enabled:
+            return
+        self._advised = True
+        slowest = max(took, key=lambda name: took[name])
+        times = ", ".join(f"{name} {value:.1f} s" for name, value in took.items())
+        log.warning(
+            self._name,
+            f"the model waited for batches {waiting:.0%} of the epoch; the slowest stage is {slowest} ({times}): "
+            f"{_ADVICE[slowest]}",
+            event="slow_loader",
+            values={"waiting_share": waiting, "slowest": slowest, **{f"{name}_seconds": took[name] for name in took}},
+        )
+
+
+def _bar(name: str) -> Bar:
+    text = (
+        "{task.description}  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} events/s  "
+        "waiting {task.fields[wait]:.0%}"
+    )
+    columns = (TextColumn(name), BarColumn(), TextColumn(text), TimeRemainingColumn())
+    return Bar(*columns, console=Console(stderr=True), transient=True)

@@ -1,14 +1,16 @@
-"""Where the loop runs: rank, device, data and collectives, with Ray and without.
+"""Where the training loop runs: rank, device, data and collectives, with Ray and without.
 
-The loop sees only a Context. LocalContext is one process and needs no Ray;
-RayContext is one worker of a Ray TorchTrainer.
+The loop sees only a `Context`. `LocalContext` is a single process and needs no Ray; `RayContext` is one worker of a
+Ray TorchTrainer. All workers call `sum`, `all_gather` and `barrier` equally often and in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Protocol
@@ -38,7 +40,7 @@ class Context(Protocol):
     def tables(
         self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
     ) -> Iterator[tuple[ShardSlice, pa.Table]]:
-        """The shard of every slice, in order; a slice's number counts `shards`."""
+        """The table of every slice's shard, in order; `slice.shard` is an index into `shards`."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
@@ -49,13 +51,17 @@ class Context(Protocol):
         """Rows of all workers in order of rank; gradients flow back to their worker."""
         ...
 
+    def barrier(self) -> None:
+        """Return once all workers have called it."""
+        ...
+
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over workers."""
+        """The module on the worker's device, with gradients averaged over workers."""
         ...
 
 
 class LocalContext:
-    """This process alone."""
+    """A single process."""
 
     rank = 0
     world_size = 1
@@ -75,17 +81,20 @@ class LocalContext:
     def all_gather(self, x: Tensor) -> Tensor:
         return x
 
+    def barrier(self) -> None:
+        pass
+
     def wrap(self, module: nn.Module) -> nn.Module:
         return module.to(self.device)
 
 
 class RayContext:
-    """One worker of a TorchTrainer.
+    """One worker of a Ray TorchTrainer.
 
-    On several nodes its shards come through a Ray Data pipeline of its own, so that nodes without a GPU read for those
-    that have one. The pipeline runs over all remaining epochs at once, in the order of the plan, and no coordinator
-    hands out shards, so no worker can wait for another's. The very first shard does not wait for the pipeline, which
-    takes seconds to start. On one node the worker reads for itself, which costs less of the same cores.
+    On several nodes each worker has a Ray Data pipeline, so that nodes without a GPU read for those with one. The
+    pipeline spans all remaining epochs in the order of the plan; without a coordinator that assigns shards, no worker
+    waits for another one's. The worker reads the first shard itself, since the pipeline takes seconds to start. On a
+    single node the worker reads all shards itself, which costs fewer cycles of the same cores.
     """
 
     def __init__(self, scaling: ScalingConfig) -> None:
@@ -109,47 +118,51 @@ class RayContext:
             return read_shards(dataset, shards, slices)
         runtime.quieten_data()
         free = ray.cluster_resources().get("CPU", 1) - self.world_size * self._scaling.cpus_per_worker
-        # Where the workers hold every CPU, reading asks for none: it would wait for a CPU, and they for its rows.
+        # If the workers hold every CPU, reading requests none: it would wait for a CPU, and the workers for its rows.
         task_cpus = 1 if free >= self.world_size else 0
         return stream_shards(dataset, shards, slices, max(1, int(free) // self.world_size), task_cpus)
 
     def sum(self, values: Tensor) -> Tensor:
         if self.world_size == 1:
             return values
-        moved = values.to(self.device)  # NCCL sums what is on the GPU only
+        moved = values.to(self.device)  # NCCL sums tensors on a GPU only
         torch.distributed.all_reduce(moved)
         return moved.to(values.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x if self.world_size == 1 else collectives.all_gather(x)
 
+    def barrier(self) -> None:
+        # Reading the result blocks until the sum is done; on a GPU the collective alone returns at once.
+        float(self.sum(torch.zeros(1, device=self.device)))
+
     def wrap(self, module: nn.Module) -> nn.Module:
         module = module.to(self.device)
         return module if self.world_size == 1 else data_parallel(module, self._scaling.fsdp)
 
 
-def data_parallel(module: nn.Module, shared_out: bool = False) -> nn.Module:
-    """DDP, or FSDP, around all that has dense gradients; `embedding.sync` brings those of tables together."""
+def data_parallel(module: nn.Module, fully_sharded: bool = False) -> nn.Module:
+    """DDP, or FSDP, around all parameters with dense gradients. `Table.after_backward` exchanges the gradients of the others."""
     outside = embedding.tables(module)
     for table in outside.values():
         if table.mode == "sparse_replicated":
             collectives.from_first(table.weight.data)
     if len(outside) == sum(1 for _ in module.parameters()):
         return module
-    if shared_out:
+    if fully_sharded:
         return fsdp.shard(module, [table.weight for table in outside.values()])
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(module, list(outside))  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the new name of the option is not there before torch 2.13
-        # Buffers are item features, the same everywhere and as large as the catalogue.
+        warnings.simplefilter("ignore", FutureWarning)  # the option's new name exists from torch 2.13 on
+        # Buffers are item features: the same on all workers, and as large as the catalogue.
         return ddp(module, broadcast_buffers=False)
 
 
 def stream_shards(
     dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice], cpus: int = 1, task_cpus: int = 1
 ) -> Iterator[tuple[ShardSlice, pa.Table]]:
-    """The shard of every slice, in order, read by tasks of Ray Data, one CPU each or none, on `cpus` at a time."""
+    """The table of every slice's shard, in order, read by Ray Data tasks of `task_cpus` (0 or 1) CPUs, on `cpus` CPUs at most."""
     import ray.data
 
     if not slices:
@@ -164,14 +177,14 @@ def stream_shards(
         yield slices[0], _read(dataset, shards[slices[0].shard])
         return
     work = ray.data.from_items([{"uris": group} for group in uris], override_num_blocks=len(uris))
-    # Tasks that ask for no CPU are not held back by them: one at a time then.
+    # The CPU limit does not hold back tasks that request none: one at a time then.
     read = work.map_batches(
         _read_shard, batch_size=1, batch_format="pyarrow", num_cpus=task_cpus, concurrency=None if task_cpus else 1
     )
     yield slices[0], _read(dataset, shards[slices[0].shard])
     held: list[pa.Table] = []
     at = 0
-    # A large shard may come in several blocks; blocks keep the order.
+    # A large shard may arrive in several blocks; preserve_order keeps their order.
     for block in read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         held.append(block)
         if sum(map(len, held)) == rows[at]:
@@ -187,7 +200,7 @@ def _read_shard(batch: pa.Table) -> pa.Table:
 def read_shards(
     dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
 ) -> Iterator[tuple[ShardSlice, pa.Table]]:
-    """The shard of every slice, in order, read by this process."""
+    """The table of every slice's shard, in order, read by this process."""
     for part in slices:
         yield part, _read(dataset, shards[part.shard])
 
@@ -199,14 +212,16 @@ def _read(dataset: PreparedDataset, shard: ShardGroup) -> pa.Table:
 def _device(use_gpu: bool) -> torch.device:
     if use_gpu and not torch.cuda.is_available():
         raise ResourceError(
-            "scaling.use_gpu = true, but torch finds no GPU here: set scaling.use_gpu = false, or check `nvidia-smi` and the CUDA build of torch"
+            "scaling.use_gpu = true, but torch finds no GPU here: set scaling.use_gpu = false, or check `nvidia-smi` and that "
+            "torch is a CUDA build"
         )
     return torch.device("cuda" if use_gpu else "cpu")
 
 
 @contextlib.contextmanager
 def threads(scaling: ScalingConfig) -> Iterator[None]:
-    """A worker's threads: as configured, or its share of this machine's cores; without workers as they are."""
+    """Set the number of torch threads: scaling.threads_per_worker, or this worker's share of the cores. Without workers
+    torch's own number is kept."""
     before = torch.get_num_threads()
     share = (os.cpu_count() or 1) // scaling.num_workers if scaling.num_workers else before
     torch.set_num_threads(scaling.threads_per_worker or max(1, share))
@@ -217,10 +232,26 @@ def threads(scaling: ScalingConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """torch asks cuDNN first for attention on an H100, and cuDNN plans anew for every shape, which no two batches share.
+def releasing_ddp() -> Iterator[None]:
+    """Free DDP at the end of the block, however it ends, so that the process group can be destroyed after it.
 
-    Measured, SASRec on ml-1m: two thirds of the first epoch.
+    DDP's reducer holds a reference to the group. If it is the last one, gloo's destructor runs in the reducer's, which
+    holds the GIL, and joins a thread that may wait for the GIL: a deadlock (seen with torch 2.13). If the reducer goes
+    first, torch.distributed.destroy_process_group drops the last reference, and releases the GIL to do so.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # the locals of the frames that failed hold DDP
+        raise
+    finally:
+        gc.collect()  # DDP is part of reference cycles
+
+
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Turn off cuDNN attention. On an H100 torch prefers it, and cuDNN builds a plan for every new shape; nearly every
+    batch of jagged histories has a new one. Measured: two thirds of the first epoch of SASRec on ml-1m.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -231,13 +262,13 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed for the next step, instead of giving it back and asking for it again.
+    """Tell glibc to keep freed memory for the next step instead of returning it to the kernel, which clears every page
+    that it hands out again. Measured: a fifth of a DIN step.
 
-    Every page that comes back from the kernel is cleared on its first touch. Measured: a fifth of a DIN step.
-    And have oneDNN, which torch asks for some products, keep code for few shapes instead of the last 1,024: 100 MB.
+    Tell oneDNN, which torch uses for some matrix products, to cache 16 kernels instead of 1,024, which take 100 MB.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc accepts
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""What `model.embedding.mode` has to go by: how many rows a step touches, and what a worker has room for."""
+"""Inputs for choosing `model.embedding.mode`: how many rows a step uses, and how much memory a worker has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from recray.training.distributed import Context
 
 
 def table_plan(config: Config, context: Context, num_items: int) -> TablePlan:
-    """The same on every worker: the least memory that any of them has decides."""
+    """The same plan on every worker: the one with the least memory decides."""
+    # At most: a row's history and its target, shared negatives, and with softmax the whole catalogue.
     rows = config.training.global_batch_size // context.world_size
     items = rows * (config.model.history_length + 1)
     if config.model.family == "retriever":
@@ -21,6 +22,7 @@ def table_plan(config: Config, context: Context, num_items: int) -> TablePlan:
         items = num_items
     touched: dict[Ids, int] = {"user": rows, "item": items, "feature": items}
     mode = config.model.embedding.mode
+    # Softmax and EMA need every row at every step, so that sharding would save nothing.
     may_shard = config.loss.name != "softmax" and not config.optim.ema_decay
     memory = None
     if mode == "auto" and may_shard and context.world_size > 1:
@@ -37,7 +39,7 @@ def table_plan(config: Config, context: Context, num_items: int) -> TablePlan:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of the GPU, times the workers of this machine since each has its own; else of this machine or container."""
+    """Bytes for all workers of this machine: of its GPUs, or of the machine or container."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) * torch.cuda.device_count()
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,8 @@
-"""Dense weights shared out over workers: each holds a part of every weight, of its gradient and of its optimizer state.
+"""Dense parameters sharded with FSDP2: each worker holds a part of every weight, of its gradient and optimizer state.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard`) around the whole objective: a forward brings all dense weights together, after
-backward every worker has the sum of gradients for its part only. Weights are then `DTensor`s; here is all that needs to know.
+`torch.distributed.fsdp.fully_shard` wraps the whole objective. A forward gathers all dense weights; after the backward
+every worker has the mean of the gradients for its part. Weights are `DTensor`s then. This module is the only one
+that handles them; other modules call its functions, which do nothing to plain tensors.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from recray.errors import ConfigError
 
-if TYPE_CHECKING:  # a third of a second that only those wait for who share out
+if TYPE_CHECKING:  # imported lazily: costs 0.3 s, needed only with FSDP
     from torch.distributed.tensor import DTensor
 
 
 def shard(module: nn.Module, outside: list[Tensor]) -> nn.Module:
-    """The module with its weights shared out, but those `outside`. All workers hold the same weights before."""
+    """The module with its weights sharded, except those `outside`. All workers must hold the same weights before."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -29,8 +30,8 @@ def shard(module: nn.Module, outside: list[Tensor]) -> nn.Module:
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     if outside and "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigError(
-            f"scaling.fsdp = true beside tables with touched rows needs torch 2.7, this is {torch.__version__}: update torch, set "
-            f"model.embedding.mode = 'dense', or scaling.fsdp = false"
+            f"scaling.fsdp = true with sparse_replicated or row_sharded tables needs torch >= 2.7, and this is "
+            f"{torch.__version__}: update torch, or set model.embedding.mode = 'dense' or scaling.fsdp = false"
         )
     ignored = {"ignored_params": set(outside)} if outside else {}
     fully_shard(module, mesh=mesh, reshard_after_forward=False, **ignored)  # type: ignore[call-overload]
@@ -38,8 +39,8 @@ def shard(module: nn.Module, outside: list[Tensor]) -> nn.Module:
 
 
 @contextlib.contextmanager
-def together(objective: nn.Module) -> Iterator[None]:
-    """Inside, the model can be used without its objective: every worker holds all weights. They must not be changed."""
+def gathered(objective: nn.Module) -> Iterator[None]:
+    """Inside the block every worker holds all weights, so that the model can be called directly. They must not be changed."""
     if not any(is_part(p) for p in objective.parameters()):
         yield
         return
@@ -51,16 +52,17 @@ def together(objective: nn.Module) -> Iterator[None]:
 
 
 def is_part(x: Any) -> TypeGuard[DTensor]:
+    """Whether x is this worker's part of a sharded tensor."""
     return isinstance(x, Tensor) and hasattr(x, "to_local")
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of it that is here."""
+    """This worker's part of a sharded tensor; x itself if it is not sharded."""
     return x.to_local() if is_part(x) else x
 
 
 def whole(tree: Any) -> Any:
-    """Dictionaries and lists with all of every tensor. All workers must ask together."""
+    """Dictionaries and lists with every sharded tensor gathered. All workers must call it."""
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -69,7 +71,7 @@ def whole(tree: Any) -> Any:
 
 
 def like(x: Tensor, weight: Tensor) -> Tensor:
-    """All of a tensor to how the weight lies on the workers."""
+    """A whole tensor, sharded as `weight` is; x itself if `weight` is not sharded."""
     if is_part(weight) and x.shape == weight.shape:
         from torch.distributed.tensor import distribute_tensor
 

@@ -4,104 +4,201 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from recray import storage
+from recray import log, storage
+from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import resources, runtime
-from recray.config import Config, ScalingConfig
+from recray.cluster.errors import unwrap
+from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import RecrayError
 from recray.records import CheckpointRecord
-from recray.training import sharded_tables, trainer
-from recray.training.distributed import LocalContext, RayContext, threads
-from recray.training.state import Phase, best_epoch, last_epoch, same_training
+from recray.training import checkpoint
+from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
+from recray.training.phase import Phase
+from recray.training.state import TrainProgress
+from recray.training.trainer import OnEpoch, Trainer
+
+if TYPE_CHECKING:
+    from ray.train import UserCallback
 
 
 def train(
-    config: Config, on_epoch: trainer.OnEpoch | None = None, callback: Any = None, until: int | None = None
+    config: Config,
+    on_epoch: OnEpoch | None = None,
+    callback: UserCallback | None = None,
+    until: int | None = None,
 ) -> CheckpointRecord:
-    """Train the model on config.dataset_uri; the best epoch becomes <run>/checkpoint.
+    """Train the model on the run's prepared dataset, and publish the best epoch as the run's checkpoint.
 
-    A run that was ended goes on from its last complete epoch; one that is complete
-    for this configuration is returned as it is. Who watches gets every epoch's entry
-    of the history: `on_epoch` where training is in this process, else `callback`
-    (a ray.train.UserCallback), to which the workers report.
+    An interrupted training resumes after its last complete epoch. One that is complete for this configuration is
+    returned without training.
 
-    `until`: stop after so many epochs where that is before the end. Nothing is published, the record is that epoch's,
-    and another call goes on from there on the same schedule.
+    on_epoch: called with every epoch's entry of the history, if training runs in this process.
+    callback: receives the same entries from Ray Train workers, if training runs in those.
+    until: stop after so many epochs, if that is before the last one. Nothing is published then, the record is that of
+        the epoch, and another call resumes there on the same learning rate schedule.
+
+    Raises ConfigError, LineageError, ResourceError, or RecrayError if training diverges.
     """
     started = time.perf_counter()
-    dataset = PreparedDataset.open(config.dataset_uri)
-    target = storage.join(config.run_uri, "checkpoint")
-    if config.training.resume and storage.exists(storage.join(target, "checkpoint.json")):
-        record = CheckpointRecord.read(target)
-        same = record.config.get("training") == config.model_dump(mode="json")["training"]
-        if same and same_training(config, record, dataset):
-            print(f"train: {target} is there for this dataset and configuration ({record.id}); reused", flush=True)
-            return record
-    select = Phase("train", config.training.epochs)
+    run = Run(config)
+    dataset = run.dataset()
+    artifact = run.artifact(CHECKPOINT, [dataset.record.id])
+    if not config.training.resume:
+        storage.delete_folder(artifact.uri)
+    if not run.begin(artifact):
+        return artifact.record
     until = until if until is not None and until < config.training.epochs else None
-    last = last_epoch(config, select, dataset) if config.training.resume else 0
-    if last:
-        print(f"train: going on after epoch {last}", flush=True)
-    else:
-        for phase in ("train", "refit"):
-            storage.delete_folder(storage.join(config.run_uri, phase))
-    if _in_this_process(config):
+    select = selection(config, artifact.uri)
+    _resume_or_extend(run, artifact, select)
+    work = Work(config, dataset.uri, artifact.uri, until)
+    if _in_this_process(config, dataset.uri):
         with threads(config.scaling):
-            trainer.fit(config, LocalContext(config.scaling.use_gpu), on_epoch=on_epoch, until=until)
+            fit(work, LocalContext(config.scaling.use_gpu), on_epoch)
     else:
-        _run_workers(config, [callback] if callback is not None else [], until)
-    reached = last_epoch(config, select, dataset)
-    if until is not None and reached >= until:  # else its patience ended before
-        print(f"train: stopped after epoch {reached} of {config.training.epochs}", flush=True)
-        return CheckpointRecord.read(select.folder(config, reached))
-    chosen = best_epoch(config, dataset)
-    best = CheckpointRecord.read(select.folder(config, chosen))
-    published = Phase("refit", chosen) if config.training.refit else select
-    record = _publish(published.folder(config, chosen), target, best, time.perf_counter() - started)
-    print(
-        f"train: best {record.metric} {record.value:.4f} (validation) at epoch {chosen}"
-        f"{', refitted with the validation events' if config.training.refit else ''}; {record.seconds:.1f} s in all",
-        flush=True,
+        _run_workers(work, callback)
+    last = CheckpointRecord.read(select.folder(select.last_epoch()))
+    if until is not None and last.epoch >= until:  # else training.patience ended it before
+        message = f"stopped after epoch {last.epoch} of {config.training.epochs}, as requested"
+        log.info("train", message, event="stopped", values={"epoch": last.epoch})
+        return last
+    record = _publish(config, artifact, last.best_epoch, time.perf_counter() - started)
+    run.publish(artifact)
+    return record
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training worker is told."""
+
+    config: Config
+    dataset_uri: str
+    folder: str  # of the checkpoint artefact
+    until: int | None
+
+
+def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
+    """Train on this worker until the best epoch is known; with training.refit then on train and validation events."""
+    keep_memory()
+    config, dataset = work.config, PreparedDataset.open(work.dataset_uri)
+    progress = _fit_phase(config, dataset, selection(config, work.folder), context, on_epoch, work.until)
+    if config.training.refit and work.until is None:
+        _fit_phase(config, dataset, refit(work.folder, progress.best_epoch), context)
+
+
+def selection(config: Config, folder: str) -> Phase:
+    """The phase that trains on the train split and validates. folder: of the checkpoint artefact."""
+    return Phase("train", config.training.epochs, storage.join(folder, "epochs"))
+
+
+def refit(folder: str, epochs: int) -> Phase:
+    """The phase that trains on train and validation events together. Another number of epochs is another schedule, so
+    that it cannot resume from this one."""
+    return Phase("refit", epochs, storage.join(folder, "refit", f"of-{epochs:04d}"))
+
+
+def _fit_phase(
+    config: Config,
+    dataset: PreparedDataset,
+    phase: Phase,
+    context: Context,
+    on_epoch: OnEpoch | None = None,
+    until: int | None = None,
+) -> TrainProgress:
+    trainer = Trainer(config, dataset, phase, context)
+    last = phase.last_epoch()
+    if last:
+        trainer.state.load(phase.folder(last))
+    return trainer.fit(on_epoch, until)
+
+
+def _resume_or_extend(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) -> None:
+    """Say where training resumes. A training that differs only in its number of epochs is a start, if it is the same so far."""
+    last = select.last_epoch()
+    if not last:
+        shorter = _same_so_far(run, artifact, select)
+        if shorter is None:
+            return
+        last = shorter.last_epoch()
+        for epoch in {last, CheckpointRecord.read(shorter.folder(last)).best_epoch}:
+            storage.copy_folder(shorter.folder(epoch), select.folder(epoch))
+    log.info("train", f"resuming after epoch {last}", event="resume", values={"epoch": last})
+
+
+def _same_so_far(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) -> Phase | None:
+    """The epochs of the longest training on disk whose keys differ in training.epochs only, if those do not depend on it.
+
+    They do depend on it with a falling learning rate, and where not every epoch is validated: the last one always is.
+    """
+    config = run.config
+    if not config.training.resume or config.optim.schedule != "constant" or config.training.validate_every > 1:
+        return None
+    found = []
+    for other in artifacts_of(artifact.uri.rpartition("/")[0], CHECKPOINT):
+        differ = {key for key in artifact.keys if other.keys.get(key) != artifact.keys[key]}
+        if (
+            other.inputs == artifact.inputs
+            and other.keys.keys() == artifact.keys.keys()
+            and differ == {"training.epochs"}
+        ):
+            found.append(Phase("train", select.epochs, selection(config, other.uri).root))
+    longest = max(found, key=Phase.last_epoch, default=None)
+    return longest if longest is not None and longest.last_epoch() else None
+
+
+def _publish(config: Config, artifact: Artifact[CheckpointRecord], epoch: int, seconds: float) -> CheckpointRecord:
+    """Copy the best epoch, or the refitted model, to the artefact. Its metric is that of the best epoch of selection."""
+    select, refits = selection(config, artifact.uri), config.training.refit
+    best = CheckpointRecord.read(select.folder(epoch))
+    folder = refit(artifact.uri, epoch).folder(epoch) if refits else select.folder(epoch)
+    update = {"seconds": seconds, "value": best.value, "best_epoch": epoch, "history": best.history, **artifact.lineage}
+    record = checkpoint.publish(folder, artifact.uri, CheckpointRecord.read(folder).model_copy(update=update))
+    log.info(
+        "train",
+        f"best {record.metric} {record.value:.4f} (validation) at epoch {epoch}"
+        f"{', refitted with the validation events' if refits else ''}; {seconds:.1f} s in total",
+        event="published",
+        values={"metric": record.metric, "value": record.value, "epoch": epoch, "refit": refits, "seconds": seconds},
     )
     return record
 
 
-def _publish(folder: str, target: str, best: CheckpointRecord, seconds: float) -> CheckpointRecord:
-    """Copy weights to <run>/checkpoint, the record last; its metric is that of the best epoch of selection."""
-    storage.delete_folder(target)
-    made = CheckpointRecord.read(folder)
-    tables = [sharded_tables.file_name("tables", piece, made.pieces) for piece in range(made.pieces)]
-    for name in ("model.safetensors", "items.safetensors", "dataset.json", *tables):
-        storage.copy_file(storage.join(folder, name), storage.join(target, name))
-    update = {"seconds": seconds, "value": best.value, "history": best.history}
-    return made.model_copy(update=update).write(target)
+# Workers -------------------------------------------------------------------------------------------------------------
 
 
-def _in_this_process(config: Config) -> bool:
-    """Whether this process is the worker: as configured, or as the only one on the only machine.
+def _in_this_process(config: Config, dataset_uri: str) -> bool:
+    """Whether this process trains: by scaling.num_workers = 0, or as the only worker on a machine without a cluster.
 
-    A Ray worker there is the same training in another process, some seconds after Ray and a controller have started.
+    A Ray worker would run the same training seconds later, after Ray and Ray Train's controller have started.
     """
     scaling = config.scaling
     if scaling.num_workers == 1 and not runtime.is_shared():
-        return scaling.reader == "worker" or (scaling.reader == "auto" and "://" not in config.dataset_uri)
+        return scaling.reader == "worker" or (scaling.reader == "auto" and "://" not in dataset_uri)
     return scaling.num_workers == 0
 
 
-def _run_workers(config: Config, callbacks: list[Any], until: int | None) -> None:
+def _run_workers(work: Work, callback: UserCallback | None) -> None:
+    config = work.config
     runtime.start(config.scaling, tasks=False)
     if not runtime.is_own():
         resources.wait_for_workers(config.scaling)
     from ray import train as ray_train
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = config.scaling
-    local = "://" not in config.run_uri
-    trainer = _trainer_class()(
+    trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "report": bool(callbacks), "until": until},
-        backend_config=_backend(scaling),
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "dataset": work.dataset_uri,
+            "folder": work.folder,
+            "until": work.until,
+            "report": callback is not None,
+            "log": log.setting(),
+        },
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ray_train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,
@@ -109,57 +206,24 @@ def _run_workers(config: Config, callbacks: list[Any], until: int | None) -> Non
         ),
         run_config=ray_train.RunConfig(
             name="ray",
-            callbacks=callbacks,
+            callbacks=[callback] if callback is not None else [],
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
-            storage_path=os.path.abspath(storage.join(config.run_uri, "train"))
-            if local
-            else storage.join(config.run_uri, "train"),
+            storage_path=work.folder if "://" in work.folder else os.path.abspath(work.folder),
         ),
     )
     try:
         trainer.fit()
     except Exception as error:
-        raise _root(error) from error
-
-
-def _backend(scaling: ScalingConfig) -> Any:
-    """What brings workers together. One worker on a CPU has nobody to meet, and a controller without it has no torch to import."""
-    if scaling.num_workers == 1 and not scaling.use_gpu:
-        return None
-    from ray.train.torch import TorchConfig
-
-    return TorchConfig(backend="nccl" if scaling.use_gpu else "gloo")
-
-
-def _trainer_class() -> Any:
-    if runtime.is_own():
-        from recray.cluster.local_trainer import LocalTrainer
-
-        return LocalTrainer
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    return DataParallelTrainer
+        raise (unwrap(error) or error) from error
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
-    config = Config.model_validate(settings["config"])
+    """What every Ray Train worker runs."""
     import ray.train
 
-    with threads(config.scaling):
-        report = ray.train.report if settings["report"] else None
-        trainer.fit(config, RayContext(config.scaling), on_epoch=report, until=settings["until"])
-
-
-def _root(error: Exception) -> Exception:
-    """The error that recray raised in a worker, out of Ray's wrappers; Ray's own where there is none."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, RecrayError):
-            return type(cause)(str(cause))
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, RecrayError):
-            return type(seen)(str(seen))
-        seen = seen.__cause__
-    return error
+    log.configure_worker(settings["log"])
+    config = Config.model_validate(settings["config"])
+    work = Work(config, settings["dataset"], settings["folder"], settings["until"])
+    report = ray.train.report if settings["report"] else None
+    with releasing_ddp(), threads(config.scaling):
+        fit(work, RayContext(config.scaling), report)

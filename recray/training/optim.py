@@ -1,4 +1,4 @@
-"""Precision, optimiser, schedule and averaged weights: all that needs a dtype or a scaler."""
+"""Mixed precision, optimizers, learning rate schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from recray.training import fsdp
 from recray.training.sparse_optim import SparseOptimizer, Update
 
 
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; float32 means none. 'auto': fp32 on CPU, bf16 on GPUs that have it, else fp16."""
+class MixedPrecision:
+    """The dtype of forwards, and the loss scale that fp16 needs: its gradients underflow otherwise."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """name: training.precision. Raises ConfigError for fp16 without a GPU."""
+        self.dtype = _dtype(name, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self._device = device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is fp32 on a CPU, and on a GPU bf16 where it is supported, else fp16."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -28,67 +41,49 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 class Optimizers:
-    """One step for all parameters: those with dense gradients, and tables of which only touched rows are updated."""
+    """One step for all parameters: those with dense gradients, and tables of which a step updates only some rows."""
 
     def __init__(self, config: OptimConfig, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding) and module.sparse and not isinstance(module, embedding.Table):
-                raise ConfigError(
-                    f"'{name}' of the model is an nn.Embedding(sparse=True): make it a recray.layers.embedding.Table, whose "
-                    f"gradients of touched rows cross workers"
-                )
+        _refuse_plain_sparse(model)
         self._tables = embedding.tables(model)
-        self._shared_out = {id(t.weight) for t in embedding.sharded(model).values() if t.world_size > 1}
         sparse = [table.weight for table in self._tables.values()]
-        sparse_ids = {id(p) for p in sparse}
-        table_ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - sparse_ids
+        self._sharded_ids = {id(t.weight) for t in embedding.sharded(model).values() if t.world_size > 1}
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        dense = [p for p in self._parameters if id(p) not in sparse_ids]
-        groups = [
-            {"params": [p for p in dense if id(p) not in table_ids], "weight_decay": config.weight_decay},
-            {
-                "params": [p for p in dense if id(p) in table_ids],
-                "weight_decay": config.embedding_decay or config.weight_decay,
-            },
-        ]
-        groups = [group for group in groups if group["params"]]
-        self._dense: torch.optim.Optimizer | None = None
-        if groups and config.name == "sgd":
-            self._dense = torch.optim.SGD(groups, config.learning_rate)
-        elif groups:
-            kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-            self._dense = kind(groups, config.learning_rate, fused=True)
+        self._dense = _dense_optimizer(config, model, {id(weight) for weight in sparse})
         update: Update = "sgd" if config.name == "sgd" else "adam"
         update = "adagrad" if config.table_optimizer == "adagrad" else update
-        self._touched = SparseOptimizer(sparse, update, config.embedding_decay) if sparse else None
+        self._sparse = SparseOptimizer(sparse, update, config.embedding_decay) if sparse else None
         self._table_rate = (config.table_learning_rate or config.learning_rate) / config.learning_rate
-        self._parts = [part for part in (self._dense, self._touched) if part is not None]
+        self._parts = [part for part in (self._dense, self._sparse) if part is not None]
 
     def set_learning_rate(self, value: float) -> None:
+        """Of the next step; tables keep the ratio of optim.table_learning_rate to optim.learning_rate."""
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = value * (self._table_rate if part is self._touched else 1.0)
+                group["lr"] = value * (self._table_rate if part is self._sparse else 1.0)
 
     @torch.no_grad()
-    def clip(self, scaler: torch.amp.GradScaler, largest: float) -> None:
-        """Scale all gradients so that their global norm is at most `largest` (torch's own clips no sparse ones)."""
+    def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> None:
+        """Scale all gradients so that their global norm is at most `max_norm`. (torch's own clipping skips sparse ones.)"""
         for part in self._parts:
             scaler.unscale_(part)
-        gradients, squares = [], [torch.zeros((), device=self._parameters[0].device) for _ in range(2)]
-        shared_out = self._shared_out | {id(p) for p in self._parameters if fsdp.is_part(p)}
+        gradients: list[Tensor] = []
+        replicated, sharded = (torch.zeros((), device=self._parameters[0].device) for _ in range(2))
+        sharded_ids = self._sharded_ids | {id(p) for p in self._parameters if fsdp.is_part(p)}
         for parameter in self._parameters:
             if parameter.grad is None:
                 continue
             gradient = parameter.grad._values() if parameter.grad.is_sparse else fsdp.local(parameter.grad)
             gradients.append(gradient)
-            squares[id(parameter) in shared_out] += torch.linalg.vector_norm(gradient) ** 2
-        everywhere, here = squares
-        norm = (everywhere + (collectives.total(here) if shared_out else here)).sqrt()
+            squares = sharded if id(parameter) in sharded_ids else replicated
+            squares += torch.linalg.vector_norm(gradient) ** 2
+        # Replicated gradients are the same on all workers; of sharded ones each worker has its own part.
+        norm = (replicated + (collectives.total(sharded) if sharded_ids else sharded)).sqrt()
         for gradient in gradients:
-            gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+            gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Update, and forget the gradients."""
+        """Update the weights, and drop the gradients. Under fp16 a step whose gradients overflowed is skipped."""
         for part in self._parts:
             scaler.step(part)
         scaler.update()
@@ -96,7 +91,7 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of dense parameters, all of them; tables' is `table_state`. All workers must ask together."""
+        """State of the dense optimizer, with FSDP gathered from all workers, which must all call this."""
         state: dict[str, Any] = {} if self._dense is None else fsdp.whole(self._dense.state_dict())
         return state
 
@@ -111,16 +106,43 @@ class Optimizers:
         self._dense.load_state_dict(state | {"state": kept})
 
     def table_state(self) -> dict[str, dict[str, Any]]:
-        """By table: tensors with an entry per row that is here, and how many steps were taken."""
-        return {name: dict(self._touched.state[table.weight]) for name, table in self._tables.items() if self._touched}
+        """By table with sparse updates: its moments, with an entry per row of this worker, and its number of steps."""
+        return {name: dict(self._sparse.state[table.weight]) for name, table in self._tables.items() if self._sparse}
 
     def load_table_state(self, name: str, state: dict[str, Any]) -> None:
-        assert self._touched is not None
-        self._touched.state[self._tables[name].weight] = state
+        assert self._sparse is not None
+        self._sparse.state[self._tables[name].weight] = state
+
+
+def _dense_optimizer(config: OptimConfig, model: nn.Module, sparse_ids: set[int]) -> torch.optim.Optimizer | None:
+    """Of all parameters but the sparse ones: embedding tables have a weight decay of their own."""
+    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
+    table_ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    table_decay = config.embedding_decay or config.weight_decay
+    groups = [
+        {"params": [p for p in dense if id(p) not in table_ids], "weight_decay": config.weight_decay},
+        {"params": [p for p in dense if id(p) in table_ids], "weight_decay": table_decay},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        return None
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, config.learning_rate)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, config.learning_rate, fused=True)
+
+
+def _refuse_plain_sparse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.sparse and not isinstance(module, embedding.Table):
+            raise ConfigError(
+                f"'{name}' of the model is an nn.Embedding(sparse=True), whose gradients DDP cannot exchange: "
+                f"use recray.layers.embedding.Table"
+            )
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up over warmup_steps, then constant, or falling to 0 at total_steps linearly or as a half cosine."""
+    """Of step 0, 1, ...: a linear warm-up over warmup_steps, then constant, or down to 0 at total_steps, as a line or half a cosine."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -130,7 +152,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 class Ema:
-    """Exponential moving average of a module's weights; decay 0 keeps none and `weights` are the module's own."""
+    """Exponential moving average of a module's weights: shadow = decay * shadow + (1 - decay) * weight after each step.
+
+    With decay 0 nothing is kept, and `weights` are the module's own.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._module, self.decay = module, decay
@@ -146,3 +171,7 @@ class Ema:
 
     def weights(self) -> dict[str, Tensor]:
         return self.shadow if self.decay else self._module.state_dict()
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Set the averages; `weights` are those of all workers."""
+        self.shadow = {name: fsdp.like(weights[name].to(own.device), own) for name, own in self.shadow.items()}

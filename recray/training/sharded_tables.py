@@ -1,8 +1,12 @@
-"""Tables in pieces: file r of P holds the rows of ids with id % P == r, in order of id.
+"""Sharded embedding tables on disk: file r of P holds the rows of ids with id % P == r, in order of id.
 
-A piece is a safetensors file. It is written without a copy and read through a memory
-map, so that a process holds the rows that it asks for and no more: what the map has
-touched is the system's file cache, shared by all processes of a machine.
+For example, P = 2 and a table of 5 rows:
+
+    tables-00000-of-00002.safetensors    rows 0, 2, 4
+    tables-00001-of-00002.safetensors    rows 1, 3
+
+A file is written without a copy of the rows and read through a memory map: a process holds only the rows that it asks
+for, and processes of one machine share the file cache.
 """
 
 from __future__ import annotations
@@ -23,7 +27,11 @@ def file_name(kind: str, piece: int, count: int) -> str:
 
 
 def write(folder: str, kind: str, piece: int, count: int, tensors: dict[str, Tensor]) -> None:
-    """float32 tensors, each with an entry per row of this piece."""
+    """Write file `piece` of `count`; float32 tensors with an entry per row of this piece.
+
+    safetensors' own writer needs all bytes in memory a second time, so the format is written here: the length of the
+    header (8 bytes, little endian), the header (JSON), and the tensors' bytes.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header: dict[str, Any] = {}
     at = 0
@@ -40,7 +48,7 @@ def write(folder: str, kind: str, piece: int, count: int, tensors: dict[str, Ten
 
 
 class ShardedTables:
-    """The pieces of one kind in a folder; each is opened when it is first needed."""
+    """Reads the files of one kind in a folder. Each file is opened when it is first needed."""
 
     def __init__(self, folder: str, kind: str, count: int) -> None:
         self._folder, self._kind, self.count = folder, kind, count
@@ -50,7 +58,7 @@ class ShardedTables:
         return list(self._piece(0).keys()) if self.count else []
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows of these ids, from the pieces that have them."""
+        """(n, ...): the rows of ids (n,), from the files that hold them."""
         piece = ids % self.count
         out = None
         for number in torch.unique(piece).tolist():
@@ -61,7 +69,7 @@ class ShardedTables:
         return self._tensor(0, name)[:0] if out is None else out
 
     def fill(self, name: str, out: Tensor, rank: int, world_size: int) -> None:
-        """out[i]: the row of id rank + i * world_size. One piece after the other."""
+        """Set out[i] to the row of id rank + i * world_size, whatever the number of files. Reads a million rows at a time."""
         for number in range(self.count):
             tensor = self._tensor(number, name)
             for block in _blocks(len(tensor)):
@@ -75,7 +83,9 @@ class ShardedTables:
     def _piece(self, number: int) -> Any:
         if number not in self._open:
             with storage.local_file(storage.join(self._folder, file_name(self._kind, number, self.count))) as path:
-                self._open[number] = safe_open(path, framework="pt")  # stays readable when a downloaded file is gone
+                self._open[number] = safe_open(
+                    path, framework="pt"
+                )  # an open file stays readable after its temporary copy is deleted
         return self._open[number]
 
 

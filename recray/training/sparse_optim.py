@@ -1,8 +1,8 @@
-"""Updates of tables whose gradient holds only the rows that a batch touched; other rows and their state stay as they are.
+"""Optimizers for embedding tables with sparse gradients: a step updates the rows in the batch and no others.
 
 sgd       w -= lr g
-adam      moments of touched rows only, the bias corrected by the step's number (as torch.optim.SparseAdam does)
-adagrad   row-wise: s += mean(g^2), w -= lr g / (sqrt(s) + eps); one number a row (as FBGEMM's EXACT_ROWWISE_ADAGRAD)
+adam      moments of the updated rows only; bias correction by the number of steps (as torch.optim.SparseAdam)
+adagrad   row-wise: s += mean(g^2), w -= lr g / (sqrt(s) + eps); one number per row (as FBGEMM's EXACT_ROWWISE_ADAGRAD)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-8
 
 
 class SparseOptimizer(torch.optim.Optimizer):
-    """decay: of touched rows, before the update. Gradients are sparse and coalesced, one of a step for every table."""
+    """Gradients must be sparse and coalesced. decay: decoupled weight decay of the rows in the batch."""
 
     def __init__(self, weights: list[Tensor], update: Update, decay: float) -> None:
         super().__init__(weights, {"lr": 0.0})
@@ -33,14 +33,14 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if weight.grad is None:
                     continue
                 rows, gradient = weight.grad._indices()[0], weight.grad._values()
-                touched = weight.index_select(0, rows)
+                updated = weight.index_select(0, rows)
                 if self._decay:
-                    touched.mul_(1 - group["lr"] * self._decay)
-                touched.add_(self._direction(weight, rows, gradient), alpha=-group["lr"])
-                weight.index_copy_(0, rows, touched)  # index_add_ in one call takes longer
+                    updated.mul_(1 - group["lr"] * self._decay)
+                updated.add_(self._direction(weight, rows, gradient), alpha=-group["lr"])
+                weight.index_copy_(0, rows, updated)  # measured faster than one index_add_
 
     def _direction(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
-        """What `lr` times is subtracted from each row."""
+        """(U, D): each row moves by -lr times this. Updates the moments of `rows` (U,) from `gradient` (U, D)."""
         if self._update == "sgd":
             return gradient
         state: dict[str, Any] = self.state[weight]

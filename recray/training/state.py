@@ -1,240 +1,170 @@
-"""How far training is, on disk and in memory, and where it goes on from."""
+"""Training state: what an optimizer step changes, and what a checkpoint stores so that training resumes exactly.
+
+Files in an epoch's folder:
+
+    model.safetensors         weights of the model that is published: averaged ones with optim.ema_decay
+    tables-*.safetensors      rows of row_sharded tables, one file per worker; tables-state-*: their optimizer state
+    state.pt                  progress, optimizer state, loss scale, and with optim.ema_decay the weights being trained
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recray import storage
-from recray.config import Config
-from recray.data.dataset import PreparedDataset
 from recray.errors import LineageError
 from recray.layers import embedding
-from recray.loading.sampler import ShardGroup
 from recray.metrics.clicks import LOWER_IS_BETTER
-from recray.records import CheckpointRecord, Shard
-from recray.training import checkpoint, fsdp, optim, sharded_tables
+from recray.training import checkpoint, fsdp, sharded_tables
 from recray.training.distributed import Context
+from recray.training.optim import Ema, Optimizers
 from recray.training.sharded_tables import ShardedTables
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Selection on validation ("train"), or what follows it: training anew on both splits for a known number of epochs."""
+@dataclass
+class TrainProgress:
+    """How far training is, and what was best."""
 
-    name: Literal["train", "refit"]
-    epochs: int
-
-    def root(self, config: Config) -> str:
-        # A refit of other length has another schedule: it is begun anew.
-        return storage.join(config.run_uri, self.name, *([f"of-{self.epochs:04d}"] if self.name == "refit" else []))
-
-    def folder(self, config: Config, epoch: int) -> str:
-        return storage.join(self.root(config), f"epoch-{epoch:04d}")
-
-    def shards(self, dataset: PreparedDataset) -> list[ShardGroup]:
-        """Train's shards; for refit each with the validation shard of the same users, so that batches mix both."""
-        shards = dataset.record.shards
-        if self.name == "train":
-            return [ShardGroup.of(shard) for shard in shards["train"]]
-        by_bucket: dict[str, list[Shard]] = {}
-        for shard in shards["train"] + shards["valid"]:
-            by_bucket.setdefault(shard.file.rpartition("/")[2], []).append(shard)
-        return [ShardGroup.of(*group) for group in by_bucket.values()]
-
-
-class Position:
-    """How far a phase is."""
-
-    def __init__(self) -> None:
-        self.epoch, self.step, self.rows, self.bad = 0, 0, 0, 0
-        self.best_epoch, self.best = 0, float("-inf")
-        self.history: list[dict[str, float]] = []
-
-    @classmethod
-    def resume(
-        cls,
-        config: Config,
-        phase: Phase,
-        dataset: PreparedDataset,
-        model: nn.Module,
-        optimizer: optim.Optimizers,
-        scaler: torch.amp.GradScaler,
-        ema: optim.Ema,
-    ) -> Position:
-        """The last epoch on disk of this configuration and dataset, or the beginning."""
-        position = cls()
-        last = last_epoch(config, phase, dataset) if config.training.resume else 0
-        if not last:
-            return position
-        folder = phase.folder(config, last)
-        state = checkpoint.load_state(folder)
-        weights = checkpoint.load_weights(folder) if not ema.decay else state["raw"]
-        _load_tables(folder, state["tables"], weights, model, optimizer)
-        # In the model's order, for workers exchange them; a file may give another to each.
-        weights = {n: fsdp.like(weights[n], own) for n, own in model.state_dict().items() if n in weights}
-        model.load_state_dict(weights | {name: table.weight for name, table in embedding.tables(model).items()})
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if ema.decay:
-            found = checkpoint.load_weights(folder)
-            ema.shadow = {n: fsdp.like(found[n].to(own.device), own) for n, own in ema.shadow.items()}
-        for name in ("epoch", "step", "rows", "bad", "best_epoch", "best", "history"):
-            setattr(position, name, state[name])
-        return position
-
-    def stopped(self, config: Config) -> bool:
-        return bool(config.training.patience) and self.bad >= config.training.patience
+    epoch: int = 0  # complete ones
+    step: int = 0  # optimizer steps since the start
+    rows: int = 0  # training rows since the start, over all workers
+    epochs_without_improvement: int = 0  # validations since the best one
+    best_epoch: int = 0  # 0 before the first validation
+    best_value: float | None = None  # of the validation metric
+    history: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
 
     def end_epoch(self, entry: dict[str, float], rows: int, metric: str) -> None:
+        """Add an epoch; `entry` holds `metric` if the epoch was validated."""
         self.epoch += 1
         self.rows += rows
         self.history.append(entry)
-        if metric not in entry:
-            return
-        value = -entry[metric] if metric in LOWER_IS_BETTER else entry[metric]
-        if value > self.best:
-            self.best, self.best_epoch, self.bad = value, self.epoch, 0
+        if metric in entry:
+            self._compare(entry[metric], metric)
+
+    def _compare(self, value: float, metric: str) -> None:
+        best = self.best_value
+        if best is None or (value < best if metric in LOWER_IS_BETTER else value > best):
+            self.best_value, self.best_epoch, self.epochs_without_improvement = value, self.epoch, 0
         else:
-            self.bad += 1
+            self.epochs_without_improvement += 1
 
-    def save_tables(
-        self, config: Config, phase: Phase, model: nn.Module, optimizer: optim.Optimizers, context: Context
-    ) -> None:
-        """Every worker writes its rows of sharded tables, before worker 0 writes the rest."""
-        sharded = embedding.sharded(model)
-        if not sharded:
+
+@dataclass
+class TrainState:
+    """Everything that training changes. With several workers each holds its own part of what is sharded."""
+
+    model: nn.Module
+    optimizers: Optimizers
+    scaler: torch.amp.GradScaler
+    ema: Ema
+    progress: TrainProgress = field(default_factory=TrainProgress)
+
+    @property
+    def table_files(self) -> int:
+        """Files that the rows of sharded tables are saved in: one per worker, or none."""
+        return max((table.world_size for table in embedding.sharded(self.model).values()), default=0)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the model has its averaged weights, if it keeps any; afterwards those being trained."""
+        if not self.ema.decay:
+            yield
             return
-        folder, rank, count = phase.folder(config, self.epoch), context.rank, context.world_size
-        sharded_tables.write(folder, "tables", rank, count, {name: table.weight for name, table in sharded.items()})
-        state = optimizer.table_state()
-        kept = {f"{n}:{key}": value for n in sharded for key, value in state[n].items() if isinstance(value, Tensor)}
-        sharded_tables.write(folder, "tables-state", rank, count, kept)
-        context.sum(torch.zeros(1, device=context.device))  # all are on disk
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema.weights())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
 
-    def save(
-        self,
-        config: Config,
-        phase: Phase,
-        dataset: PreparedDataset,
-        model: nn.Module,
-        optimizer: optim.Optimizers,
-        scaler: torch.amp.GradScaler,
-        ema: optim.Ema,
-        items: Any,
-        context: Context,
-    ) -> None:
-        """Worker 0 writes this epoch's folder, then deletes the ones that are neither best nor last.
+    def non_finite(self) -> list[str]:
+        """Names of weights, trained or averaged, that hold NaN or infinity on this worker."""
+        weights = [*self.model.state_dict().items(), *self.ema.shadow.items()]
+        return sorted({name for name, tensor in weights if not _is_finite(fsdp.local(tensor))})
 
-        All workers call it: of what is shared out each holds a part.
-        """
-        sharded = embedding.sharded(model)
-        tables = optimizer.table_state()
-        for name in sharded:
+    def save(self, folder: str, context: Context) -> None:
+        """Write the state to `folder`. Called by all workers; returns once all of them have written their part."""
+        sharded = embedding.sharded(self.model)
+        if sharded:
+            self._save_tables(folder, context)
+        tables = self.optimizers.table_state()
+        for name in sharded:  # their tensors are in files of their own
             tables[name] = {key: value for key, value in tables[name].items() if not isinstance(value, Tensor)}
-        state = {
-            **{n: getattr(self, n) for n in ("epoch", "step", "rows", "bad", "best_epoch", "best", "history")},
-            "optimizer": optimizer.state_dict(),
+        # Gathering what FSDP shards is a collective: all workers gather, worker 0 writes.
+        weights = fsdp.whole({name: value for name, value in self.ema.weights().items() if name not in sharded})
+        body = {
+            "progress": asdict(self.progress),
+            "optimizer": self.optimizers.state_dict(),
             "tables": tables,
-            "scaler": scaler.state_dict(),
+            "table_files": self.table_files,
+            "scaler": self.scaler.state_dict(),
+            "trained": fsdp.whole(self.model.state_dict()) if self.ema.decay else None,
         }
-        if ema.decay:
-            state["raw"] = fsdp.whole(model.state_dict())
-        metric = config.training.metric
-        record = CheckpointRecord(
-            parents=[dataset.record.id],
-            config=config.model_dump(mode="json"),
-            epoch=self.epoch,
-            step=self.step,
-            rows=self.rows,
-            metric=metric,
-            value=self.history[-1].get(metric, float("nan")) if metric in self.history[-1] else 0.0,
-            history=self.history,
-            dataset_uri=dataset.uri,
-            seconds=sum(entry["seconds"] for entry in self.history),
-            pieces=max((table.world_size for table in sharded.values()), default=0),
-        )
-        weights = fsdp.whole({name: tensor for name, tensor in ema.weights().items() if name not in sharded})
-        if context.rank != 0:
-            return
-        checkpoint.save(phase.folder(config, self.epoch), weights, items, dataset.record, record, state)
-        for epoch in range(1, self.epoch):
-            if epoch != self.best_epoch:
-                storage.delete_folder(phase.folder(config, epoch))
+        if context.rank == 0:
+            checkpoint.save_weights(folder, weights)
+            checkpoint.save_state(folder, body)
+        context.barrier()
+
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote, with any number of workers. Raises LineageError if other tables are sparse now."""
+        body = checkpoint.load_state(folder)
+        published = checkpoint.load_weights(folder)
+        weights = dict(published) if body["trained"] is None else body["trained"]
+        self._load_tables(folder, body, weights)
+        # In the order of the model and not of the file, since workers gather and scatter weights one by one.
+        weights = {n: fsdp.like(weights[n], own) for n, own in self.model.state_dict().items() if n in weights}
+        tables = {name: table.weight for name, table in embedding.tables(self.model).items()}
+        self.model.load_state_dict(weights | tables)
+        self.optimizers.load_state_dict(body["optimizer"])
+        self.scaler.load_state_dict(body["scaler"])
+        self.ema.load(published)
+        self.progress = TrainProgress(**body["progress"])
+
+    def _save_tables(self, folder: str, context: Context) -> None:
+        """Write this worker's rows of sharded tables, and their optimizer state."""
+        sharded, state = embedding.sharded(self.model), self.optimizers.table_state()
+        rows = {name: table.weight for name, table in sharded.items()}
+        moments = {f"{n}:{key}": value for n in sharded for key, value in state[n].items() if isinstance(value, Tensor)}
+        for kind, tensors in (("tables", rows), ("tables-state", moments)):
+            sharded_tables.write(folder, kind, context.rank, context.world_size, tensors)
+
+    def _load_tables(self, folder: str, body: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Fill the tables that are not dense, and their optimizer state; takes their rows out of `weights`."""
+        tables, state, count = embedding.tables(self.model), body["tables"], body["table_files"]
+        if tables.keys() != state.keys():
+            raise LineageError(
+                f"{folder} has sparse updates for {', '.join(state) or 'no table'}, this training for "
+                f"{', '.join(tables) or 'none'}: use the [scaling] and model.embedding.mode of that training, or set "
+                f"training.resume = false to start over"
+            )
+        rows, moments = ShardedTables(folder, "tables", count), ShardedTables(folder, "tables-state", count)
+        for name, table in tables.items():
+            first, step = (table.rank, table.world_size) if table.mode == "row_sharded" else (0, 1)
+            if name in weights:  # the table was replicated: model.safetensors has all rows
+                table.weight.data.copy_(weights.pop(name)[first::step])
+            else:
+                rows.fill(name, table.weight.data, first, step)
+            mine = {k: _every(v, first, step, table.weight.device) for k, v in state[name].items()}
+            for key in [key for key in moments.names() if key.startswith(f"{name}:")]:
+                # Row-wise Adagrad keeps one number per row, Adam a row.
+                like = table.weight.data[:, 0] if key.endswith(":sum") else table.weight.data
+                mine[key.removeprefix(f"{name}:")] = out = torch.empty_like(like)
+                moments.fill(key, out, first, step)
+            self.optimizers.load_table_state(name, mine)
 
 
-def _load_tables(
-    folder: str,
-    state: dict[str, dict[str, Any]],
-    weights: dict[str, Tensor],
-    model: nn.Module,
-    optimizer: optim.Optimizers,
-) -> None:
-    """Rows of tables and what their optimizer keeps, which may have been on another number of workers.
-
-    Takes them out of `weights`. Raises LineageError where a table had touched rows updated and now has all, or else.
-    """
-    found, count = embedding.tables(model), CheckpointRecord.read(folder).pieces
-    if found.keys() != state.keys():
-        raise LineageError(
-            f"in {folder} only touched rows of {', '.join(state) or 'no table'} are updated, now of "
-            f"{', '.join(found) or 'none'}: train with the scaling of then, or set training.resume = false to begin anew"
-        )
-    rows, kept = ShardedTables(folder, "tables", count), ShardedTables(folder, "tables-state", count)
-    for name, table in found.items():
-        first, step = (table.rank, table.world_size) if table.mode == "row_sharded" else (0, 1)
-        if name in weights:  # every worker had all rows
-            table.weight.data.copy_(weights.pop(name)[first::step])
-        else:
-            rows.fill(name, table.weight.data, first, step)
-        device = table.weight.device
-        mine = {k: v[first::step].to(device) if isinstance(v, Tensor) else v for k, v in state[name].items()}
-        for key in [key for key in kept.names() if key.startswith(f"{name}:")]:
-            wide = not key.endswith(":sum")
-            out = torch.empty_like(table.weight.data if wide else table.weight.data[:, 0])
-            kept.fill(key, out, first, step)
-            mine[key.removeprefix(f"{name}:")] = out
-        optimizer.load_table_state(name, mine)
+def _every(value: Any, first: int, step: int, device: torch.device) -> Any:
+    """Rows first, first + step, ... of a tensor; anything else unchanged."""
+    return value[first::step].to(device) if isinstance(value, Tensor) else value
 
 
-def same_training(config: Config, record: CheckpointRecord, dataset: PreparedDataset) -> bool:
-    """Whether a checkpoint was made by this configuration, up to how long it trains, from this dataset."""
-    now, then = _steering(config.model_dump(mode="json")), _steering(record.config)
-    return record.parents == [dataset.record.id] and now == then
-
-
-def _steering(config: dict[str, Any]) -> list[Any]:
-    training = [config["training"].get(name) for name in ("global_batch_size", "accumulation_steps", "half_life")]
-    others = (config[name] for name in ("model", "optim", "data"))
-    return [config["run"]["seed"], *training, loss_that_steers(config["loss"]), *others]
-
-
-def loss_that_steers(loss: dict[str, Any]) -> dict[str, Any]:
-    """Of the [loss] of a record, what changes training and not only how fast it is."""
-    return {key: value for key, value in loss.items() if key != "chunk_size"}
-
-
-def last_epoch(config: Config, phase: Phase, dataset: PreparedDataset) -> int:
-    """The last complete epoch on disk that this configuration can go on from; 0 when there is none."""
-    if not storage.exists(phase.root(config)):
-        return 0
-    for epoch in range(phase.epochs, 0, -1):
-        folder = phase.folder(config, epoch)
-        if storage.exists(storage.join(folder, "checkpoint.json")):
-            return epoch if same_training(config, CheckpointRecord.read(folder), dataset) else 0
-    return 0
-
-
-def refit_phase(config: Config, dataset: PreparedDataset) -> Phase:
-    """As many epochs as selection found best."""
-    return Phase("refit", best_epoch(config, dataset))
-
-
-def best_epoch(config: Config, dataset: PreparedDataset) -> int:
-    """The epoch of the finished selection with the best validation metric."""
-    select = Phase("train", config.training.epochs)
-    state = checkpoint.load_state(select.folder(config, last_epoch(config, select, dataset)))
-    return int(state["best_epoch"])
+def _is_finite(tensor: Tensor) -> bool:
+    """One pass without a copy: the least and the greatest value are NaN where any value is."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))

@@ -1,248 +1,251 @@
-"""The training loop. It reads top to bottom and runs wherever a Context does, with Ray or without."""
+"""The training loop. It runs wherever a Context does, with Ray or without.
+
+    trainer = Trainer(config, dataset, phase, LocalContext())
+    trainer.state.load(phase.folder(3))     # to resume after epoch 3
+    trainer.fit()
+
+`fit` runs epochs: `train_epoch`, `validate`, save. `train_epoch` runs steps: `train_step` computes the gradients of a
+global batch, which all workers share, and updates the weights. Every worker runs the same code, so every decision
+(a non-finite loss, early stopping) is made from numbers that were summed over workers.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from recray import registry, storage
+from recray import log, registry
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.data.split import duration
 from recray.errors import ConfigError, RecrayError
-from recray.layers import dice, embedding
-from recray.loading.batch import Batch
-from recray.loading.collate import item_table, iter_batches, padding_like
-from recray.loading.examples import Decay
+from recray.layers import embedding
+from recray.layers.hooks import run_hooks, step_hooks
+from recray.loading.batch import Batch, ItemTable
+from recray.loading.collate import item_table
 from recray.loading.prefetch import DeviceLoader
-from recray.loading.sampler import ShardGroup, ShardSlice, epoch_plan, num_examples, steps_per_epoch
 from recray.losses.click import ClickObjective
 from recray.losses.retrieval import RetrievalObjective
-from recray.models import Examples, Ranker
-from recray.training import fsdp, optim
+from recray.models import Examples, Ranker, Retriever
+from recray.records import CheckpointRecord
+from recray.training import checkpoint, fsdp, optim
 from recray.training.accumulate import Accumulation
+from recray.training.batches import TrainingData
 from recray.training.console import Progress
-from recray.training.distributed import Context, keep_memory, without_cudnn_attention
+from recray.training.distributed import Context, without_cudnn_attention
 from recray.training.embedding_plan import table_plan
-from recray.training.state import Phase, Position, refit_phase
-from recray.training.validate import validate, validate_clicks
+from recray.training.phase import Phase
+from recray.training.state import TrainProgress, TrainState
+from recray.training.validate import validate
 
 OnEpoch = Callable[[dict[str, float]], None]
+MicroBatches = list[tuple[Batch, bool]]  # of one step; False marks padding
+
+_UNSTABLE = "lower optim.learning_rate, set optim.clip_norm = 1.0, or training.precision = 'fp32'"
 
 
-def fit(
-    config: Config,
-    context: Context,
-    losses: list[float] | None = None,
-    on_epoch: OnEpoch | None = None,
-    until: int | None = None,
-) -> None:
-    """Train on config.dataset_uri until the best epoch is known, then refit where the configuration says so.
+class Step(NamedTuple):
+    """Of one optimizer step, over all workers."""
 
-    `on_epoch` is called with each epoch's entry of the history, once the epoch is on disk, on every worker alike.
-    `until`: no further than so many epochs, and no refit.
-    """
-    keep_memory()
-    select = Phase("train", config.training.epochs)
-    run(config, context, select, losses, on_epoch, until)
-    if config.training.refit and until is None:
-        dataset = PreparedDataset.open(config.dataset_uri)
-        run(config, context, refit_phase(config, dataset), losses)
+    loss: float  # weighted mean
+    weight: float  # sum of the weights of queries
+    queries: float  # number of queries
 
 
-def run(
-    config: Config,
-    context: Context,
-    phase: Phase,
-    losses: list[float] | None = None,
-    on_epoch: OnEpoch | None = None,
-    until: int | None = None,
-) -> None:
-    """Train a phase, at most `until` so many of its epochs; the threads that feed it end with it, however it ends."""
-    with contextlib.ExitStack() as closing:
-        closing.enter_context(without_cudnn_attention())
-        _run(config, context, phase, losses, on_epoch, until, closing)
+class Trainer:
+    """Trains one phase on one worker. Every epoch ends in `phase.folder(epoch)`, which training can resume from."""
 
-
-def _run(
-    config: Config,
-    context: Context,
-    phase: Phase,
-    losses: list[float] | None,
-    on_epoch: OnEpoch | None,
-    until: int | None,
-    closing: contextlib.ExitStack,
-) -> None:
-    """Train on config.dataset_uri. `losses` collects each step's global loss.
-
-    Every epoch ends in a folder <run>/<phase>/epoch-NNNN that training can go on from.
-    """
-    dataset = PreparedDataset.open(config.dataset_uri)
-    if config.model.family == "ranker" and not dataset.record.labelled:
-        raise ConfigError(
-            f"model.name = '{config.model.name}' learns from what was chosen and what was not, and {dataset.uri} has no labels: "
-            f"set data.columns.label, or data.negatives to draw what was not chosen, and run `recray prepare` again"
+    def __init__(self, config: Config, dataset: PreparedDataset, phase: Phase, context: Context) -> None:
+        self.config, self.dataset, self.phase, self.context = config, dataset, phase, context
+        _check_labels(config, dataset)
+        self.items = item_table(dataset)
+        self.precision = optim.MixedPrecision(config.training.precision, context.device)
+        _check_fsdp(config, context, self.precision)
+        model = self._build_model()
+        self.objective = context.wrap(_objective(config, model, self.items, context))
+        # After `wrap`: FSDP replaces the parameters that optimizers and averages refer to.
+        optimizers, ema = optim.Optimizers(config.optim, model), optim.Ema(model, config.optim.ema_decay)
+        self.state = TrainState(model, optimizers, self.precision.scaler, ema)
+        self.hooks = step_hooks(model)
+        self.accumulate = Accumulation(
+            self.objective, self.precision, context, self._forward_waits(), compiled=config.training.compile
         )
-    shards, items = phase.shards(dataset), item_table(dataset)
-    torch.manual_seed(config.run.seed)
-    places = table_plan(config, context, items.num_items)
-    with embedding.use_plan(places):
-        model: nn.Module = registry.load("model", config.model.name).build(config.model, dataset.record, items)
-    if places.reasons and context.rank == 0 and phase.name == "train":
-        print(f"train: large tables: {places.explain()}", flush=True)
-    examples: Examples = model.examples  # type: ignore[assignment]
-    moved_items = type(items)(items.counts_N.to(context.device), {})
-    whole = (
-        ClickObjective(model, config.loss)
-        if isinstance(model, Ranker)
-        else RetrievalObjective(model, config.loss, moved_items, context)
-    )
-    objective = context.wrap(whole)
-    forward = torch.compile(objective) if config.training.compile else objective
-    optimizer = optim.Optimizers(config.optim, model)
-    dtype = optim.precision(config.training.precision, context.device)
-    scaler = torch.amp.GradScaler(context.device.type, enabled=dtype is torch.float16)
-    in_batch = config.loss.name == "sampled_softmax" and config.loss.in_batch
-    shared_out = context.world_size > 1 and config.scaling.fsdp
-    if shared_out and scaler.is_enabled():
-        raise ConfigError("scaling.fsdp = true does not go with fp16: set training.precision = 'bf16' or 'fp32'")
-    together = context.world_size > 1 and (in_batch or shared_out or embedding.waits_in_forward(model))
-    accumulate = Accumulation(objective, forward, scaler, dtype, context, together)
-    ema = optim.Ema(model, config.optim.ema_decay)
-    parts = config.training.accumulation_steps
-    batch_size = config.training.global_batch_size // (context.world_size * parts)
-    epoch_batches = -(-steps_per_epoch(shards, context.world_size, batch_size, examples) // parts) * parts
-    position = Position.resume(config, phase, dataset, model, optimizer, scaler, ema)
-    epochs = range(position.epoch, phase.epochs if until is None else min(until, phase.epochs))
-    plans = {e: epoch_plan(shards, config.run.seed, e, context.rank, context.world_size, examples) for e in epochs}
-    tables = context.tables(dataset, shards, [part for parts in plans.values() for part in parts])
-    make = _Batches(config, dataset, shards, plans, examples, batch_size, epoch_batches, _decay(config, dataset, phase))
-    batches = closing.enter_context(DeviceLoader(tables, make, context.device))
-    progress = Progress(phase.name, phase.epochs, epoch_batches // parts, enabled=context.rank == 0)
-    for epoch in epochs:
-        if phase.name == "train" and position.stopped(config):
-            break
-        progress.start_epoch(epoch)
-        # An epoch's draws are its own, whatever was trained before it in this process. Workers draw different negatives;
-        # one worker draws as the loop without Ray does.
-        torch.manual_seed(config.run.seed * 1_000_003 + epoch * 1009 + context.rank)
-        loss_sum = torch.zeros(2, dtype=torch.float64)
-        rows = 0
-        for _ in range(epoch_batches // parts):
-            waited = time.perf_counter()
-            micro = [next(batches) for _ in range(parts)]
-            waited = time.perf_counter() - waited
-            rows += sum(batch.num_rows for batch, real in micro if real)
-            weight, events = context.sum(_amounts(micro).to(context.device))
-            weight = torch.where(weight > 0, weight, torch.ones_like(weight))
-            total_steps = phase.epochs * (epoch_batches // parts)
-            optimizer.set_learning_rate(optim.learning_rate(config.optim, position.step, total_steps))
-            total = accumulate([batch for batch, _ in micro], weight)
-            embedding.sync(model, scaler.is_enabled())
-            dice.sync(model)
-            total = context.sum(total) / weight
-            if not torch.isfinite(total):
-                raise RecrayError(
-                    f"the loss is {float(total)} at step {position.step} (epoch {epoch}): lower optim.learning_rate, "
-                    f"set optim.clip_norm = 1.0, or training.precision = 'fp32'"
-                )
-            if config.optim.clip_norm:
-                optimizer.clip(scaler, config.optim.clip_norm)
-            optimizer.step(scaler)
-            ema.update()
-            position.step += 1
-            if losses is not None:
-                losses.append(float(total))
-            loss_sum += torch.tensor([float(total) * float(weight), float(weight)], dtype=torch.float64)
-            progress.step(float(total), events=float(events), waited=waited)
-        seen = int(context.sum(torch.tensor([float(rows)], dtype=torch.float64)))
-        expected = sum(num_examples(shard, examples) for shard in shards)
-        assert seen == expected, f"epoch {epoch} consumed {seen} rows of {expected}"
-        entry = {
-            "epoch": epoch + 1.0,
-            "loss": float(loss_sum[0] / loss_sum[1]),
-            **progress.end_epoch(batches.seconds()),
-        }
-        due = (epoch + 1) % config.training.validate_every == 0 or epoch + 1 == phase.epochs
-        if due and phase.name == "train":
+        self.data = TrainingData(config, dataset, phase, _examples(model), context)
+        self.meter = Progress(phase.name, phase.epochs, self.data.steps, enabled=context.rank == 0)
+
+    def fit(self, on_epoch: OnEpoch | None = None, until: int | None = None) -> TrainProgress:
+        """Train until the last epoch, until `until` epochs are complete, or until training.patience runs out.
+
+        on_epoch: called on every worker with the epoch's entry of the history, once the epoch is on disk.
+
+        Raises RecrayError if the loss, the weights or the validation scores are not finite; that epoch is not saved.
+        """
+        last = self.phase.epochs if until is None else min(until, self.phase.epochs)
+        epochs = range(self.state.progress.epoch, last)
+        # The loader reads ahead over the borders of epochs: no epoch waits for its first batch but the first.
+        with without_cudnn_attention(), self.data.loader(epochs) as batches:
+            for epoch in epochs:
+                if self._out_of_patience():
+                    break
+                entry = self.train_epoch(epoch, batches)
+                if self._validates(epoch):
+                    entry |= self.validate()
+                self._end_epoch(entry)
+                if on_epoch is not None:
+                    on_epoch(entry)
+        return self.state.progress
+
+    def train_epoch(self, epoch: int, batches: DeviceLoader) -> dict[str, float]:
+        """All steps of an epoch (from 0). Returns its entry of the history, without validation."""
+        self.meter.start_epoch(epoch)
+        # Seeded by epoch, so that a resumed epoch draws the same dropout and negatives as an uninterrupted one. Workers
+        # must draw different negatives; a single worker draws the same with Ray and without.
+        torch.manual_seed(self.config.run.seed * 1_000_003 + epoch * 1009 + self.context.rank)
+        loss, weight, rows = 0.0, 0.0, 0
+        for _ in range(self.data.steps):
             started = time.perf_counter()
-            entry[config.training.metric] = _validate(config, objective, model, ema, dataset, context)
-            entry["validation_seconds"] = time.perf_counter() - started
-        progress.report(entry)
-        position.end_epoch(entry, seen, config.training.metric)
-        position.save_tables(config, phase, model, optimizer, context)
-        position.save(config, phase, dataset, model, optimizer, scaler, ema, items, context)
-        context.sum(torch.zeros(1, device=context.device))  # nobody goes on, or away, before the epoch is on disk
-        if on_epoch is not None:
-            on_epoch(entry)
+            micro = [next(batches) for _ in range(self.config.training.accumulation_steps)]
+            waited = time.perf_counter() - started
+            step = self.train_step(micro)
+            self.meter.step(step.loss, events=step.queries, waited=waited)
+            loss, weight = loss + step.loss * step.weight, weight + step.weight
+            rows += sum(batch.num_rows for batch, real in micro if real)
+        self._check_rows(rows)
+        self._check_weights()
+        return {"epoch": epoch + 1.0, "loss": loss / weight, **self.meter.end_epoch(batches.seconds())}
+
+    def train_step(self, micro: MicroBatches) -> Step:
+        """One optimizer step on the global batch, of which `micro` is this worker's part."""
+        state, config = self.state, self.config.optim
+        weight, queries = self.context.sum(_amounts(micro).to(self.context.device))
+        weight = torch.where(weight > 0, weight, torch.ones_like(weight))  # a step of nothing but padding
+        rate = optim.learning_rate(config, state.progress.step, self.phase.epochs * self.data.steps)
+        state.optimizers.set_learning_rate(rate)
+        total = self.accumulate([batch for batch, _ in micro], weight)
+        run_hooks(self.hooks, self.context.sum, state.scaler.is_enabled())
+        loss = float(self.context.sum(total) / weight)
+        if not math.isfinite(loss):
+            at = f"step {state.progress.step} (epoch {state.progress.epoch + 1})"
+            raise RecrayError(f"the loss is {loss} at {at}: {_UNSTABLE}")
+        if config.clip_norm:
+            state.optimizers.clip(state.scaler, config.clip_norm)
+        state.optimizers.step(state.scaler)
+        state.ema.update()
+        state.progress.step += 1
+        return Step(loss, float(weight), float(queries))
+
+    def validate(self) -> dict[str, float]:
+        """The validation metric of the averaged weights, over all workers, and the seconds that it took."""
+        started = time.perf_counter()
+        with self.state.averaged(), fsdp.gathered(self.objective):
+            value = validate(self.state.model, self.dataset, self.context, self.config)
+        return {self.config.training.metric: value, "validation_seconds": time.perf_counter() - started}
+
+    # Set-up --------------------------------------------------------------------------------------------------------
+
+    def _build_model(self) -> nn.Module:
+        """The same initial weights on every worker, but for the rows of sharded tables."""
+        torch.manual_seed(self.config.run.seed)
+        plan = table_plan(self.config, self.context, self.items.num_items)
+        with embedding.use_plan(plan):
+            module = registry.load("model", self.config.model.name)
+            model: nn.Module = module.build(self.config.model, self.dataset.record, self.items)
+        if plan.reasons and self.context.rank == 0 and self.phase.name == "train":
+            log.info("train", f"large tables: {plan.explain()}", event="tables", values=plan.reasons)
+        return model
+
+    def _forward_waits(self) -> bool:
+        """Whether a forward waits for other workers: to gather positives, weights, or rows of tables."""
+        loss, scaling = self.config.loss, self.config.scaling
+        gathers = scaling.fsdp or (loss.name == "sampled_softmax" and loss.in_batch)
+        return self.context.world_size > 1 and (gathers or embedding.waits_in_forward(self.state.model))
+
+    # End of an epoch -----------------------------------------------------------------------------------------------
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.training.patience
+        stale = self.state.progress.epochs_without_improvement
+        return self.phase.name == "train" and 0 < patience <= stale
+
+    def _validates(self, epoch: int) -> bool:
+        last = epoch + 1 == self.phase.epochs
+        return self.phase.name == "train" and (last or (epoch + 1) % self.config.training.validate_every == 0)
+
+    def _check_rows(self, rows: int) -> None:
+        total = int(self.context.sum(torch.tensor([float(rows)], dtype=torch.float64)))
+        assert total == self.data.rows, f"the epoch consumed {total} rows of {self.data.rows}"
+
+    def _check_weights(self) -> None:
+        """The update after a finite loss can still overflow. Such an epoch must be neither published nor resumed from."""
+        names = self.state.non_finite()
+        # Every worker has other rows of sharded tables: all must stop if one does.
+        if float(self.context.sum(torch.tensor([float(len(names))]))) > 0:
+            where = ", ".join(names[:3]) or "a table of another worker"
+            raise RecrayError(
+                f"the weights are not finite after epoch {self.state.progress.epoch + 1} ({where}), which was not saved: "
+                f"{_UNSTABLE}"
+            )
+
+    def _end_epoch(self, entry: dict[str, float]) -> None:
+        progress, context = self.state.progress, self.context
+        progress.end_epoch(entry, self.data.rows, self.config.training.metric)
+        folder = self.phase.folder(progress.epoch)
+        self.state.save(folder, context)
+        if context.rank == 0:
+            checkpoint.save_record(folder, self._record(), self.dataset.record, self.items)
+            self.phase.delete_before(progress.epoch, progress.best_epoch)
+        context.barrier()  # no worker may report the epoch, or end, before it is on disk
+        self.meter.report(entry)
+
+    def _record(self) -> CheckpointRecord:
+        progress, metric = self.state.progress, self.config.training.metric
+        return CheckpointRecord(
+            parents=[self.dataset.record.id],
+            config=self.config.model_dump(mode="json"),
+            epoch=progress.epoch,
+            step=progress.step,
+            rows=progress.rows,
+            metric=metric,
+            value=progress.history[-1].get(metric, 0.0),
+            best_epoch=progress.best_epoch,
+            history=progress.history,
+            dataset_uri=self.dataset.uri,
+            seconds=sum(entry["seconds"] for entry in progress.history),
+            pieces=self.state.table_files,
+        )
 
 
-def _amounts(micro: list[tuple[Batch, bool]]) -> Tensor:
-    """Sum of weights, and number of queries that are no padding."""
+def _objective(config: Config, model: nn.Module, items: ItemTable, context: Context) -> nn.Module:
+    """Model and loss as one module: batch -> (weighted sum of losses, sum of weights)."""
+    if isinstance(model, Ranker):
+        return ClickObjective(model, config.loss)
+    # The loss needs how often items occur, on the device; features stay where the model keeps them.
+    return RetrievalObjective(model, config.loss, ItemTable(items.counts_N.to(context.device)), context)
+
+
+def _examples(model: nn.Module) -> Examples:
+    assert isinstance(model, Retriever | Ranker)
+    return model.examples
+
+
+def _amounts(micro: MicroBatches) -> Tensor:
+    """(2,): sum of weights, and number of queries, of batches that are no padding."""
     weights = [batch.weight_Q for batch, real in micro if real and batch.weight_Q is not None]
     return torch.tensor([float(sum(w.sum() for w in weights)), float(sum(map(len, weights)))])
 
 
-def _decay(config: Config, dataset: PreparedDataset, phase: Phase) -> Decay | None:
-    """Raises ConfigError where the dataset knows no times."""
-    if config.training.half_life is None:
-        return None
-    if not dataset.record.has_time:
-        raise ConfigError("training.half_life needs times, and this dataset has positions only: leave it out")
-    until = dataset.record.starts("valid" if phase.name == "train" else "test")
-    return Decay(until, duration(config.training.half_life))
+def _check_labels(config: Config, dataset: PreparedDataset) -> None:
+    if config.model.family == "ranker" and not dataset.record.labelled:
+        raise ConfigError(
+            f"model.name = '{config.model.name}' is a ranker and needs click labels; {dataset.uri} has none: set "
+            f"data.columns.label, or data.negatives to sample items that were not chosen, and run `recray prepare` again"
+        )
 
 
-def _validate(
-    config: Config, objective: nn.Module, model: nn.Module, ema: optim.Ema, dataset: PreparedDataset, context: Context
-) -> float:
-    own = None
-    if ema.decay:
-        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(ema.weights())
-    length = config.model.history_length
-    with fsdp.together(objective):
-        if isinstance(model, Ranker):
-            value = validate_clicks(model, dataset, context, config.training.metric, length)
-        else:
-            value = validate(model, dataset, context, config.training.metric, length, config.evaluation)
-    if own is not None:
-        model.load_state_dict(own)
-    return value
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """Tables to exactly `epoch_batches` batches an epoch; False marks one that only pads."""
-
-    config: Config
-    dataset: PreparedDataset
-    shards: list[ShardGroup]
-    plans: dict[int, list[ShardSlice]]  # by epoch
-    examples: Examples
-    batch_size: int
-    epoch_batches: int
-    decay: Decay | None
-
-    def __call__(self, tables: Iterator[tuple[ShardSlice, pa.Table]]) -> Iterator[tuple[Batch, bool]]:
-        batch: Batch | None = None
-        for parts in self.plans.values():
-            made = 0
-            for batch in self._cut(next(tables) for _ in parts):
-                yield batch, True
-                made += 1
-            for _ in range(made, self.epoch_batches):
-                if batch is None:  # this worker has no examples at all
-                    one = storage.read_table(self.dataset.file_uri(self.shards[0].files[0])).slice(0, 1)
-                    batch = next(self._cut([(ShardSlice(0, 0, 0, 1), one)]))
-                yield padding_like(batch), False
-
-    def _cut(self, tables: Iterable[tuple[ShardSlice, pa.Table]]) -> Iterator[Batch]:
-        length, seed = self.config.model.history_length, self.config.run.seed
-        return iter_batches(tables, self.batch_size, self.examples, length, seed, self.decay)
+def _check_fsdp(config: Config, context: Context, precision: optim.MixedPrecision) -> None:
+    if context.world_size > 1 and config.scaling.fsdp and precision.scaler.is_enabled():
+        raise ConfigError("scaling.fsdp = true does not support fp16: set training.precision = 'bf16' or 'fp32'")

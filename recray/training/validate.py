@@ -1,4 +1,9 @@
-"""The metric that steers training, on the validation split and over all workers: full ranking, or of clicks."""
+"""The validation metric, over all workers: of full ranking for retrievers, of clicks for rankers.
+
+Each worker takes every world_size-th user of each validation shard: worker 1 of 2 takes users 1, 3, 5, ... A forward of a
+model with sharded tables exchanges rows, so that a worker that runs out of users repeats a spare one, which is not
+counted, until all have run out.
+"""
 
 from __future__ import annotations
 
@@ -10,92 +15,109 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from recray.config import EvaluationConfig
+from recray import log
+from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import DataError
+from recray.errors import DataError, RecrayError
 from recray.layers import embedding
-from recray.loading.batch import Jagged
-from recray.loading.collate import eval_queries, impressions
+from recray.loading.batch import Batch, Jagged
+from recray.loading.collate import EvalQuery, eval_queries, impressions
 from recray.metrics import ranking
 from recray.metrics.clicks import Clicks
 from recray.models import Ranker, Retriever
 from recray.retrieval.exact import merge, top_k
 from recray.training.distributed import Context
 
-_QUERIES_ON_CPU = 128  # at a time: few enough that a transformer's activations stay near the cache
+_QUERIES_ON_CPU = 128  # at a time; few, so that a transformer's activations stay in cache
 _QUERIES = 512
 _IMPRESSIONS = 8192
-_ITEMS = 65_536  # whose vectors are made at a time
+_ITEMS = 65_536  # vectors computed at a time
 
 _T = TypeVar("_T")
 
 
 @torch.inference_mode()
-def validate(
-    model: nn.Module,
-    dataset: PreparedDataset,
-    context: Context,
-    metric: str,
-    history_length: int,
-    evaluation: EvaluationConfig,
-) -> float:
-    """Mean of `metric` ('ndcg@10') over queries of the validation split whose user has a history."""
+def validate(model: nn.Module, dataset: PreparedDataset, context: Context, config: Config) -> float:
+    """config.training.metric on the validation split, over all workers; the same number on each of them.
+
+    Raises RecrayError if scores are not finite, DataError if the split cannot tell the metric.
+    """
+    model.eval()
+    try:
+        if isinstance(model, Ranker):
+            return _validate_clicks(model, dataset, context, config)
+        return _validate_lists(model, dataset, context, config)
+    finally:
+        model.train()
+
+
+def _validate_lists(model: nn.Module, dataset: PreparedDataset, context: Context, config: Config) -> float:
+    """Mean of the metric ('ndcg@10') over queries of users with a history, by exact search over the catalogue."""
     assert isinstance(model, Retriever)
+    metric, options, exchanges = config.training.metric, config.evaluation, _exchanges(model, context)
     name, _, k = metric.partition("@")
-    model.eval()  # type: ignore[attr-defined]
-    shared = _exchanges(model, context)
-    at_once = _QUERIES_ON_CPU if context.device.type == "cpu" else _QUERIES
-    # Of sharded tables each worker scores the items whose rows it has, for the queries of all.
-    share = (context.rank, context.world_size) if shared else (0, 1)
+    # With sharded tables each worker scores the items whose rows it holds, for the queries of all workers.
+    share = (context.rank, context.world_size) if exchanges else (0, 1)
     v_ND = _item_vectors(model, dataset.record.num_items, share, context)
-    total = torch.zeros(2, dtype=torch.float64)
+    bad = ~v_ND.isfinite().all()
+    total = torch.zeros(3, dtype=torch.float64)  # of metric, queries, vectors that are not finite
+    for query, real in _queries(dataset, context, config, exchanges):
+        q_BD = model.query_vectors(query.batch.to(context.device)).float()
+        bad |= ~q_BD.isfinite().all()
+        seen = query.seen.to(context.device) if options.filter_seen else None
+        if exchanges:
+            ids = _search_shares(q_BD, v_ND, int(k), seen, context)
+        else:
+            ids, _ = top_k(q_BD, v_ND, int(k), seen)
+        if real:
+            total[:2] += _sum_of_metric(query, ids.cpu().numpy(), name, int(k))
+    total[2] = float(bad)
+    value, queries, not_finite = map(float, context.sum(total))
+    _check_scores(not_finite, metric)
+    if not queries and context.rank == 0:
+        log.warning(
+            "train",
+            f"no user of the validation split has a history, so {metric} is 0 and selects nothing: change data.split",
+            event="no_validation_queries",
+        )
+    return value / max(queries, 1.0)
+
+
+def _queries(
+    dataset: PreparedDataset, context: Context, config: Config, exchanges: bool
+) -> Iterator[tuple[EvalQuery, bool]]:
+    """This worker's validation queries; False marks one that only keeps the workers in step."""
+    size = _QUERIES_ON_CPU if context.device.type == "cpu" else _QUERIES
+    length, kind = config.model.history_length, config.evaluation.queries
     for table in dataset.iter_tables("valid"):
-        # Worker r takes every world_size-th row of every shard.
-        mine = table.take(pa.array(range(context.rank, len(table), context.world_size)))
-        found = eval_queries(mine, at_once, history_length, evaluation.queries) if len(mine) else iter(())
-        spare = eval_queries(table, 1, history_length, evaluation.queries)
-        for question, real in _in_step(found, spare, context, shared):
-            q_BD = model.query_vectors(question.batch.to(context.device)).float()
-            exclude = question.seen.to(context.device) if evaluation.filter_seen else None
-            if shared:
-                ids = _search_shares(q_BD, v_ND, int(k), exclude, share, context)
-            else:
-                ids, _ = top_k(q_BD, v_ND, int(k), exclude)
-            if not real:
-                continue
-            targets = question.targets
-            has_history = (question.seen.lengths() > 0).numpy()
-            count = ranking.num_distinct(targets.values.numpy(), targets.offsets.numpy())
-            hit = ranking.hits(ids.cpu().numpy(), targets.values.numpy(), targets.offsets.numpy())
-            values = ranking.per_user(hit, count, [int(k)], [name])[metric][has_history]
-            total += torch.tensor([values.sum(), len(values)], dtype=torch.float64)
-    model.train()  # type: ignore[attr-defined]
-    total = context.sum(total)
-    return float(total[0] / total[1].clamp(min=1))
+        mine = _own_rows(table, context)
+        found = eval_queries(mine, size, length, kind) if len(mine) else iter(())
+        yield from _in_step(found, eval_queries(table, 1, length, kind), context, exchanges)
 
 
-@torch.inference_mode()
-def validate_clicks(
-    model: nn.Module, dataset: PreparedDataset, context: Context, metric: str, history_length: int
-) -> float:
-    """`metric` of every impression of the validation split, exact: all workers' scores are brought together."""
+def _sum_of_metric(query: EvalQuery, ids: np.ndarray, name: str, k: int) -> Tensor:
+    """(2,) float64: sum of the metric over queries with a history, and their number."""
+    items, offsets = query.targets.values.numpy(), query.targets.offsets.numpy()
+    hits, counts = ranking.hits(ids, items, offsets), ranking.num_distinct(items, offsets)
+    values = ranking.per_user(hits, counts, [k], [name])[f"{name}@{k}"]
+    values = values[(query.seen.lengths() > 0).numpy()]
+    return torch.tensor([values.sum(), len(values)], dtype=torch.float64)
+
+
+def _validate_clicks(model: nn.Module, dataset: PreparedDataset, context: Context, config: Config) -> float:
+    """The metric over all impressions. It is no mean over batches (AUC), so all workers gather all scores."""
     assert isinstance(model, Ranker)
-    model.eval()  # type: ignore[attr-defined]
+    metric, exchanges = config.training.metric, _exchanges(model, context)
     scored = [torch.zeros(0, 4, dtype=torch.float64)]
-    for table in dataset.iter_tables("valid"):
-        mine = table.take(pa.array(range(context.rank, len(table), context.world_size)))
-        found = impressions(mine, _IMPRESSIONS, history_length) if len(mine) else iter(())
-        spare = impressions(table, 1, history_length)
-        for batch, real in _in_step(found, spare, context, _exchanges(model, context)):
-            assert batch.label_Q is not None and batch.weight_Q is not None
-            logit_B = model.logits(batch.to(context.device)).double().cpu()
-            if not real:
-                continue
+    for batch, real in _impressions(dataset, context, config, exchanges):
+        assert batch.label_Q is not None and batch.weight_Q is not None
+        logit_B = model.logits(batch.to(context.device)).double().cpu()
+        if real:
             columns = (batch.user_B.double(), logit_B, batch.label_Q.double(), batch.weight_Q.double())
             scored.append(torch.stack(columns, dim=1))
-    model.train()  # type: ignore[attr-defined]
     gathered = context.all_gather(torch.cat(scored).to(context.device))
     user, logit, label, weight = np.asarray(gathered.cpu()).T
+    _check_scores(float((~np.isfinite(logit)).sum()), metric)
     value = Clicks(user, logit, label, weight).metrics()[metric]
     if not np.isfinite(value):
         raise DataError(
@@ -106,45 +128,69 @@ def validate_clicks(
     return value
 
 
+def _impressions(
+    dataset: PreparedDataset, context: Context, config: Config, exchanges: bool
+) -> Iterator[tuple[Batch, bool]]:
+    """This worker's validation impressions; False marks one that only keeps the workers in step."""
+    length = config.model.history_length
+    for table in dataset.iter_tables("valid"):
+        mine = _own_rows(table, context)
+        found = impressions(mine, _IMPRESSIONS, length) if len(mine) else iter(())
+        yield from _in_step(found, impressions(table, 1, length), context, exchanges)
+
+
+def _own_rows(table: pa.Table, context: Context) -> pa.Table:
+    """Every world_size-th user of a shard, from `rank` on; none where there are fewer users than workers."""
+    rows = np.arange(context.rank, len(table), context.world_size, dtype=np.int64)
+    return table.take(pa.array(rows))  # a typed array: Arrow cannot take by an empty one of type null
+
+
+def _check_scores(not_finite: float, metric: str) -> None:
+    if not_finite:
+        raise RecrayError(
+            f"the model gives validation scores that are not finite, so {metric} means nothing, and the epoch is not "
+            f"saved: lower optim.learning_rate, set optim.clip_norm = 1.0, or training.precision = 'fp32'"
+        )
+
+
 def _exchanges(model: nn.Module, context: Context) -> bool:
-    """Whether a forward fetches rows from other workers, so that all must take as many."""
-    return context.world_size > 1 and bool(embedding.sharded(model))
+    """Whether a forward fetches rows from other workers, so that all must run equally many."""
+    return context.world_size > 1 and embedding.waits_in_forward(model)
 
 
-def _in_step(mine: Iterator[_T], spare: Iterator[_T], context: Context, shared: bool) -> Iterator[tuple[_T, bool]]:
-    """What this worker has; where workers exchange rows, with the spare one (False) until none has any more."""
+def _in_step(mine: Iterator[_T], spare: Iterator[_T], context: Context, exchanges: bool) -> Iterator[tuple[_T, bool]]:
+    """This worker's entries, marked True. If forwards exchange rows, the first spare one, marked False, fills in until
+    every worker has run out."""
     filler: _T | None = None
     while True:
-        one = next(mine, None)
-        there = one is not None
-        if not (context.sum(torch.tensor([float(there)])) if shared else there):
+        entry = next(mine, None)
+        found = entry is not None
+        if not (context.sum(torch.tensor([float(found)])) if exchanges else found):
             return
-        if one is not None:
-            yield one, True
+        if entry is not None:
+            yield entry, True
             continue
         filler = next(spare) if filler is None else filler
         yield filler, False
 
 
-def _item_vectors(model: nn.Module, num_items: int, share: tuple[int, int], context: Context) -> Tensor:
-    """(N, D) of a worker's share of items, in as many parts on every worker."""
+def _item_vectors(model: Retriever, num_items: int, share: tuple[int, int], context: Context) -> Tensor:
+    """(N, D) of items first, first + step, ...; in equally many calls on every worker, since a call may exchange rows."""
     first, step = share
     mine = torch.arange(first, num_items, step, device=context.device)
     most = len(range(0, num_items, step))
-    parts = [model.item_vectors(mine[at : at + _ITEMS]).float() for at in range(0, most, _ITEMS)]  # type: ignore[operator]
-    return torch.cat(parts)
+    return torch.cat([model.item_vectors(mine[at : at + _ITEMS]).float() for at in range(0, most, _ITEMS)])
 
 
-def _search_shares(
-    q_BD: Tensor, v_ND: Tensor, k: int, exclude: Jagged | None, share: tuple[int, int], context: Context
-) -> Tensor:
-    """(B, k) ids: every worker searches its share for the queries of all, and each merges what was found for its own."""
+def _search_shares(q_BD: Tensor, v_ND: Tensor, k: int, seen: Jagged | None, context: Context) -> Tensor:
+    """(B, k) ids. Every worker searches its items for the queries of all, then each merges the results of its own."""
     sizes = context.all_gather(torch.tensor([len(q_BD)], device=context.device)).tolist()
-    seen = None
-    if exclude is not None:
-        lengths = context.all_gather(exclude.lengths())
-        seen = Jagged(context.all_gather(exclude.values), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
-    ids, scores = top_k(context.all_gather(q_BD), v_ND, k, seen, share)
+    excluded = None
+    if seen is not None:
+        lengths = context.all_gather(seen.lengths())
+        excluded = Jagged(context.all_gather(seen.values), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+    share = (context.rank, context.world_size)
+    ids, scores = top_k(context.all_gather(q_BD), v_ND, k, excluded, share)
     begin = sum(sizes[: context.rank])
     own = slice(begin, begin + len(q_BD))
     found = [context.all_gather(x[None])[:, own].transpose(0, 1).flatten(1) for x in (ids, scores)]

@@ -19,7 +19,7 @@ from recray.config import Config, TuneConfig, with_values
 from recray.data.dataset import PreparedDataset
 from recray.errors import LineageError
 from recray.records import Trial, TrialRecord
-from recray.training.state import loss_that_steers
+from recray.training.launch import loss_that_steers
 from recray.tuning.space import Point
 
 # What may change when a sweep goes on: how much is tried, how much of it at a time, and what is done with the best.

@@ -15,9 +15,7 @@ from recray import storage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.records import CheckpointRecord, DatasetRecord
-from recray.training.checkpoint import load_state
-from recray.training.launch import train
-from recray.training.state import Phase, last_epoch
+from recray.training.launch import last_epoch, selection, train
 from recray.tuning.store import Job, trial_config
 
 
@@ -74,7 +72,7 @@ class _Reporter:
         self._config, self._last, self._population = config, last, population
         self._until = min(until or config.training.epochs, config.training.epochs)
         self._dataset = PreparedDataset.open(config.dataset_uri)
-        self._select = Phase("train", config.training.epochs)
+        self._select = selection(config)
 
     def go_on(self) -> None:
         """Take over another's weights where Tune says so; else report what an interrupted trial has on disk already."""
@@ -88,7 +86,7 @@ class _Reporter:
         done = last_epoch(self._config, self._select, self._dataset)
         published = storage.join(self._config.run_uri, "checkpoint")
         if done:
-            self._again(CheckpointRecord.read(self._select.folder(self._config, done)))
+            self._again(CheckpointRecord.read(self._select.folder(done)))
         elif storage.exists(storage.join(published, CheckpointRecord.file_name())):
             self._again(CheckpointRecord.read(published))
 
@@ -110,10 +108,10 @@ class _Reporter:
             return
         with tempfile.TemporaryDirectory() as folder:
             last = int(entry["epoch"])
-            best = int(load_state(self._select.folder(self._config, last))["best_epoch"])
+            best = CheckpointRecord.read(self._select.folder(last)).best_epoch
             for number in {last, best} - {0}:
                 name = f"epoch-{number:04d}"
-                storage.download_folder(self._select.folder(self._config, number), os.path.join(folder, name))
+                storage.download_folder(self._select.folder(number), os.path.join(folder, name))
             tune.report({**entry, "again": again}, checkpoint=tune.Checkpoint.from_directory(folder))
 
     def end(self) -> None:
@@ -121,7 +119,7 @@ class _Reporter:
 
         folder, ended = storage.join(self._config.run_uri, "checkpoint"), "done"
         if not storage.exists(storage.join(folder, CheckpointRecord.file_name())):
-            folder, ended = self._select.folder(self._config, self._until), "paused"
+            folder, ended = self._select.folder(self._until), "paused"
         # A checkpoint's own history ends at its best epoch; workers of a trainer reported the others themselves.
         history = CheckpointRecord.read(folder).history
         tune.report({**(self._last if self._last["epoch"] else history[-1]), "ended": ended})
@@ -132,9 +130,9 @@ class _Reporter:
         epoch = int(names[-1].removeprefix("epoch-"))
         if last_epoch(self._config, self._select, self._dataset) == epoch:
             return  # it was only paused
-        storage.delete_folder(self._select.root(self._config))
+        storage.delete_folder(self._select.root)
         for name in names:
-            target = storage.join(self._select.root(self._config), name)
+            target = storage.join(self._select.root, name)
             storage.upload_folder(os.path.join(folder, name), target)
             record = CheckpointRecord.read(target)
             record.model_copy(update={"config": self._config.model_dump(mode="json")}).write(target)

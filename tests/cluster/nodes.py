@@ -93,7 +93,7 @@ class Nodes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what its own end left behind
+                os.killpg(process.pid, signal.SIGKILL)  # child processes that it left
 
 
 def _end_with_parent() -> None:
@@ -102,7 +102,7 @@ def _end_with_parent() -> None:
 
 
 def clean_env() -> dict[str, str]:
-    """The environment without what names another Ray."""
+    """The environment without variables that refer to another Ray."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 

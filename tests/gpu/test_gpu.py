@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from helpers.collectives import OneProcess
 from recray import registry
 from recray.config import LossConfig, OptimConfig
 from recray.layers import transformer
@@ -27,11 +27,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 ITEMS, USERS, ROWS = 500, 40, 64
 RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=USERS, counts={}, shards={}, seed=0)
-
-
-class _Alone:
-    def all_gather(self, x: Tensor) -> Tensor:
-        return x
 
 
 def _batch(examples: Examples) -> Batch:
@@ -58,7 +53,7 @@ def _objective(name: str, device: str) -> torch.nn.Module:
     if isinstance(model, Ranker):
         return ClickObjective(model, LossConfig(name="bce"))
     items = ItemTable(items.counts_N.to(device))
-    return RetrievalObjective(model, LossConfig(name="softmax"), items, _Alone())
+    return RetrievalObjective(model, LossConfig(name="softmax"), items, OneProcess())
 
 
 def _losses(name: str, device: str, dtype: torch.dtype = torch.float32, steps: int = 8) -> list[float]:
@@ -111,7 +106,7 @@ def test_queries_of_the_gpu_are_those_of_the_cpu() -> None:
 
 def test_precision_is_the_best_that_the_card_has() -> None:
     wanted = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    assert optim.precision("auto", torch.device("cuda")) is wanted
+    assert optim.MixedPrecision("auto", torch.device("cuda")).dtype is wanted
 
 
 @pytest.mark.parametrize("rows_at_once", [100, 30])

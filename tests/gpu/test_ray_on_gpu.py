@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+if not torch.cuda.is_available():
+    pytest.skip("torch finds no GPU", allow_module_level=True)
 ray = pytest.importorskip("ray")
 pytest.importorskip("faiss")
 
 import recray  # noqa: E402
+from helpers.configs import simulated_table  # noqa: E402
 from recray.cluster import runtime  # noqa: E402
 from recray.config import Config, parse_config  # noqa: E402
 
@@ -35,23 +37,21 @@ def folder(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(folder: Path, name: str, *overrides: str, tune: dict[str, Any] | None = None) -> Config:
-    table: dict[str, Any] = {
-        "run": {"name": name, "output": str(folder), "dataset": f"{folder}/data/dataset"},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "simulated": {"events": 30_000, "users": 500, "items": 300},
-        },
-        "model": {"name": "sasrec", "dim": 32, "history_length": 50},
-        "loss": {"name": "softmax"},
-        "optim": {"learning_rate": 3e-3},
-        "training": {"epochs": 8, "global_batch_size": 16},
-        "scaling": {"num_workers": 1, "use_gpu": True},
-        "evaluation": {"k": [10], "bootstrap": 0},
-    }
-    if tune:
-        table["tune"] = tune
-    return parse_config(table, overrides)
+    table = simulated_table(
+        folder,
+        name,
+        events=30_000,
+        users=500,
+        items=300,
+        model={"name": "sasrec", "dim": 32, "history_length": 50},
+        loss={"name": "softmax"},
+        optim={"learning_rate": 3e-3},
+        training={"epochs": 8, "global_batch_size": 16},
+        scaling={"num_workers": 1, "use_gpu": True},
+        evaluation={"k": [10], "bootstrap": 0},
+        tune=tune or {},
+    )
+    return parse_config(table, [f"run.dataset={folder}/data/dataset", *overrides])
 
 
 def _run(config: Config) -> dict[str, float]:

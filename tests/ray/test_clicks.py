@@ -7,29 +7,26 @@ import numpy as np
 import pytest
 
 import recray
-from recray import storage
+from helpers.configs import simulated_table
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
+from recray.records import CheckpointRecord
 from recray.report.text import render
-from recray.training import checkpoint
+from recray.training.launch import selection
 
 
 def _config(folder: Path, *overrides: str) -> Config:
-    table = {
-        "run": {"name": "clicks", "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "min_history": 2,
-            "negatives": {"per_positive": 2},
-            "simulated": {"events": 12_000, "users": 300, "items": 200},
-        },
-        "model": {"name": "din", "dim": 8, "hidden": [32, 16]},
-        "optim": {"learning_rate": 5e-3},
-        "training": {"epochs": 2, "global_batch_size": 512},
-        "evaluation": {"bootstrap": 50},
-    }
+    table = simulated_table(
+        folder,
+        "clicks",
+        events=12_000,
+        data={"min_history": 2, "negatives": {"per_positive": 2}},
+        model={"name": "din", "dim": 8, "hidden": [32, 16]},
+        optim={"learning_rate": 5e-3},
+        training={"epochs": 2, "global_batch_size": 512},
+        evaluation={"bootstrap": 50},
+    )
     return parse_config(table, overrides)
 
 
@@ -42,18 +39,18 @@ def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def _losses(config: Config) -> list[float]:
-    folder = storage.join(config.run_uri, "train", f"epoch-{config.training.epochs:04d}")
-    return [entry["loss"] for entry in checkpoint.load_state(folder)["history"]]
+    folder = selection(config).folder(config.training.epochs)
+    return [entry["loss"] for entry in CheckpointRecord.read(folder).history]
 
 
 def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
     config = _config(folder, *overrides)
-    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset")
+    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset", symlinks=True)
     return config
 
 
 def test_rows_hold_two_negatives_for_every_target(run: Config) -> None:
-    dataset = PreparedDataset.open(f"{run.run_uri}/dataset")
+    dataset = PreparedDataset.open(f"{run.run_uri}/dataset/current")
     record = dataset.record
     for split in ("train", "valid", "test"):
         clicks = shown = 0
@@ -110,7 +107,9 @@ def test_a_retriever_learns_from_the_same_dataset_and_never_from_negatives(run: 
     config = _with_dataset(
         run, tmp_path, "model.name=two_tower", "scaling.num_workers=0", "training.epochs=1", "model.hidden=[]"
     )
-    events = sum(shard.events for shard in PreparedDataset.open(f"{config.run_uri}/dataset").record.shards["train"])
+    events = sum(
+        shard.events for shard in PreparedDataset.open(f"{config.run_uri}/dataset/current").record.shards["train"]
+    )
     assert recray.train(config).rows == events
 
 
@@ -133,6 +132,6 @@ def test_a_split_without_targets_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_dataset_is_refused(run: Config, tmp_path: Path) -> None:
     other = _config(tmp_path, "run.seed=2", "scaling.num_workers=0")
     recray.prepare(other)
-    shutil.copytree(f"{run.run_uri}/checkpoint", f"{other.run_uri}/checkpoint")
+    shutil.copytree(f"{run.run_uri}/checkpoint", f"{other.run_uri}/checkpoint", symlinks=True)
     with pytest.raises(LineageError, match=r"was trained on dataset-.*whose ids mean other items"):
         recray.evaluate(other)

@@ -1,18 +1,19 @@
 """Dense weights shared out over two workers: the same training as with all of them everywhere, also when it goes on from disk."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import recray
+from helpers.configs import simulated_table
+from helpers.ranks import run_ranks
+from recray.artifacts import Run
 from recray.config import Config, parse_config
-from recray.training import checkpoint, fsdp, trainer
+from recray.records import CheckpointRecord
+from recray.training import checkpoint, fsdp, launch
 from recray.training.distributed import LocalContext, data_parallel
-from recray.training.state import Phase
+from recray.training.phase import Phase
 
 
 class _Context(LocalContext):
@@ -28,6 +29,9 @@ class _Context(LocalContext):
         dist.all_reduce(values)
         return values
 
+    def barrier(self) -> None:
+        dist.barrier()
+
     def wrap(self, module: nn.Module) -> nn.Module:
         out = data_parallel(module, self._shared_out)
         assert self._shared_out == any(fsdp.local(p) is not p for p in module.parameters())
@@ -35,45 +39,52 @@ class _Context(LocalContext):
 
 
 def _config(folder: str, name: str, *overrides: str) -> Config:
-    table = {
-        "run": {"name": name, "output": folder, "dataset": f"{folder}/data/dataset"},
-        "model": {"name": "two_tower", "dim": 16, "hidden": [32]},
-        "loss": {"name": "softmax"},
-        "optim": {"ema_decay": 0.9, "clip_norm": 0.5},
-        "training": {"epochs": 3, "global_batch_size": 256},
-        "scaling": {"num_workers": 2, "fsdp": name == "parts"},
-    }
-    return parse_config(table, overrides)
+    table = simulated_table(
+        folder,
+        name,
+        events=6000,
+        users=200,
+        items=150,
+        model={"name": "two_tower", "dim": 16, "hidden": [32]},
+        loss={"name": "softmax"},
+        optim={"ema_decay": 0.9, "clip_norm": 0.5},
+        training={"epochs": 3, "global_batch_size": 256},
+        scaling={"num_workers": 2, "fsdp": name == "parts"},
+    )
+    return parse_config(table, [f"run.dataset={folder}/data/dataset", *overrides])
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    trainer.fit(_config(folder, "whole"), _Context(rank, False))
+def _work(rank: int, world_size: int, folder: str) -> None:
+    whole = _config(folder, "whole")
+    launch.fit(_launched(whole), _Context(rank, False))
     for epochs in (2, 3):
-        trainer.fit(_config(folder, "parts", f"training.epochs={epochs}"), _Context(rank, True))
-    dist.barrier()
-    dist.destroy_process_group()
+        launch.fit(_launched(_config(folder, "parts", f"training.epochs={epochs}")), _Context(rank, True))
+
+
+def _launched(config: Config) -> launch.Work:
+    return launch.Work(config, Run(config).dataset().uri, f"{config.run_uri}/checkpoint", None)
+
+
+def _selection(config: Config) -> Phase:
+    return launch.selection(config, f"{config.run_uri}/checkpoint")
 
 
 @pytest.fixture(scope="module")
 def folder(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("fsdp"))
-    data = {"source": "simulated", "simulated": {"events": 6000, "users": 200, "items": 150}}
-    recray.prepare(parse_config({"run": {"name": "data", "output": out}, "data": data}))
-    mp.spawn(_work, (out,), nprocs=2)
+    recray.prepare(parse_config(simulated_table(out, "data", events=6000, users=200, items=150)))
+    run_ranks(_work, 2, out)
     return out
 
 
 def test_it_is_the_same_training(folder: str) -> None:
-    whole, parts = (Phase("train", 3).folder(_config(folder, name), 3) for name in ("whole", "parts"))
+    whole, parts = (_selection(_config(folder, name)).folder(3) for name in ("whole", "parts"))
     states = [checkpoint.load_state(one) for one in (whole, parts)]
+    history = [CheckpointRecord.read(one).history for one in (whole, parts)]
     metric = "ndcg@10"
-    assert [entry["loss"] for entry in states[0]["history"]] == pytest.approx(
-        [entry["loss"] for entry in states[1]["history"]], rel=1e-4
-    )
-    assert states[0]["history"][-1][metric] == pytest.approx(states[1]["history"][-1][metric], abs=0.01)
-    for kept in (lambda folder, _: checkpoint.load_weights(folder), lambda _, state: state["raw"]):
+    assert [entry["loss"] for entry in history[0]] == pytest.approx([entry["loss"] for entry in history[1]], rel=1e-4)
+    assert history[0][-1][metric] == pytest.approx(history[1][-1][metric], abs=0.01)
+    for kept in (lambda folder, _: checkpoint.load_weights(folder), lambda _, state: state["trained"]):
         ours, theirs = (kept(one, state) for one, state in zip((whole, parts), states, strict=True))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
@@ -86,7 +97,6 @@ def test_it_is_the_same_training(folder: str) -> None:
 
 def test_a_model_of_it_is_used_as_any_other(folder: str) -> None:
     config = _config(folder, "parts")
-    assert Path(Phase("train", 3).folder(config, 3)).exists()
-    model, record = checkpoint.load_model(Phase("train", 3).folder(config, 3))
+    model, record = checkpoint.load_model(_selection(config).folder(3))
     assert record.epoch == 3
     assert all(type(p.data) is Tensor for p in model.parameters())

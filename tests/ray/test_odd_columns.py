@@ -59,7 +59,7 @@ def test_odd_columns_train_and_score(model: str, tmp_path: Path) -> None:
     }
     config = parse_config(table)
     recray.prepare(config)
-    dataset = PreparedDataset.open(f"{config.run_uri}/dataset")
+    dataset = PreparedDataset.open(f"{config.run_uri}/dataset/current")
     features = {feature.name: feature for feature in dataset.record.features}
     assert features["constant"].std == 1.0 and features["nothing"].mean == 0.0
     assert features["price"].mean < 1e6, "a value of 1e30 lies in the test period; train alone is fitted on"

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.inline_tasks import inline_events
 from recray.config import DataConfig
 from recray.data.sources import base, parquet
 from recray.errors import ConfigError, DataError, RecrayError, StorageError
@@ -51,11 +52,7 @@ def _collected(events: Any) -> pa.Table:
 
 def _direct(config: DataConfig) -> pa.Table:
     """All events in file order, read in this process by what the tasks run."""
-    footers = parquet._footers(config)
-    types = parquet._check_columns(config.columns, footers)
-    full = [f for f in footers if f.rows]
-    plan = parquet._Plan(config.columns, parquet._unit(config, full), types)
-    return pa.concat_tables([parquet._read_piece(piece, plan) for piece in parquet._pieces(full)]).combine_chunks()
+    return pa.concat_tables(inline_events(config).tables()).combine_chunks()
 
 
 def test_through_ray(tmp_path: Path) -> None:
@@ -128,7 +125,7 @@ def test_large_files_are_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.M
     config = _config(path)
     whole = _direct(config)
     monkeypatch.setattr(parquet, "_TASK_BYTES", 600)
-    assert len(list(parquet._pieces(parquet._footers(config)))) > 3
+    assert len(inline_events(config).rows) > 3
     assert _direct(config).equals(whole)
 
 
@@ -278,10 +275,7 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
 def test_bad_input(tmp_path: Path, changes: Any, columns: Any, data: Any, message: str) -> None:
     path = _write(tmp_path / "a.parquet", _events(**changes))
     with pytest.raises(DataError, match=message):
-        config = _config(path, columns, **data)
-        if message == "hold no rows":
-            parquet.read(config, 1)
-        _direct(config)
+        _direct(_config(path, columns, **data))
 
 
 def test_files_that_disagree(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The whole path on built-in data: with Ray and without, one worker and two, ended and gone on with."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import recray
+from helpers.configs import simulated_table
+from helpers.runs import checkpoint_folder, selection
 from recray import storage
 from recray.cluster import runtime
 from recray.config import Config, parse_config
@@ -16,24 +19,20 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord
 from recray.retrieval.faiss_index import ItemIndex
-from recray.training import checkpoint, launch, state
+from recray.training import launch
 
 pytest.importorskip("faiss")
 
 
 def _config(folder: Path, *overrides: str) -> Config:
-    table = {
-        "run": {"name": "small", "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "simulated": {"events": 10_000, "users": 300, "items": 200},
-        },
-        "model": {"name": "two_tower", "dim": 16},
-        "training": {"epochs": 3, "global_batch_size": 256},
-        "evaluation": {"k": [10], "bootstrap": 50},
-        "retrieval": {"k": 20},
-    }
+    table = simulated_table(
+        folder,
+        model={"name": "two_tower", "dim": 16},
+        optim={"learning_rate": 0.02},
+        training={"epochs": 3, "global_batch_size": 256},
+        evaluation={"k": [10], "bootstrap": 50},
+        retrieval={"k": 20},
+    )
     return parse_config(table, overrides)
 
 
@@ -48,39 +47,54 @@ def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def _losses(config: Config) -> list[float]:
-    return [entry["loss"] for entry in checkpoint.load_state(last_epoch(config))["history"]]
+    return [entry["loss"] for entry in last_epoch(config).history]
 
 
-def last_epoch(config: Config) -> str:
-    return storage.join(config.run_uri, "train", f"epoch-{config.training.epochs:04d}")
+def last_epoch(config: Config) -> CheckpointRecord:
+    return CheckpointRecord.read(selection(config).folder(config.training.epochs))
 
 
 def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
     """Another run on a copy of the same prepared dataset."""
-    import shutil
-
     config = _config(folder, *overrides)
-    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset")
+    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset", symlinks=True)
     return config
 
 
 def test_report_orders_popularity_model_oracle(run: Config) -> None:
     report = recray.evaluate(run)
     ndcg = {system: values["ndcg@10"].value for system, values in report.metrics.items()}
-    assert ndcg["popularity"] < ndcg["oracle"]
-    assert ndcg["model"] <= ndcg["oracle"]
+    # 0.28 against 0.10 when it has learned, whatever the seed; 0.03 with the weights that it starts from.
+    assert 2 * ndcg["popularity"] < ndcg["model"] < ndcg["oracle"]
     assert ndcg["index"] == pytest.approx(ndcg["model"], abs=1e-6)
     assert report.counts["queries"] > 0
 
 
-def test_stages_that_are_complete_are_reused(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_that_are_complete_are_reused(
+    run: Config, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "recray")
     recray.prepare(run)
     recray.train(run)
     recray.index(run)
-    assert capsys.readouterr().out.count("reused") == 3
+    for verb in ("prepare", "train", "index"):
+        assert f"{verb}: up to date" in caplog.text
+    caplog.clear()
     folder = Path(run.run.output)
     recray.index(_config(folder, "scaling.num_workers=0", "retrieval.filter_weight=0.5"))  # orders what is found
-    assert "reused" in capsys.readouterr().out
+    assert "index: up to date" in caplog.text
+    assert capfd.readouterr().out == ""  # a library is silent
+
+
+def test_an_index_below_its_recall_target_is_kept_and_says_so(run: Config, caplog: pytest.LogCaptureFixture) -> None:
+    """Product quantisation to 2 x 4 bits a vector cannot tell 200 items apart."""
+    caplog.set_level("INFO", "recray")
+    config = _config(Path(run.run.output), "scaling.num_workers=0", "retrieval.index=PQ2x4")
+    record = recray.index(config)
+    assert record.recall < config.retrieval.recall_target
+    assert [point.setting for point in record.curve] == [{}]
+    assert f"below the target {config.retrieval.recall_target}" in caplog.text.lower() and "'Flat'" in caplog.text
+    recray.index(run)  # the link `current` names the exact index again
 
 
 def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(
@@ -90,7 +104,7 @@ def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(
     config = _with_dataset(run, tmp_path, "scaling.num_workers=1", "scaling.reader=ray_data")
     record = recray.train(config)
     assert _losses(config) == pytest.approx(_losses(run), rel=1e-5)
-    assert record.rows == checkpoint.load_state(last_epoch(run))["rows"]
+    assert record.rows == last_epoch(run).rows
 
 
 @pytest.mark.parametrize(
@@ -124,31 +138,22 @@ def test_going_on_equals_never_having_stopped(run: Config, tmp_path: Path) -> No
     long = _config(tmp_path, "scaling.num_workers=0")
     recray.train(long)
     assert _losses(long) == pytest.approx(_losses(run), rel=1e-6)
-    assert checkpoint.load_state(last_epoch(long))["step"] == checkpoint.load_state(last_epoch(run))["step"]
+    assert last_epoch(long).step == last_epoch(run).step
 
 
-def test_how_many_logits_are_alive_at_a_time_is_no_other_training(run: Config) -> None:
-    dataset, record = PreparedDataset.open(run.dataset_uri), CheckpointRecord.read(f"{run.run_uri}/checkpoint")
-
-    def same(**loss: object) -> bool:
-        config = record.config | {"loss": record.config["loss"] | loss}
-        return state.same_training(run, record.model_copy(update={"config": config}), dataset)
-
-    assert same() and same(chunk_size=512) and not same(temperature=0.5)
-
-
-def test_an_index_of_another_checkpoint_is_refused(run: Config, tmp_path: Path) -> None:
-    import shutil
-
-    other = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=1", "run.seed=1")
+def test_an_index_of_another_checkpoint_is_not_used(
+    run: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=1")
     recray.train(other)
-    shutil.copytree(f"{run.run_uri}/index", f"{other.run_uri}/index")
-    with pytest.raises(LineageError, match=r"was built from checkpoint-.* run `recray index`"):
-        recray.evaluate(other)
+    shutil.copytree(f"{run.run_uri}/index", f"{other.run_uri}/index", symlinks=True)
+    report = recray.evaluate(other)
+    assert "index" not in report.metrics
+    assert "no index of this checkpoint: exact search only; `recray index` builds one" in caplog.text
 
 
 def test_search_never_returns_padding_or_what_is_excluded(run: Config) -> None:
-    index = ItemIndex.open(f"{run.run_uri}/index")
+    index = ItemIndex.open(f"{run.run_uri}/index/current")
     queries = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
     first, _ = index.search(queries, 10)
     assert first.min() >= 2
@@ -169,7 +174,7 @@ def test_two_workers_consume_the_same_rows_and_learn_as_much(run: Config, tmp_pa
     assert (shared.rows, shared.step) == (alone.rows, alone.step)
     assert _losses(two) == pytest.approx(_losses(one), rel=0.01)
     # Two standard errors of a mean of n numbers in [0, 1] (Bhatia and Davis: the variance is at most m (1 - m)).
-    queries = sum(shard.rows for shard in PreparedDataset.open(f"{run.run_uri}/dataset").record.shards["valid"])
+    queries = sum(shard.rows for shard in PreparedDataset.open(f"{run.run_uri}/dataset/current").record.shards["valid"])
     noise = 2 * (alone.value * (1 - alone.value) / queries) ** 0.5
     assert shared.value == pytest.approx(alone.value, abs=noise)
 
@@ -186,18 +191,21 @@ def test_two_tasks_report_what_one_process_reports(run: Config, tmp_path: Path) 
 def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(run: Config, tmp_path: Path) -> None:
     config = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.refit=true", "training.half_life='20d'")
     record = recray.train(config)
-    selected = checkpoint.load_state(last_epoch(config))
+    selected = last_epoch(config)
     counts = recray.prepare(run).counts
-    assert record.epoch == selected["best_epoch"]
+    assert record.epoch == selected.best_epoch
     assert record.rows == record.epoch * (counts["events_train"] + counts["events_valid"])
-    assert record.value == pytest.approx(selected["best"])
+    assert record.value == selected.history[record.epoch - 1]["ndcg@10"]
     assert recray.train(config).id == record.id
     with pytest.raises(ConfigError, match="trained on the validation events, too"):
         recray.evaluate(config, split="valid")
 
 
 def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
-    config = parse_config(run.model_dump(mode="json"), ["evaluation.queries=event"])
+    config = parse_config(run.model_dump(mode="json"), ["evaluation.queries=event", "training.epochs=1"])
+    with pytest.raises(LineageError, match=r"nearest is .*: evaluation.queries user -> event, training.epochs 3 -> 1"):
+        recray.evaluate(config)  # validation, which chose the epoch, asked other queries
+    recray.train(config)
     report = recray.evaluate(config)
     assert report.counts["queries"] == report.counts["targets"] > recray.evaluate(run).counts["queries"]
 
@@ -205,7 +213,7 @@ def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
 def test_vectors_exported_in_parallel_are_the_same(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     from recray.retrieval import embed
 
-    uri, items = f"{run.run_uri}/checkpoint", recray.prepare(run).num_items
+    uri, items = checkpoint_folder(run), recray.prepare(run).num_items
     alone = embed.item_vectors(uri, items, parallel=False)
     monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)
     monkeypatch.setattr(embed, "_CHUNK", 64)
@@ -218,20 +226,20 @@ def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:
     config = _with_dataset(run, tmp_path, "scaling.num_workers=0", "training.epochs=200")
     (tmp_path / "long.json").write_text(config.model_dump_json())
     code = (
-        "import json, sys, recray; from recray.config import Config\n"
+        "import json, sys, recray; from recray import log; from recray.config import Config\n"
+        "log.configure('json')\n"
         "recray.train(Config.model_validate(json.load(open(sys.argv[1]))))"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "long.json")], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         seen = next(line for line in child.stdout if b"epoch 1/200" in line)
         child.kill()
-    assert seen and not storage.exists(f"{config.run_uri}/checkpoint/checkpoint.json")
-    done = state.last_epoch(config, state.Phase("train", 200), PreparedDataset.open(f"{config.run_uri}/dataset"))
+    assert seen and not storage.exists(f"{config.run_uri}/checkpoint/current")
+    done = selection(config).last_epoch()
     shorter = parse_config(config.model_dump(mode="json"), [f"training.epochs={done + 2}"])
     record = recray.train(shorter)
     assert [int(entry["epoch"]) for entry in record.history][-1] <= done + 2
-    found = checkpoint.load_state(last_epoch(shorter))
-    assert found["step"] == (done + 2) * checkpoint.load_state(last_epoch(run))["step"] // 3
+    assert last_epoch(shorter).step == (done + 2) * last_epoch(run).step // 3
 
 
 def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run: Config, tmp_path: Path) -> None:
@@ -242,23 +250,21 @@ def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run
     expected = recray.train(whole)
     first = recray.train(parts, until=1)
     assert first.epoch == 1 and len(first.history) == 1
-    assert not storage.exists(f"{parts.run_uri}/checkpoint/checkpoint.json")
+    assert not storage.exists(f"{parts.run_uri}/checkpoint/current")
     assert recray.train(parts, until=1) == first  # already there
     record = recray.train(parts, until=3)  # as many as there are: to the end
     known = ("epoch", "loss", "ndcg@10")
     assert [{k: e[k] for k in known} for e in record.history] == [{k: e[k] for k in known} for e in expected.history]
-    assert record.value == expected.value and storage.exists(f"{parts.run_uri}/checkpoint/checkpoint.json")
+    assert record.value == expected.value and storage.exists(f"{parts.run_uri}/checkpoint/current")
 
 
 def test_a_relative_output_means_the_same_folder_to_a_worker(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     config = _config(Path("runs"), "training.epochs=1", "scaling.num_workers=1")
     assert config.run_uri == str(tmp_path / "runs" / "small")
-    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset")
+    shutil.copytree(f"{run.run_uri}/dataset", f"{config.run_uri}/dataset", symlinks=True)
     monkeypatch.chdir("/")  # as a worker, which starts in a folder of its own
     recray.train(config)
-    assert (tmp_path / "runs" / "small" / "checkpoint" / "checkpoint.json").exists()
+    assert (tmp_path / "runs" / "small" / "checkpoint" / "current" / "checkpoint.json").exists()

@@ -50,7 +50,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         made = Source(events, **{"num_events": len(table), "fingerprint": "f", **given})
         monkeypatch.setattr(stage, "registry", SimpleNamespace(load=lambda *_: SimpleNamespace(read=lambda *_: made)))
         prepare(config)
-        return PreparedDataset.open(f"{config.run_uri}/dataset")
+        return PreparedDataset.open(f"{config.run_uri}/dataset/current")
 
     return prepared
 

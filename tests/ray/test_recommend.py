@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import recray
+from helpers.configs import simulated_table
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
@@ -19,20 +20,16 @@ pytest.importorskip("faiss")
 
 
 def _config(folder: Path, name: str, *overrides: str) -> Config:
-    table = {
-        "run": {"name": name, "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "negatives": {},
-            "simulated": {"events": 10_000, "users": 300, "items": 200},
-        },
-        "model": {"name": name, "dim": 8},
-        "training": {"epochs": 1, "global_batch_size": 512},
-        "scaling": {"num_workers": 0},
-        "evaluation": {"k": [10], "bootstrap": 0, "baselines": ["popularity"]},
-        "retrieval": {"k": 40},
-    }
+    table = simulated_table(
+        folder,
+        name,
+        data={"negatives": {}},
+        model={"name": name, "dim": 8},
+        training={"epochs": 1, "global_batch_size": 512},
+        scaling={"num_workers": 0},
+        evaluation={"k": [10], "bootstrap": 0, "baselines": ["popularity"]},
+        retrieval={"k": 40},
+    )
     return parse_config(table, overrides)
 
 
@@ -42,7 +39,7 @@ def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("both")
     retriever, ranker = _config(folder, "two_tower"), _config(folder, "dlrm")
     recray.prepare(retriever)
-    shutil.copytree(f"{retriever.run_uri}/dataset", f"{ranker.run_uri}/dataset")
+    shutil.copytree(f"{retriever.run_uri}/dataset", f"{ranker.run_uri}/dataset", symlinks=True)
     recray.train(retriever)
     recray.train(ranker)
     recray.index(retriever)
@@ -55,7 +52,7 @@ def test_the_report_says_what_ranking_adds_and_costs(run: Config) -> None:
     assert report.rerank["ndcg@10_added"] == pytest.approx(again["ndcg@10"].value - found["ndcg@10"].value)
     ceiling = report.rerank["recall@40_of_candidates"]
     assert again["recall@10"].value <= ceiling and found["recall@10"].value <= ceiling
-    assert checkpoint.load_model(f"{run.retrieval.ranker}/checkpoint")[1].id in report.parents
+    assert checkpoint.load_model(f"{run.retrieval.ranker}/checkpoint/current")[1].id in report.parents
     assert "ranking adds: recall@10" in render(report) and "recall@40 of candidates" in render(report)
     everything = recray.evaluate(parse_config(run.model_dump(mode="json"), ["retrieval.k=200", "evaluation.k=[200]"]))
     # All items as candidates: ranking again loses none of them.
@@ -72,7 +69,7 @@ def test_the_item_filter_stands_between_search_and_ranker(run: Config) -> None:
     assert report.metrics["reranked"]["recall@40"].value == report.rerank["recall@40_of_candidates"] == wanted
     chosen = recray.evaluate(config, split="valid")
     assert chosen.split == "valid" and chosen.metrics["blended"] != report.metrics["blended"]
-    assert Path(run.run_uri, "report-valid", "report.json").exists()
+    assert Path(run.run_uri, "report-valid", "current", "report.json").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -85,7 +82,7 @@ def test_lists_of_all_users(run: Config, tmp_path: Path, workers: int, ranker: b
         config = config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"ranker": None})})
     record = recray.recommend(config, str(tmp_path / "lists"), k=5)
     lists = pq.read_table(tmp_path / "lists")
-    dataset = PreparedDataset.open(f"{run.run_uri}/dataset")
+    dataset = PreparedDataset.open(f"{run.run_uri}/dataset/current")
     users = dataset.user_keys()["user"]
     assert lists.column_names == ["user", "item", "rank", "score"]
     assert set(lists["user"].to_pylist()) == set(users.to_pylist())
@@ -113,7 +110,7 @@ def _by_user(lists: pa.Table) -> dict[int, list[dict]]:
 
 
 def test_some_users_and_one_never_seen(run: Config, tmp_path: Path) -> None:
-    dataset = PreparedDataset.open(f"{run.run_uri}/dataset")
+    dataset = PreparedDataset.open(f"{run.run_uri}/dataset/current")
     some = [*dataset.user_keys()["user"].slice(0, 3).to_pylist(), 999_999]
     pq.write_table(pa.table({"user_id": some}), tmp_path / "users.parquet")
     recray.recommend(run, str(tmp_path / "lists"), str(tmp_path / "users.parquet"), k=4)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import recray
+from helpers.configs import simulated_table
 from recray import storage
 from recray.config import Config, load_config, parse_config
 from recray.data.dataset import PreparedDataset
@@ -26,18 +27,16 @@ SPACE = {
 
 
 def _table(folder: Path, space: dict[str, Any] = SPACE, **tune: Any) -> dict[str, Any]:
-    return {
-        "run": {"name": "small", "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "simulated": {"events": 6000, "users": 200, "items": 100},
-        },
-        "model": {"name": "two_tower", "dim": 8},
-        "training": {"epochs": 4, "global_batch_size": 256},
-        "scaling": {"num_workers": 0},
-        "tune": {"search": "grid", "top": 1, "seeds": 2, "space": space, **tune},
-    }
+    return simulated_table(
+        folder,
+        events=6000,
+        users=200,
+        items=100,
+        model={"name": "two_tower", "dim": 8},
+        training={"epochs": 4, "global_batch_size": 256},
+        scaling={"num_workers": 0},
+        tune={"search": "grid", "top": 1, "seeds": 2, "space": space, **tune},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +164,7 @@ def test_trials_of_several_workers_wait_and_go_on(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps(table))
     code = (
         "import json, sys, ray, recray; from recray.config import parse_config\n"
-        "ray.init(num_cpus=4, include_dashboard=False)\n"
+        "ray.init(address='local', num_cpus=4, include_dashboard=False)\n"
         "recray.tune(parse_config(json.load(open(sys.argv[1]))))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "sweep.json")], check=True, timeout=500)

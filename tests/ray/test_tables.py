@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import recray
+from helpers.configs import simulated_table
 from recray.config import Config, parse_config
 from recray.retrieval import embed
 from recray.training import checkpoint
@@ -15,20 +16,16 @@ pytest.importorskip("faiss")
 
 
 def _config(folder: Path, *overrides: str) -> Config:
-    table = {
-        "run": {"name": "sharded", "output": str(folder)},
-        "data": {
-            "source": "simulated",
-            "shard_events": 4000,
-            "negatives": {"per_positive": 1},
-            "simulated": {"events": 10_000, "users": 300, "items": 200},
-        },
-        "model": {"dim": 8, "embedding": {"mode": "row_sharded"}},
-        "optim": {"learning_rate": 0.01, "table_optimizer": "adagrad", "table_learning_rate": 0.05},
-        "training": {"epochs": 1, "global_batch_size": 240},
-        "evaluation": {"k": [10], "bootstrap": 0, "baselines": []},
-        "retrieval": {"k": 20},
-    }
+    table = simulated_table(
+        folder,
+        "sharded",
+        data={"negatives": {"per_positive": 1}},
+        model={"dim": 8, "embedding": {"mode": "row_sharded"}},
+        optim={"learning_rate": 0.01, "table_optimizer": "adagrad", "table_learning_rate": 0.05},
+        training={"epochs": 1, "global_batch_size": 240},
+        evaluation={"k": [10], "bootstrap": 0, "baselines": []},
+        retrieval={"k": 20},
+    )
     return parse_config(table, ["scaling.num_workers=2", *overrides])
 
 
@@ -54,12 +51,12 @@ def test_two_workers_then_one(name: str, ray_local: None, tmp_path: Path, monkey
 
 def _index_is_of_all_pieces(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recray.index(config).recall == pytest.approx(1.0)
-    uri, items = f"{config.run_uri}/checkpoint", recray.prepare(config).num_items
+    uri, items = f"{config.run_uri}/checkpoint/current", recray.prepare(config).num_items
     model, _ = checkpoint.load_model(uri)
     with torch.inference_mode():
         vectors = model.item_vectors(torch.arange(items)).numpy()  # type: ignore[operator]
     # Products of other numbers of rows add in another order: the last bit of vectors of length about 1.
-    np.testing.assert_allclose(embed.load_vectors(f"{config.run_uri}/index"), vectors, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(embed.load_vectors(f"{config.run_uri}/index/current"), vectors, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(embed, "_CHUNK", 30)
     monkeypatch.setattr(embed, "_TASK", 50)
     monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)

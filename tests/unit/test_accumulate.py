@@ -1,16 +1,14 @@
 """Out of memory: the same gradients from parts, on one worker and on two that agree. The error is raised by the model."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from helpers.ranks import GlooContext, run_ranks
 from recray.loading.batch import Batch, Jagged
 from recray.training.accumulate import Accumulation
 from recray.training.distributed import LocalContext
+from recray.training.optim import MixedPrecision
 
 ROWS = 12
 
@@ -33,19 +31,6 @@ class _Objective(nn.Module):
         return (self.w(pooled)[:, 0] * batch.label_Q * batch.weight_Q).sum(), batch.weight_Q.sum()
 
 
-class _Pair:
-    """Two gloo workers."""
-
-    world_size, device = 2, torch.device("cpu")
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(values)
-        return values
-
-
 def _batch(begin: int, end: int) -> Batch:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(0, 5, (ROWS,), generator=generator)
@@ -57,21 +42,21 @@ def _batch(begin: int, end: int) -> Batch:
 
 
 def _gradients(context: object, objective: nn.Module, batch: Batch, asks: bool = False) -> list[torch.Tensor]:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    accumulate = Accumulation(objective, objective, scaler, torch.float32, context, together=False)  # type: ignore[arg-type]
-    accumulate._tries = 1 if asks else 0
+    precision = MixedPrecision("fp32", torch.device("cpu"))
+    accumulate = Accumulation(objective, precision, context, forward_waits=False)  # type: ignore[arg-type]
+    accumulate._asks_left = 1 if asks else 0
     accumulate([batch], torch.tensor(float(ROWS)))
     return [parameter.grad for parameter in objective.parameters() if parameter.grad is not None]
 
 
-def test_a_batch_that_does_not_fit_is_split_once_and_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_does_not_fit_is_split_once_and_for_all(caplog: pytest.LogCaptureFixture) -> None:
     whole = _gradients(LocalContext(), _Objective(ROWS), _batch(0, ROWS))
     small = _Objective(4)
     parts = _gradients(LocalContext(), small, _batch(0, ROWS))
     assert small.sizes == [12, 6, 3, 3, 3, 3]
     for a, b in zip(whole, parts, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
-    assert "split into 4 parts, the global batch stays the same" in capsys.readouterr().out
+    assert "split into 4 parts, the global batch stays the same" in caplog.text
 
 
 def test_one_row_that_does_not_fit_is_an_error() -> None:
@@ -90,20 +75,15 @@ def test_split_keeps_queries_with_their_rows() -> None:
     assert len(batch.split(9)) == 3
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    # Only one of them runs out; the other has fewer rows and would go on.
+def _work(rank: int, world_size: int) -> list[torch.Tensor]:
+    # Only rank 0 runs out of memory: rank 1 has fewer rows.
     objective = nn.parallel.DistributedDataParallel(_Objective(5))
     batch = _batch(0, 8) if rank == 0 else _batch(8, ROWS)
-    torch.save(_gradients(_Pair(rank), objective, batch, asks=True), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return _gradients(GlooContext(rank, world_size), objective, batch, asks=True)
 
 
-def test_two_workers_agree_when_one_runs_out(tmp_path: Path) -> None:
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+def test_two_workers_agree_when_one_runs_out() -> None:
     whole = _gradients(LocalContext(), _Objective(ROWS), _batch(0, ROWS))
-    for rank in range(2):
-        for a, b in zip(whole, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+    for gradients in run_ranks(_work, 2):
+        for a, b in zip(whole, gradients, strict=True):
             assert torch.allclose(a, b, atol=1e-6)

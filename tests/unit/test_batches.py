@@ -1,5 +1,9 @@
 """Batches: every example once, histories without the future, shares that are equal."""
 
+import itertools
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,15 +12,16 @@ import torch
 from recray.loading.batch import Jagged
 from recray.loading.collate import eval_queries, impressions, iter_batches, padding_like
 from recray.loading.examples import Decay
+from recray.loading.jagged import Column
 from recray.loading.sampler import ShardGroup, ShardSlice, epoch_plan, steps_per_epoch
 
 
-def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table:
-    """User u's items are 100 u + 2, 100 u + 3, ..."""
+def _table(lengths: list[int], num_targets: list[int] | None = None, first_user: int = 2) -> pa.Table:
+    """The items of row u are 100 u + 2, 100 u + 3, ..."""
     items = [[100 * u + 2 + i for i in range(n)] for u, n in enumerate(lengths)]
     return pa.table(
         {
-            "user": pa.array(np.arange(2, 2 + len(lengths)), pa.int32()),
+            "user": pa.array(np.arange(first_user, first_user + len(lengths)), pa.int32()),
             "item": pa.array(items, pa.list_(pa.int32())),
             "time": pa.array([list(range(n)) for n in lengths], pa.list_(pa.int64())),
             "num_targets": pa.array(num_targets or lengths, pa.int32()),
@@ -25,9 +30,70 @@ def _table(lengths: list[int], num_targets: list[int] | None = None) -> pa.Table
     )
 
 
+def _events(table: pa.Table) -> list[tuple[int, int]]:
+    """(user, item) of every event; no two of a table are the same."""
+    return [(row["user"], item) for row in table.to_pylist() for item in row["item"]]
+
+
 def _shard(table: pa.Table) -> ShardGroup:
     events = int(np.sum(table["num_targets"].to_numpy()))
     return ShardGroup(("x",), rows=len(table), events=events, impressions=events)
+
+
+def test_the_sampler_gives_what_its_docstring_says() -> None:
+    shards = [_shard(_table([5])), _shard(_table([3]))]
+    epoch = next(e for e in range(20) if np.random.default_rng([0, e, 1]).permutation(2).tolist() == [1, 0])
+    plans = [epoch_plan(shards, 0, epoch, rank, 2, "events") for rank in range(2)]
+    assert [[(s.shard, s.start, s.stop) for s in plan] for plan in plans] == [[(1, 0, 3), (0, 0, 1)], [(0, 1, 5)]]
+
+
+def test_examples_are_what_their_docstring_says() -> None:
+    table = pa.table(
+        {
+            "user": pa.array([7], pa.int32()),
+            "item": pa.array([[4, 9, 2, 5]], pa.list_(pa.int32())),
+            "time": pa.array([[1, 3, 8, 9]], pa.list_(pa.int64())),
+            "num_targets": pa.array([2], pa.int32()),
+            "user_age": pa.array([3], pa.int32()),
+            "context_hour": pa.array([[23, 1, 6, 7]], pa.list_(pa.int32())),
+        }
+    )
+
+    def examples(kind: str) -> dict[int, list[int]]:
+        """Target -> history."""
+        (batch,) = iter_batches([(ShardSlice(0, 0, 0, 2), table)], 8, kind, 2, seed=0)  # type: ignore[arg-type]
+        return {t: h[h > 0].tolist() for t, h in zip(batch.target_Q.tolist(), batch.history.padded(2), strict=True)}
+
+    assert examples("events") == {2: [4, 9], 5: [9, 2]}
+    assert examples("others") == {2: [9, 5], 5: [9, 2]}
+    (batch,) = iter_batches([(ShardSlice(0, 0, 0, 1), table)], 8, "sequences", 2, seed=0)
+    assert batch.history.values.tolist() == [9, 2] and batch.target_Q.tolist() == [2, 5]
+    assert batch.position_Q.tolist() == [0, 1] and batch.user_features["age"].tolist() == [3]
+
+
+def test_examples_and_sampler_do_not_load_torch() -> None:
+    code = "import sys, recray.loading.examples, recray.loading.sampler; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_rows_of_lists_are_taken_as_a_loop_takes_them() -> None:
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(0, 100, n).tolist() for n in rng.integers(0, 6, 40)]
+    values = torch.tensor([x for one in lists for x in one])
+    jagged = Jagged.from_lengths(values, torch.tensor([len(one) for one in lists]))
+    column = Column(values.numpy(), jagged.offsets.numpy())
+
+    def plain(found: Jagged | Column) -> list[list[int]]:
+        ends = found.offsets.tolist()
+        return [found.values[a:b].tolist() for a, b in itertools.pairwise(ends)]
+
+    index = rng.integers(0, 40, 25)
+    wanted = [lists[i] for i in index]
+    assert plain(column.take(index)) == plain(jagged.take(torch.from_numpy(index))) == wanted
+    assert plain(jagged.take(torch.from_numpy(index), sum(map(len, wanted)))) == wanted
+    assert plain(jagged.last(2)) == [one[-2:] for one in lists]
+    assert plain(jagged.rows(3, 9)) == lists[3:9] and plain(jagged.rows(35, 99)) == lists[35:]
+    assert jagged.row_index().tolist() == [row for row, one in enumerate(lists) for _ in one]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -47,8 +113,8 @@ def test_events_see_only_what_came_before() -> None:
     table = _table([6, 1, 4])
     batches = list(iter_batches([(ShardSlice(0, 0, 0, 11), table)], 4, "events", 3, seed=5))
     assert [b.num_rows for b in batches] == [4, 4, 3]
-    rows = torch.cat([b.row_B for b in batches if b.row_B is not None])
-    assert sorted(rows.tolist()) == list(range(11))
+    found = [(int(u), int(t)) for b in batches for u, t in zip(b.user_B, b.target_Q, strict=True)]  # type: ignore[arg-type]
+    assert sorted(found) == _events(table)
     for batch in batches:
         assert batch.target_Q is not None
         for b in range(batch.num_rows):
@@ -61,19 +127,20 @@ def test_events_see_only_what_came_before() -> None:
 
 
 def test_batches_span_shards_and_any_split_of_the_work_gives_the_same_rows() -> None:
-    tables = [_table([4, 3]), _table([5])]
+    tables = [_table([4, 3]), _table([5], first_user=20)]
     shards = [_shard(t) for t in tables]
 
     def rows(world_size: int) -> list[tuple[int, int]]:
+        """User and item of every example."""
         found = []
         for rank in range(world_size):
             parts = epoch_plan(shards, 1, 0, rank, world_size, "events")
             for batch in iter_batches(((p, tables[p.shard]) for p in parts), 5, "events", 3, seed=1):
-                assert batch.shard_B is not None and batch.row_B is not None
-                found += list(zip(batch.shard_B.tolist(), batch.row_B.tolist(), strict=True))
+                assert batch.target_Q is not None
+                found += list(zip(batch.user_B.tolist(), batch.target_Q.tolist(), strict=True))
         return sorted(found)
 
-    assert rows(1) == rows(2) == rows(3) == [(0, i) for i in range(7)] + [(1, i) for i in range(5)]
+    assert rows(1) == rows(2) == rows(3) == _events(tables[0]) + _events(tables[1])
 
 
 def test_sequences_ask_at_every_entry_that_has_a_successor() -> None:

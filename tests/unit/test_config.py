@@ -7,8 +7,6 @@ import pytest
 from recray.config import Config, load_config, parse_config
 from recray.errors import ConfigError
 
-SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.toml"))
-
 
 def test_defaults_need_nothing() -> None:
     assert parse_config({}).model.name == "two_tower"
@@ -56,12 +54,6 @@ def test_unknown_model_lists_what_there_is() -> None:
 def test_a_malformed_override_shows_the_form() -> None:
     with pytest.raises(ConfigError, match=r"section\.key=value"):
         parse_config({}, ["training.epochs"])
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_configs_load(path: Path) -> None:
-    config = load_config(str(path))
-    assert config.run.name == path.stem
 
 
 def test_round_trip_through_json() -> None:

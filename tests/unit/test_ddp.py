@@ -5,18 +5,21 @@ processes of their own.
 """
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from helpers.collectives import OneProcess
+from helpers.ranks import run_ranks
 from recray import registry
 from recray.config import LossConfig, OptimConfig
-from recray.layers import collectives, dice
-from recray.layers.embedding import Mode, Table, TablePlan, sync, use_plan
+from recray.layers import collectives
+from recray.layers.embedding import Mode, Table, TablePlan, use_plan
 from recray.layers.feature_encoder import mean_pool
+from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.loading.collate import padding_like
 from recray.losses.click import ClickObjective
@@ -44,11 +47,6 @@ RECORD = DatasetRecord(
         Feature(name="price", role="item", kind="numeric"),
     ],
 )
-
-
-class _Alone:
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 def _batch(step: int, begin: int, end: int, sequences: bool) -> Batch:
@@ -144,7 +142,7 @@ def _objective(name: str, mode: Mode, rank: int, world_size: int) -> nn.Module:
         return _Objective(model)
     if isinstance(model, Ranker):
         return ClickObjective(model, LossConfig(name="bce"))
-    return RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())
+    return RetrievalObjective(model, LossConfig(name="softmax"), TABLE, OneProcess())
 
 
 def _steps(name: str, mode: Mode, case: str, rank: int, world_size: int, of: int) -> dict[str, torch.Tensor]:
@@ -173,8 +171,7 @@ def _steps(name: str, mode: Mode, case: str, rank: int, world_size: int, of: int
             with contextlib.nullcontext() if last else wrapped.no_sync():  # type: ignore[operator, union-attr]
                 total, _ = wrapped(batch)
                 (total * world_size / weight).backward()
-        sync(wrapped)
-        dice.sync(wrapped)
+        run_hooks(step_hooks(wrapped), collectives.total if world_size > 1 else lambda total: total, False)
         if config.clip_norm:
             optimizer.clip(scaler, config.clip_norm)
         optimizer.step(scaler)
@@ -202,7 +199,7 @@ def _overflow(rank: int, world_size: int) -> tuple[bool, float]:
     before = table.weight.detach().clone()
     loss = table(torch.arange(2, 20)).sum() * (torch.inf if rank == 0 else 1.0)
     scaler.scale(loss).backward()
-    sync(table, scaled=True)
+    run_hooks(step_hooks(table), collectives.total, scaled=True)
     optimizer.step(scaler)
     return not torch.equal(before, table.weight), scaler.get_scale()
 
@@ -216,27 +213,18 @@ def _gathered(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.detach(), mine.grad
 
 
-def _work(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+def _work(rank: int, world_size: int) -> dict[Any, Any]:
     found = {run: _steps(*run, rank, world_size, world_size) for run in RUNS}
-    torch.save(
-        found | {"overflow": _overflow(rank, world_size), "gathered": _gathered(rank, world_size)},
-        f"{folder}/{rank}.pt",
-    )
-    dist.barrier()  # nobody leaves while the other still works
-    dist.destroy_process_group()
+    return found | {"overflow": _overflow(rank, world_size), "gathered": _gathered(rank, world_size)}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder, count = tmp_path_factory.mktemp("ddp"), request.param
-    mp.spawn(_work, (count, str(folder)), nprocs=count)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+def workers(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
+    return run_ranks(_work, request.param)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=" ".join)
-def test_many_workers_equal_one(run: tuple[str, Mode, str], workers: list[dict]) -> None:
+def test_many_workers_equal_one(run: tuple[str, Mode, str], workers: list[dict[Any, Any]]) -> None:
     name, mode, case = run
     # Adam of touched rows is another method than Adam of all: there one worker with touched rows is what to equal.
     same = CASES[case].name == "sgd" and CASES[case].table_optimizer != "adagrad"
@@ -247,11 +235,11 @@ def test_many_workers_equal_one(run: tuple[str, Mode, str], workers: list[dict])
             assert torch.allclose(value.double(), together[run][key].double(), atol=1e-5), key
 
 
-def test_an_overflow_of_one_worker_is_one_for_all(workers: list[dict]) -> None:
+def test_an_overflow_of_one_worker_is_one_for_all(workers: list[dict[Any, Any]]) -> None:
     assert [one["overflow"] for one in workers] == [(False, 4.0)] * len(workers)
 
 
-def test_gathered_rows_and_their_gradients(workers: list[dict]) -> None:
+def test_gathered_rows_and_their_gradients(workers: list[dict[Any, Any]]) -> None:
     count = len(workers)
     first = 0
     for rank, one in enumerate(workers):

@@ -7,7 +7,8 @@ import pytest
 from recray.config import ColumnsConfig, DataConfig, SplitConfig
 from recray.data import user_rows
 from recray.data.hashing import hash_keys
-from recray.data.split import SPLITS, Boundaries, Draw
+from recray.data.split import Boundaries, Draw
+from recray.ids import SPLITS
 
 
 def log(*events: tuple) -> pa.Table:

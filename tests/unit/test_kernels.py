@@ -11,7 +11,7 @@ from recray.kernels import dropout as dropouts
 from recray.kernels.dropout import dropout
 from recray.layers.dice import Dice
 from recray.layers.target_attention import TargetAttention
-from recray.loading.batch import Jagged
+from recray.loading.jagged import Jagged
 
 
 def _assert_same(mine: Tensor, wanted: Tensor, inputs: list[Tensor], **tolerance: float) -> None:

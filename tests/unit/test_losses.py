@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.collectives import OneProcess
 from recray.config import LossConfig
 from recray.kernels import matmul
 from recray.loading.batch import Batch, ItemTable, Jagged
@@ -16,11 +17,6 @@ from recray.losses import retrieval
 from recray.losses.retrieval import retrieval_loss
 
 Q, N, D = 7, 30, 5
-
-
-class _Alone:
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 class _Vectors:
@@ -51,9 +47,9 @@ def _each(config: LossConfig, model: _Vectors, batch: Batch, table: ItemTable) -
     for one in torch.eye(Q):
         torch.random.set_rng_state(state)
         # A weight of 0 would take the query's positive from the candidates.
-        both = retrieval_loss(config, model, replace(batch, weight_Q=1 + one), table, _Alone())
+        both = retrieval_loss(config, model, replace(batch, weight_Q=1 + one), table, OneProcess())
         torch.random.set_rng_state(state)
-        each.append(both - retrieval_loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, _Alone()))
+        each.append(both - retrieval_loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, OneProcess()))
     return torch.stack(each)
 
 
@@ -76,7 +72,7 @@ def test_chunked_softmax_equals_cross_entropy_with_gradients(
         model.q *= size
     config = LossConfig(name="softmax", temperature=0.7, chunk_size=chunk)
     with torch.autocast("cpu", way) if isinstance(way, torch.dtype) else contextlib.nullcontext():
-        ours = retrieval_loss(config, model, batch, TABLE, _Alone())
+        ours = retrieval_loss(config, model, batch, TABLE, OneProcess())
     (ours * 3).backward()
     q, v = model.q.detach().double().requires_grad_(), model.v.detach().double().requires_grad_()
     assert batch.target_Q is not None and batch.weight_Q is not None
@@ -97,7 +93,7 @@ def test_a_query_that_weighs_nothing_may_hold_anything(name: Any) -> None:
         model.q[2] = math.nan
     weight = torch.ones(Q)
     weight[2] = 0
-    loss = retrieval_loss(LossConfig(name=name), model, replace(_batch(), weight_Q=weight), TABLE, _Alone())
+    loss = retrieval_loss(LossConfig(name=name), model, replace(_batch(), weight_Q=weight), TABLE, OneProcess())
     assert math.isfinite(float(loss.detach()))
     loss.backward()
     if name == "softmax":
@@ -119,7 +115,7 @@ def test_the_positive_is_never_a_negative() -> None:
     two = ItemTable(torch.tensor([0.0, 0.0, 5.0]))
     same = Batch(batch.user_B, batch.history, torch.full((Q,), 2), torch.ones(Q))
     for name in ("sampled_softmax", "bpr"):
-        loss = retrieval_loss(LossConfig(name=name, negatives=8), model, same, two, _Alone())
+        loss = retrieval_loss(LossConfig(name=name, negatives=8), model, same, two, OneProcess())
         assert float(loss.detach()) == pytest.approx(0, abs=Q * 1e-6)
 
 

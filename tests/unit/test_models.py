@@ -1,8 +1,11 @@
 """Contracts that every retriever keeps, found by name; and what is true of one model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from helpers.collectives import OneProcess
 from recray import registry
 from recray.config import LossConfig
 from recray.errors import ConfigError
@@ -16,11 +19,6 @@ MODELS = [n for n in registry.names("model") if registry.load("model", n).Option
 RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=USERS, counts={}, shards={}, seed=0)
 COUNTS = torch.cat([torch.zeros(2), torch.arange(ITEMS - 2, 0, -1).float()])
 TABLE = ItemTable(COUNTS)
-
-
-class _Alone:
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 def _model(name: str, **options: object) -> torch.nn.Module:
@@ -55,7 +53,7 @@ def test_shapes_and_protocol(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
     model = _model(name, **({"dropout": 0.0}))
-    objective = RetrievalObjective(model, LossConfig(name=loss, negatives=30), TABLE, _Alone())
+    objective = RetrievalObjective(model, LossConfig(name=loss, negatives=30), TABLE, OneProcess())
     batch = _batch(model.examples)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
@@ -70,17 +68,26 @@ def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weight_zero_changes_nothing(name: str) -> None:
-    model = _model(name).eval()
-    objective = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())
+def test_the_loss_is_the_weighted_sum_over_queries(name: str) -> None:
+    """A query of weight 0 adds nothing and changes no other query's loss; each one's loss is checked in float64."""
+    model = _model(name).eval().double()
+    objective = RetrievalObjective(model, LossConfig(name="softmax", temperature=0.5), TABLE, OneProcess())
     batch = _batch(model.examples)
-    assert batch.weight_Q is not None
-    weights = batch.weight_Q.clone()
-    weights[0] = 0
-    full, _ = objective(batch)
-    less, count = objective(Batch(batch.user_B, batch.history, batch.target_Q, weights, batch.position_Q))
-    assert count == len(weights) - 1
-    assert less < full
+    assert batch.weight_Q is not None and batch.target_Q is not None
+    logits_QN = model.query_vectors(batch) @ model.item_vectors(torch.arange(ITEMS)).T  # type: ignore[operator]
+    logits_QN = logits_QN / 0.5
+    logits_QN[:, :2] = -torch.inf  # padding and the unknown item are no candidates
+    each_Q = torch.nn.functional.cross_entropy(logits_QN, batch.target_Q, reduction="none")
+    weights_Q = torch.linspace(0, 3, len(each_Q))
+    for weight_Q in (torch.ones(len(each_Q)), weights_Q, *torch.eye(len(each_Q))):
+        total, weight = objective(replace(batch, weight_Q=weight_Q))
+        assert total.item() == pytest.approx((each_Q * weight_Q).sum().item(), rel=1e-6)
+        assert weight.item() == pytest.approx(weight_Q.sum().item())
+    # Exactly: whatever the query of weight 0 asks for.
+    other = batch.target_Q.clone()
+    other[0] = (other[0] - 2 + 1) % (ITEMS - 2) + 2
+    first, second = (objective(replace(batch, weight_Q=weights_Q, target_Q=t))[0] for t in (batch.target_Q, other))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -168,7 +175,7 @@ def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
     )
     (batch,) = iter_batches([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
     model = _model("sasrec")
-    loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, _Alone())(batch)
+    loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, OneProcess())(batch)
     loss.backward()
     assert torch.isfinite(loss) and float(weight) == sum(n - 1 for n in lengths)
     assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them

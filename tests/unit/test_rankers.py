@@ -8,11 +8,10 @@ import torch
 from recray import registry
 from recray.config import LossConfig, OptimConfig, parse_config
 from recray.errors import ConfigError
-from recray.layers import dice as dices
 from recray.layers.dice import Dice
-from recray.layers.embedding import Mode, Table, TablePlan, sync, use_plan
-from recray.layers.feature_encoder import select
-from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.layers.embedding import Mode, Table, TablePlan, use_plan
+from recray.layers.hooks import run_hooks, step_hooks
+from recray.loading.batch import Batch, ItemTable, Jagged, select
 from recray.losses.click import ClickObjective, click_loss
 from recray.models import Ranker
 from recray.records import CheckpointRecord, DatasetRecord, Feature
@@ -97,6 +96,11 @@ def _model(name: str, features: bool = True, mode: Mode = "dense", **options: ob
         return module.build(chosen, _record(FEATURES if features else []), _items(features))
 
 
+def _sync(model: torch.nn.Module) -> None:
+    """The end of a step on a single worker."""
+    run_hooks(step_hooks(model), lambda total: total, False)
+
+
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_and_protocol(name: str, features: bool) -> None:
@@ -120,7 +124,7 @@ def test_overfits_a_small_set(name: str, mode: Mode) -> None:
     for _ in range(150):
         total, weight = objective(batch)
         (total / weight).backward()
-        sync(model)
+        _sync(model)
         optimizer.step(scaler)
         losses.append(float((total / weight).detach()))
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
@@ -155,14 +159,15 @@ def _row(batch: Batch, row: int) -> Batch:
 def test_a_checkpoint_keeps_scores(name: str, tmp_path: Path) -> None:
     model = _model(name)
     model.logits(_batch(True))  # in training, where Dice learns its averages
-    dices.sync(model)
+    _sync(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
     options = {"name": name, "dim": 8, "history_length": 8, "hidden": [16, 8]}
     config = parse_config({"model": options}).model_dump(mode="json")
     record = CheckpointRecord(config=config, epoch=1, step=1, rows=6, metric="auc", value=0.5, dataset_uri="")
-    checkpoint.save(str(tmp_path), model.state_dict(), _items(True), _record(FEATURES), record)
+    checkpoint.save_weights(str(tmp_path), model.state_dict())
+    checkpoint.save_record(str(tmp_path), record, _record(FEATURES), _items(True))
     other, _ = checkpoint.load_model(str(tmp_path))
     assert torch.equal(model.eval().logits(_batch(True)), other.logits(_batch(True)))  # type: ignore[operator]
 
@@ -171,14 +176,14 @@ def test_dice_averages_what_it_saw() -> None:
     dice, x = Dice(3), torch.randn(1000, 3) * 2 + 5
     fresh = dice(x)
     assert torch.equal(fresh, dice(x)), "averages are those of the batches before"
-    dices.sync(torch.nn.Sequential(dice))
+    _sync(torch.nn.Sequential(dice))
     assert torch.allclose(dice.mean, x.mean(0), atol=1e-4)
     assert torch.allclose(dice.var, x.var(0, unbiased=False), rtol=1e-3)
     dice(x[:0])
-    dices.sync(dice)
+    _sync(dice)
     dice(x + 1)
-    dices.forget(dice)
-    dices.sync(dice)
+    dice.discard()
+    _sync(dice)
     assert torch.allclose(dice.mean, x.mean(0), atol=1e-4)
 
 
@@ -214,7 +219,7 @@ def test_only_touched_rows_move(mode: Mode) -> None:
     optimizer.set_learning_rate(0.1)
     loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
     loss.backward()
-    sync(model)
+    _sync(model)
     optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
     moved = (table.weight.detach() != before).any(dim=1).nonzero()[:, 0].tolist()
     assert batch.target_Q is not None and moved == sorted(set(batch.target_Q.tolist()))
@@ -238,7 +243,7 @@ def test_clipping_equals_torchs_on_dense_gradients(mode: Mode) -> None:
     model, batch = _model("dcn_v2", mode=mode), _batch(True)
     loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
     loss.backward()
-    sync(model)
+    _sync(model)
     dense = [parameter.grad.to_dense().clone() for parameter in model.parameters() if parameter.grad is not None]
     holders = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in dense]
     for holder, gradient in zip(holders, dense, strict=True):

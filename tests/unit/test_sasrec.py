@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.collectives import OneProcess
 from recray.config import LossConfig
+from recray.ids import FIRST_ITEM
 from recray.layers import transformer
-from recray.loading.batch import FIRST_ID, Batch, ItemTable, Jagged
+from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.losses.retrieval import RetrievalObjective
 from recray.models import sasrec
 from recray.records import DatasetRecord
@@ -18,11 +20,6 @@ from recray.records import DatasetRecord
 ITEMS, DIM, LENGTH, LAYERS = 300, 32, 20, 2
 RECORD = DatasetRecord(fingerprint="", num_items=ITEMS, num_users=2, counts={}, shards={}, seed=0)
 TABLE = ItemTable(torch.ones(ITEMS))
-
-
-class _Alone:
-    def all_gather(self, x: Tensor) -> Tensor:
-        return x
 
 
 class _Plain(nn.Module):
@@ -64,8 +61,8 @@ class _Plain(nn.Module):
         for layer in self.layers:
             x = layer(x, src_mask=causal, is_causal=True)
         real = torch.stack([torch.arange(length) < len(row) for row in rows])
-        logits = self.norm(x)[real] @ self.items[FIRST_ID:].T
-        return F.cross_entropy(logits, torch.cat(targets) - FIRST_ID)
+        logits = self.norm(x)[real] @ self.items[FIRST_ITEM:].T
+        return F.cross_entropy(logits, torch.cat(targets) - FIRST_ITEM)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 4), (2, 4), (2, 1)])
@@ -77,7 +74,7 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(
     options = sasrec.Options(dim=DIM, history_length=LENGTH, layers=LAYERS, heads=heads, dropout=0.0)
     model = sasrec.build(options, RECORD, TABLE)
     plain = _Plain(model, heads)
-    objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=50), TABLE, _Alone())
+    objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=50), TABLE, OneProcess())
     optimizers = [torch.optim.Adam(one.parameters(), 2e-3) for one in (model, plain)]
     curve: tuple[list[float], list[float]] = ([], [])
     for step in range(30):
@@ -85,9 +82,9 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(
         if step % 10 == 9:
             lengths = [7] * 24  # all of one length: nothing is padded
         # Something to learn: items follow one another by sevens.
-        starts = [int(torch.randint(FIRST_ID, ITEMS, ())) for _ in lengths]
+        starts = [int(torch.randint(FIRST_ITEM, ITEMS, ())) for _ in lengths]
         walks = [
-            (start + 7 * torch.arange(n + 1) - FIRST_ID) % (ITEMS - FIRST_ID) + FIRST_ID
+            (start + 7 * torch.arange(n + 1) - FIRST_ITEM) % (ITEMS - FIRST_ITEM) + FIRST_ITEM
             for n, start in zip(lengths, starts, strict=True)
         ]
         rows, targets = [walk[:-1] for walk in walks], [walk[1:] for walk in walks]
@@ -118,7 +115,7 @@ def test_a_query_is_the_last_position_of_training(layers: int, feed_forward: str
     model = sasrec.build(sasrec.Options.model_validate(table), RECORD, TABLE).eval()
     nn.init.normal_(model.norm.bias)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    history = Jagged(torch.randint(FIRST_ID, ITEMS, (sum(lengths),)), offsets)
+    history = Jagged(torch.randint(FIRST_ITEM, ITEMS, (sum(lengths),)), offsets)
     users = torch.ones(len(lengths), dtype=torch.int64)
     q_BD = model.query_vectors(Batch(users, history))
     last_B = offsets[1:] - 1

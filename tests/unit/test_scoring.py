@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recray.loading.batch import FIRST_ID, Jagged
+from recray.ids import FIRST_ITEM
+from recray.loading.batch import Jagged
 from recray.retrieval.exact import best_of, top_k
 
 
@@ -41,7 +42,7 @@ def test_seen_items_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     exclude = Jagged(torch.from_numpy(np.concatenate(seen)), torch.from_numpy(offsets))
     ids, scores = top_k(torch.from_numpy(q), torch.from_numpy(v), 20, exclude)
     every = q @ v.T
-    every[:, :FIRST_ID] = -np.inf
+    every[:, :FIRST_ITEM] = -np.inf
     for row, items in enumerate(seen):
         every[row, items] = -np.inf
     expected, best = _by_sort(every, 20)

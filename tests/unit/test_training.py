@@ -29,10 +29,10 @@ def test_ema_by_hand() -> None:
 
 def test_precision_on_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert optim.precision("auto", cpu) is torch.float32
-    assert optim.precision("bf16", cpu) is torch.bfloat16
+    assert optim.MixedPrecision("auto", cpu).dtype is torch.float32
+    assert optim.MixedPrecision("bf16", cpu).dtype is torch.bfloat16
     with pytest.raises(ConfigError, match="fp16' needs a GPU: use 'auto'"):
-        optim.precision("fp16", cpu)
+        optim.MixedPrecision("fp16", cpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

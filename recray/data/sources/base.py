@@ -14,8 +14,7 @@ Standard columns of `Source.events`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,13 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray import storage
-from recray.errors import DataError, RecrayError
+from recray.errors import DataError
+from recray.ids import SPLITS
 
 if TYPE_CHECKING:
     import ray.data
 
 STANDARD = ("user", "item", "time", "order", "label", "weight", "split")
-SPLITS = ("train", "valid", "test")
 FIRST_YEAR, LAST_YEAR = 1990, 2100  # a timestamp outside of these is taken to be in another unit
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _YEAR_SECONDS = 365.2425 * 86_400
@@ -57,24 +56,6 @@ class Source:
     @property
     def num_events_hint(self) -> int:
         return self.num_events
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """What recray raised inside a Ray task comes out as it was raised, without Ray's wrapping."""
-    try:
-        yield
-    except RecrayError:
-        raise
-    except Exception as error:
-        cause: BaseException | None = error
-        for _ in range(8):
-            if cause is None:
-                break
-            if isinstance(cause, RecrayError) and type(cause).__module__ == "recray.errors":
-                raise cause from None
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise
 
 
 def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:

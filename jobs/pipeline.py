@@ -1,9 +1,0 @@
-"""All stages as a job: ray job submit --working-dir . -- python jobs/pipeline.py my.toml [--set section.key=value ...]"""
-
-import sys
-
-from recray.cli import main
-
-if __name__ == "__main__":
-    sys.argv.insert(1, "run")
-    main()

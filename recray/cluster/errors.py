@@ -1,0 +1,57 @@
+"""Errors that cross Ray: the RecrayError that a task or worker raised, out of the exceptions that Ray wraps it in."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TypeGuard
+
+from recray import errors
+from recray.errors import RecrayError
+
+# Ray Data wraps a task's error once more, and pickling keeps no more of it than its traceback's text.
+_IN_TRACEBACK = re.compile(r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
+_DEPTH = 8  # of wrappers; a chain of causes may be a ring
+
+
+def unwrap(error: BaseException) -> RecrayError | None:
+    """The error that recray raised in a Ray task, actor or training worker; None if Ray or other code raised it.
+
+    A RecrayError is returned as it is; a wrapped one is copied, so that it prints without Ray's frames.
+    """
+    if _is_plain(error):
+        return error
+    for cause in _causes(error, _DEPTH):
+        if _is_plain(cause):
+            return type(cause)(str(cause))
+    found = _IN_TRACEBACK.search(str(error))
+    kind = getattr(errors, found[1], None) if found else None
+    return kind(found[2]) if found and kind else None
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """A RecrayError that Ray wrapped leaves the block without its wrapping."""
+    try:
+        yield
+    except Exception as error:
+        found = unwrap(error)
+        if found is None or found is error:
+            raise
+        raise found from None
+
+
+def _is_plain(error: BaseException) -> TypeGuard[RecrayError]:
+    """Whether recray made it. Ray also makes classes that inherit from RecrayError and RayTaskError, whose text is a
+    traceback."""
+    return isinstance(error, RecrayError) and type(error).__module__ == errors.__name__
+
+
+def _causes(error: BaseException, depth: int) -> Iterator[BaseException]:
+    """The error and everything that it wraps, outermost first."""
+    yield error
+    workers = list((getattr(error, "worker_failures", None) or {}).values())  # of ray.train.WorkerGroupError
+    for inner in (*workers, getattr(error, "cause", None), error.__cause__):
+        if isinstance(inner, BaseException) and depth:
+            yield from _causes(inner, depth - 1)

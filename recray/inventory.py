@@ -1,0 +1,115 @@
+"""What an output folder holds: `recray runs` lists the runs and their artefacts, `recray prune` deletes old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from recray import log, storage
+from recray.artifacts import STAGES, Artifact, artifacts_of, current_of
+from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Record, ReportRecord, TuneRecord
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artefact of a run."""
+
+    run: str  # name of the run
+    stage: str
+    identity: str
+    in_use: bool
+    complete: bool
+    summary: str  # e.g. "ndcg@10 0.2215 at epoch 5"
+    created: str  # ISO time; empty for an artefact that is not complete
+    bytes: int
+    uri: str
+
+    @property
+    def age_seconds(self) -> float | None:
+        """Seconds since it was completed."""
+        if not self.created:
+            return None
+        return (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds()
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "age_seconds": self.age_seconds}
+
+
+def list_runs(output: str) -> list[Entry]:
+    """Artefacts of all runs below an output folder, by run and stage, newest first."""
+    return [entry for name in storage.list_folders(output) for entry in list_artifacts(storage.join(output, name))]
+
+
+def list_artifacts(run_uri: str) -> list[Entry]:
+    """Artefacts of one run, by stage, newest first."""
+    return [_entry(run_uri, one, current_of(run_uri)) for one in _artifacts(run_uri)]
+
+
+def _artifacts(run_uri: str) -> Iterator[Artifact[Record]]:
+    for stage in STAGES:
+        found = artifacts_of(storage.join(run_uri, stage.name), stage)
+        yield from sorted(found, key=lambda one: one.record.created if one.complete() else "", reverse=True)
+
+
+def _entry(run_uri: str, artifact: Artifact[Record], named: dict[str, str]) -> Entry:
+    complete = artifact.complete()
+    return Entry(
+        run=run_uri.rpartition("/")[2],
+        stage=artifact.stage.name,
+        identity=artifact.identity,
+        in_use=named.get(artifact.stage.name) == artifact.identity,
+        complete=complete,
+        summary=_summary(artifact.record) if complete else "not complete",
+        created=artifact.record.created if complete else "",
+        bytes=storage.folder_size(artifact.uri),
+        uri=artifact.uri,
+    )
+
+
+def _summary(record: Record) -> str:
+    if isinstance(record, DatasetRecord):
+        return f"{sum(record.counts[f'events_{split}'] for split in record.shards):,} events"
+    if isinstance(record, CheckpointRecord):
+        return f"{record.metric} {record.value:.4f} at epoch {record.epoch}"
+    if isinstance(record, IndexRecord):
+        return f"{record.factory}, recall@{record.k} {record.recall:.4f}"
+    if isinstance(record, ReportRecord):
+        name = next(iter(record.metrics["model"]))
+        return f"{name} {record.metrics['model'][name].value:.4f} ({record.split})"
+    if isinstance(record, TuneRecord):
+        return f"{len(record.trials)} trials, {record.metric}"
+    return ""
+
+
+def prunable(run_uri: str, keep: int) -> list[Entry]:
+    """Artefacts that `prune` would delete.
+
+    Kept are those in use, the `keep` newest complete ones of each stage, and what any kept one was made from. An artefact
+    that is not complete is deleted only where a complete one of its stage is newer: it may still be resumed otherwise.
+    """
+    named, artifacts = current_of(run_uri), list(_artifacts(run_uri))
+    kept: list[Artifact[Record]] = []
+    for stage in STAGES:
+        own = [one for one in artifacts if one.stage is stage]
+        complete = [one for one in own if one.complete()]
+        kept += complete[:keep]
+        kept += [one for one in complete[keep:] if named.get(stage.name) == one.identity]
+        newest = complete[0].record.created if complete else ""
+        kept += [one for one in own if not one.complete() and one.created >= newest]
+    needed = {parent for one in kept for parent in one.inputs}
+    # Inputs of inputs: an index needs its checkpoint, which needs its dataset.
+    for _ in STAGES:
+        kept += [one for one in artifacts if one not in kept and one.complete() and one.record.id in needed]
+        needed = {parent for one in kept for parent in one.inputs}
+    return [_entry(run_uri, one, named) for one in artifacts if one not in kept]
+
+
+def prune(run_uri: str, keep: int) -> list[Entry]:
+    """Delete what `prunable` names, and nothing that recray did not mark as an artefact. Returns what was deleted."""
+    deleted = prunable(run_uri, keep)
+    for entry in deleted:
+        storage.delete_folder(entry.uri)
+        log.info("prune", f"deleted {entry.uri}", event="deleted", values=entry.as_json())
+    return deleted

@@ -1,0 +1,28 @@
+"""All stages, one after the other.
+
+    prepare -> dataset -> train -> checkpoint -> index -> index -> evaluate -> report
+
+Each stage is a function of a configuration that returns a record. `recray.artifacts` decides from the
+configuration and its inputs whether the stage's artefact exists already.
+"""
+
+from __future__ import annotations
+
+from recray.config import Config
+from recray.data.prepare import prepare
+from recray.evaluation import evaluate
+from recray.records import ReportRecord
+from recray.retrieval.build import index
+from recray.training.launch import train
+
+
+def run(config: Config) -> ReportRecord:
+    """Prepare, train, index (a retriever only) and evaluate on the test split. Stages that are up to date do no work.
+
+    Raises a RecrayError of the stage that fails; what the stages before it made stays, and the next call continues.
+    """
+    prepare(config)
+    train(config)
+    if config.model.family == "retriever":
+        index(config)
+    return evaluate(config)

@@ -1,0 +1,102 @@
+"""The batches of one worker: which rows, cut into how many batches, and read ahead.
+
+An optimizer step takes `accumulation_steps` batches on every worker. All workers take equally many steps: one that runs
+out of rows gets padding batches, which weigh nothing. For example, with 1,000 rows, 2 workers, a global batch of 300 and
+2 accumulation steps a batch has 300 / (2 * 2) = 75 rows. A worker's 500 rows make 6 batches of 75 and one of 50,
+padded to 8 batches: 4 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import pyarrow as pa
+
+from recray import storage
+from recray.config import Config
+from recray.data.dataset import PreparedDataset
+from recray.data.split import duration
+from recray.errors import ConfigError
+from recray.loading.batch import Batch
+from recray.loading.collate import iter_batches, padding_like
+from recray.loading.examples import Decay
+from recray.loading.prefetch import DeviceLoader
+from recray.loading.sampler import ShardGroup, ShardSlice, epoch_plan, num_examples, steps_per_epoch
+from recray.models import Examples
+from recray.training.distributed import Context
+from recray.training.phase import Phase
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    config: Config
+    dataset: PreparedDataset
+    phase: Phase
+    examples: Examples  # how the model wants rows cut into training examples
+    context: Context
+
+    @cached_property
+    def shards(self) -> list[ShardGroup]:
+        return self.phase.shards(self.dataset)
+
+    @property
+    def rows(self) -> int:
+        """Training examples of an epoch, over all workers."""
+        return sum(num_examples(shard, self.examples) for shard in self.shards)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of one batch on one worker."""
+        parts = self.context.world_size * self.config.training.accumulation_steps
+        return self.config.training.global_batch_size // parts
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        batches = steps_per_epoch(self.shards, self.context.world_size, self.batch_size, self.examples)
+        return -(-batches // self.config.training.accumulation_steps)
+
+    def loader(self, epochs: range) -> DeviceLoader:
+        """Batches of these epochs, one epoch after the other without a pause: (batch, False if it is padding).
+
+        Raises ConfigError if training.half_life is set and the dataset has no times.
+        """
+        world, seed = self.context.world_size, self.config.run.seed
+        plans = [epoch_plan(self.shards, seed, epoch, self.context.rank, world, self.examples) for epoch in epochs]
+        tables = self.context.tables(self.dataset, self.shards, [part for plan in plans for part in plan])
+        return DeviceLoader(tables, partial(self._padded, plans, self._decay()), self.context.device)
+
+    def _padded(
+        self, plans: list[list[ShardSlice]], decay: Decay | None, tables: Iterator[tuple[ShardSlice, pa.Table]]
+    ) -> Iterator[tuple[Batch, bool]]:
+        """Tables to equally many batches an epoch on every worker."""
+        wanted = self.steps * self.config.training.accumulation_steps
+        batch: Batch | None = None
+        for plan in plans:
+            count = 0
+            for batch in self._cut((next(tables) for _ in plan), decay):
+                yield batch, True
+                count += 1
+            for _ in range(count, wanted):
+                if batch is None:  # this worker has no rows at all: any row shows what padding must look like
+                    file = self.dataset.file_uri(self.shards[0].files[0])
+                    row = storage.read_table(file).slice(0, 1)
+                    batch = next(self._cut([(ShardSlice(0, 0, 0, 1), row)], decay))
+                yield padding_like(batch), False
+
+    def _cut(self, tables: Iterable[tuple[ShardSlice, pa.Table]], decay: Decay | None) -> Iterator[Batch]:
+        length, seed = self.config.model.history_length, self.config.run.seed
+        return iter_batches(tables, self.batch_size, self.examples, length, seed, decay)
+
+    def _decay(self) -> Decay | None:
+        half_life, record = self.config.training.half_life, self.dataset.record
+        if half_life is None:
+            return None
+        if not record.has_time:
+            raise ConfigError(
+                f"training.half_life = '{half_life}' needs timestamps, and {self.dataset.uri} has positions only: "
+                f"remove the key, or prepare from a log with data.columns.timestamp"
+            )
+        return Decay(record.starts("valid" if self.phase.name == "train" else "test"), duration(half_life))
