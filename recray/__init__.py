@@ -1,63 +1,109 @@
 """recray: recommender training from Parquet click logs to an evaluated index, on Ray.
 
     import recray
-    config = recray.load_config("my.toml")
-    dataset = recray.prepare(config)
-    checkpoint = recray.train(config)
-    index = recray.index(config)
-    report = recray.evaluate(config)
 
-or all of them: `report = recray.run(config)`. Importing recray imports neither Ray, torch nor faiss: a name is loaded when it is first used.
+    config = recray.load_config("my.toml", ["training.epochs=5"])
+    report = recray.run(config)             # all stages, or one by one:
+    dataset = recray.prepare(config)        # raw events -> ids, splits, histories, shards
+    checkpoint = recray.train(config)       # -> the best epoch on validation
+    index = recray.index(config)            # item vectors -> faiss
+    report = recray.evaluate(config)        # -> metrics of model, index and baselines on the test split
+    report.metrics["model"]["ndcg@10"].value
+
+Every stage returns a record and is skipped if it is up to date; `recray.Run(config)` finds its artefacts. `recray.tune`
+searches hyperparameters, `recray.recommend` writes every user's list. Errors that recray raises on purpose extend `recray.RecrayError`; the library prints nothing and
+logs to `logging.getLogger("recray")`. Every key of the configuration: `recray keys` on the command line.
+
+Importing recray loads neither Ray, torch nor faiss: a name is loaded when it is first used.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Config": "recray.config",
-    "load_config": "recray.config",
-    "prepare": "recray.data.prepare",
-    "train": "recray.training.launch",
-    "tune": "recray.tuning.study",
-    "index": "recray.retrieval.build",
-    "evaluate": "recray.evaluation",
-    "recommend": "recray.evaluation.recommend",
-    "run": "recray.stages",
-    "Run": "recray.artifacts",
-    "RecrayError": "recray.errors",
-}
+if TYPE_CHECKING:
+    from recray.artifacts import Run
+    from recray.config import Config, load_config, parse_config
+    from recray.data.infer import infer
+    from recray.data.prepare import prepare
+    from recray.errors import (
+        ClusterError,
+        ConfigError,
+        DataError,
+        DependencyError,
+        LineageError,
+        RecrayError,
+        ResourceError,
+        StorageError,
+    )
+    from recray.evaluation import evaluate
+    from recray.evaluation.recommend import recommend
+    from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, ReportRecord, TuneRecord
+    from recray.report.text import render
+    from recray.retrieval.build import index
+    from recray.stages import run
+    from recray.training.checkpoint import load_model
+    from recray.training.launch import train
+    from recray.tuning.study import tune
+
 __all__ = [
+    "CheckpointRecord",
+    "ClusterError",
     "Config",
+    "ConfigError",
+    "DataError",
+    "DatasetRecord",
+    "DependencyError",
+    "IndexRecord",
+    "LineageError",
     "RecrayError",
+    "ReportRecord",
+    "ResourceError",
     "Run",
+    "StorageError",
+    "TuneRecord",
     "evaluate",
     "index",
+    "infer",
     "load_config",
+    "load_model",
+    "parse_config",
     "prepare",
     "recommend",
+    "render",
     "run",
     "train",
     "tune",
 ]
 
-if TYPE_CHECKING:
-    from recray.artifacts import Run
-    from recray.config import Config, load_config
-    from recray.data.prepare import prepare
-    from recray.errors import RecrayError
-    from recray.evaluation import evaluate
-    from recray.evaluation.recommend import recommend
-    from recray.retrieval.build import index
-    from recray.stages import run
-    from recray.training.launch import train
-    from recray.tuning.study import tune
+# Module -> public names that are loaded from it.
+_MODULES = {
+    "recray.artifacts": ("Run",),
+    "recray.config": ("Config", "load_config", "parse_config"),
+    "recray.data.infer": ("infer",),
+    "recray.data.prepare": ("prepare",),
+    "recray.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "recray.evaluation": ("evaluate",),
+    "recray.evaluation.recommend": ("recommend",),
+    "recray.records": tuple(name for name in __all__ if name.endswith("Record")),
+    "recray.report.text": ("render",),
+    "recray.retrieval.build": ("index",),
+    "recray.stages": ("run",),
+    "recray.training.checkpoint": ("load_model",),
+    "recray.training.launch": ("train",),
+    "recray.tuning.study": ("tune",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'recray' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -28,9 +28,10 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
-from recray import log, storage
+from recray import log, registry, storage
 from recray.config import Config
 from recray.errors import LineageError
+from recray.metrics import parse
 from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Record, ReportRecord, TuneRecord
 
 R = TypeVar("R", bound=Record, covariant=True)
@@ -61,9 +62,30 @@ class Stage(Generic[R]):
         if self.name in ("checkpoint", "tune") and config.model.family == "ranker":
             # They define how lists are ranked, and a ranker is selected by how it predicts clicks.
             kept = {key: value for key, value in kept.items() if not _below(key, ("evaluation",))}
-        return kept
+        return kept | _plugin_files(config, kept)
 
 
+def _plugin_files(config: Config, values: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the files of plug-ins outside the package that these keys name: an edited model is another model."""
+    found = {}
+    for key, kind in _PLUGINS.items():
+        given = values.get(key, [])
+        for name in given if isinstance(given, list) else [given]:
+            name = parse(name)[0] if kind == "metric" else name
+            if (digest := registry.file_hash(kind, name, config.run.plugins)) is not None:
+                found[f"{key}: file of {name}"] = digest
+    return found
+
+
+# Keys whose values name plug-ins.
+_PLUGINS: dict[str, registry.Kind] = {
+    "data.source": "source",
+    "model.name": "model",
+    "loss.name": "loss",
+    "training.metric": "metric",
+    "evaluation.metrics": "metric",
+    "evaluation.baselines": "baseline",
+}
 DATASET = Stage("dataset", "prepare", DatasetRecord, ("data", "run.seed"))
 CHECKPOINT = Stage(
     "checkpoint",
@@ -79,9 +101,9 @@ INDEX = Stage(
     IndexRecord,
     ("retrieval", "evaluation.queries", "run.seed"),
     # The order of what the index finds is decided after it.
-    excluded=("retrieval.ranker", "retrieval.filter_weight"),
+    excluded=("retrieval.ranker", "retrieval.item_knn_weight"),
 )
-_REPORT_KEYS = ("evaluation", "retrieval.ranker", "retrieval.filter_weight", "retrieval.k", "run.seed")
+_REPORT_KEYS = ("evaluation", "retrieval.ranker", "retrieval.item_knn_weight", "retrieval.k", "run.seed")
 REPORT = Stage("report", "evaluate", ReportRecord, _REPORT_KEYS, excluded=("evaluation.batch_size",))
 REPORT_VALID = Stage("report-valid", "evaluate", ReportRecord, _REPORT_KEYS, excluded=("evaluation.batch_size",))
 # How much of a search is done, how much of it at a time, and what is done with the best may change when it is resumed.
@@ -111,6 +133,7 @@ NO_RESULT = (
     "run.output",
     "run.dataset",
     "run.keep",
+    "run.plugins",
     "scaling",
     "loss.chunk_size",
     "training.resume",

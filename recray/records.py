@@ -112,7 +112,6 @@ class DatasetRecord(Record):
     shards: dict[str, list[Shard]]  # "train", "valid", "test"
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
-    oracle: dict[str, float] | None = None  # simulated data: metric name -> value of the true model
     has_time: bool = True
 
     @property
@@ -208,38 +207,38 @@ class ListsRecord(Record):
 
 
 class TrialEpoch(Part):
-    """What a trial reported after an epoch."""
+    """What a trial reported after one epoch."""
 
     epoch: int
-    value: float  # of the metric
+    value: float  # validation value of the sweep's metric
     loss: float
-    seconds: float  # trained and validated by the trial so far
-    at: float  # seconds since 1970
+    seconds: float  # training and validation time of the trial up to here
+    at: float  # when it was reported, in seconds since 1970
 
 
 class Trial(Part):
-    """One train of a sweep."""
+    """One training run of a sweep."""
 
     number: int
-    values: dict[str, Any]  # dotted key -> value; of pbt the last ones
+    values: dict[str, Any]  # dotted key -> value; with pbt the latest ones
     seed: int
-    # paused: waits at a rung of ASHA; pruned: ended early; cut: goes on with the sweep's next start
-    status: Literal["done", "paused", "pruned", "failed", "cut"]
-    reason: str = ""  # of a failure
-    best: float | None = None  # best value over its epochs
+    # paused: waiting at a rung of ASHA; pruned: stopped early; interrupted: the next start of the sweep resumes it
+    status: Literal["done", "paused", "pruned", "failed", "interrupted"]
+    reason: str = ""  # why it failed
+    best: float | None = None  # best value over its epochs; None before the first validation
     epochs: int = 0
     seconds: float = 0.0
     curve: list[TrialEpoch] = []
-    switches: list[dict[str, Any]] = []  # pbt: epoch at which another member was taken over, and the values since
+    switches: list[dict[str, Any]] = []  # pbt: {"epoch": ..., key: value} whenever it copied another member
 
     @property
-    def over(self) -> bool:
-        """It will not train again."""
-        return self.status not in ("paused", "cut")
+    def finished(self) -> bool:
+        """Whether it will never train again."""
+        return self.status not in ("paused", "interrupted")
 
 
 class TrialRecord(Record):
-    """A trial that ended, beside its checkpoint; `config` is the whole configuration that it trained with."""
+    """A trial that stopped, next to its checkpoint; `config` is the complete configuration that it trained with."""
 
     trial: Trial
 
@@ -252,18 +251,18 @@ class Finalist(Part):
     seeds: list[int]
     results: list[float]  # best value of each seed
     mean: float
-    std: float  # of the results, n - 1 in the denominator
+    std: float  # sample standard deviation (n - 1) of the results
 
 
 class TuneRecord(Record):
-    """A sweep: what was tried and what came of it."""
+    """A completed sweep: its trials, its finalists and the winner."""
 
     metric: str
     mode: Literal["max", "min"]
     trials: list[Trial]
-    retrained: list[Trial] = []  # the finalists' trains on other seeds
+    retrained: list[Trial] = []  # the finalists on other seeds
     finalists: list[Finalist] = []  # best first
     winner: int | None  # number of a trial
-    importance: dict[str, float] = {}  # key -> share of the rank variance that it explains alone
-    cpu_hours: float  # of all trains, those on other seeds too
+    importance: dict[str, float] = {}  # key -> share of the variance of the trials' ranks that it explains alone
+    cpu_hours: float  # of all training runs, including those on other seeds
     dataset_uri: str

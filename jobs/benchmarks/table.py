@@ -86,10 +86,10 @@ class _Trainer:
         import torch
 
         from recray import registry
-        from recray.config import LossConfig, OptimConfig
+        from recray.config import OptimConfig
         from recray.layers import embedding
         from recray.loading.batch import ItemTable
-        from recray.losses.retrieval import RetrievalObjective
+        from recray.losses.base import Objective
         from recray.records import DatasetRecord
         from recray.training.distributed import data_parallel
         from recray.training.optim import Optimizers
@@ -101,7 +101,7 @@ class _Trainer:
         torch.manual_seed(0)
         with embedding.use_plan(embedding.TablePlan(mode, rank, world_size)):  # type: ignore[arg-type]
             model = module.build(options, record, items)
-        objective: torch.nn.Module = RetrievalObjective(model, LossConfig(), items, _Gather())
+        objective: torch.nn.Module = Objective(model, registry.options("loss", "sampled_softmax")(), items, _Gather())
         self._objective = data_parallel(objective) if world_size > 1 else objective
         self._optimizer = Optimizers(OptimConfig(table_optimizer="adagrad", table_learning_rate=0.05), model)
         self._optimizer.set_learning_rate(1e-3)

@@ -16,8 +16,9 @@ def overhead(
 ) -> None:
     """Wall time of a search less what its trains took on their own, over the number of trials. Ray runs before."""
     import recray
+    from recray.artifacts import CHECKPOINT, in_use
     from recray.config import parse_config
-    from recray.records import CheckpointRecord
+    from recray.tuning.store import sweep_uri
 
     with tempfile.TemporaryDirectory() as folder:
         table: dict[str, Any] = {
@@ -38,8 +39,8 @@ def overhead(
         started = time.perf_counter()
         record = recray.tune(config)
         wall = time.perf_counter() - started
-        folders = [f"{config.run_uri}/tune/trials/{trial.number:04d}/checkpoint" for trial in record.trials]
-        own = [CheckpointRecord.read(one).seconds for one in folders]
+        folders = [f"{sweep_uri(config)}/trials/{trial.number:04d}" for trial in record.trials]
+        own = [in_use(folder, CHECKPOINT).record.seconds for folder in folders]
     figures: dict[str, object] = {
         "trials": len(own),
         "concurrent": concurrent,

@@ -100,18 +100,18 @@ def _between(nodes: list[dict[str, Any]]) -> Finding:
 
     with_gpu = [node for node in nodes if node["Resources"].get("GPU", 0)]
     backend, chosen = ("nccl", with_gpu) if len(with_gpu) > 1 else ("gloo", nodes)
-    name, value = f"all-reduce {backend}", f"{len(chosen)} nodes"
     try:
         free_port = ray.remote(_free_port).options(**_on(chosen[0])).remote(chosen[0]["NodeManagerAddress"])
         init_method = ray.get(free_port, timeout=_SECONDS)
-        rank = ray.remote(_one_rank)
+        all_reduce = ray.remote(environment.all_reduce)
         references = [
-            rank.options(**_on(node)).remote(backend, number, len(chosen), init_method)
-            for number, node in enumerate(chosen)
+            all_reduce.options(**_on(node)).remote(backend, len(chosen), [rank], init_method)
+            for rank, node in enumerate(chosen)
         ]
         findings: list[Finding] = ray.get(references, timeout=_SECONDS)
     except Exception as error:
-        return Finding(name, value, f"{_last_line(error)}: see `ray status` and the log of the job")
+        advice = "see `ray status` and the log of the job"
+        return Finding(f"all-reduce {backend}", f"{len(chosen)} nodes", f"{_last_line(error)}: {advice}")
     return next((finding for finding in findings if finding.problem), findings[0])
 
 
@@ -120,11 +120,6 @@ def _free_port(address: str) -> str:
     with socket.socket() as probe:
         probe.bind((address, 0))
         return f"tcp://{address}:{probe.getsockname()[1]}"
-
-
-def _one_rank(backend: str, rank: int, world: int, init_method: str) -> Finding:
-    process = environment.start_rank(backend, rank, world, init_method, device=0)
-    return environment.finish(f"all-reduce {backend}", f"{world} nodes", [process])
 
 
 def _last_line(error: Exception) -> str:

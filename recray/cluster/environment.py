@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,9 @@ def inspect() -> list[Finding]:
     if "torch" in sys.modules:  # it could be imported
         import torch
 
-        found += [*_cuda(torch), *_devices(torch), *_collectives(torch)]
+        found += [*_cuda(torch), *_devices(torch), all_reduce("gloo", 2)]
+        if torch.distributed.is_nccl_available() and torch.cuda.is_available():
+            found.append(all_reduce("nccl", torch.cuda.device_count()))
     return [*found, *_space()]
 
 
@@ -133,22 +136,18 @@ def _cuda(torch: Any) -> list[Finding]:
             problem = f"torch cannot use the GPU: {error}: {advice}"
     driver = "none"
     if newest:
-        collect_env = importlib.import_module("torch.utils.collect_env")  # untyped
-        version = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown version"
+        facts = importlib.import_module("torch.utils.collect_env")  # untyped
+        version = facts.get_nvidia_driver_version(facts.run) or "unknown version"
         driver = f"{version}, CUDA up to {_cuda_version(newest)}"
     found = [Finding("driver", driver, problem), Finding("cuda", built or "none: CPU build of torch")]
-    if built:
-        found += [_library("nccl", torch.cuda.nccl.version), _library("cudnn", torch.backends.cudnn.version)]
+    libraries = {"nccl": torch.cuda.nccl.version, "cudnn": torch.backends.cudnn.version} if built else {}
+    for name, loaded in libraries.items():
+        try:  # cuDNN's call also compares the loaded version with the one that torch was built with
+            found.append(Finding(name, str(loaded()).strip("()").replace(", ", ".")))  # nccl: (2, 27, 5)
+        except Exception as error:
+            advice = "another copy is found first; unset LD_LIBRARY_PATH"
+            found.append(Finding(name, "cannot be loaded", f"{error}: {advice}"))
     return found
-
-
-def _library(name: str, version: Any) -> Finding:
-    """A CUDA library that torch loads. cuDNN's call also compares the loaded version with the one torch was built with."""
-    try:
-        found = version()
-    except Exception as error:
-        return Finding(name, "cannot be loaded", f"{error}: another copy is found first; unset LD_LIBRARY_PATH")
-    return Finding(name, ".".join(map(str, found)) if isinstance(found, tuple) else str(found))
 
 
 def _devices(torch: Any) -> list[Finding]:
@@ -171,57 +170,43 @@ def _devices(torch: Any) -> list[Finding]:
     return found
 
 
-def _collectives(torch: Any) -> list[Finding]:
-    gpus = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
-    return [all_reduce("gloo", 2), *([all_reduce("nccl", gpus)] if gpus else [])]
+def all_reduce(backend: str, world: int, ranks: Sequence[int] | None = None, init_method: str | None = None) -> Finding:
+    """All-reduce over `world` processes, with nccl one per GPU. `ranks`: those to start on this machine, all by default.
 
-
-def all_reduce(backend: str, world: int) -> Finding:
-    """All-reduce over `world` processes on this machine; with nccl one process per GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [start_rank(backend, rank, world, f"file://{folder}/store", device=rank) for rank in range(world)]
-        return finish(f"all-reduce {backend}", f"{world} processes", ranks)
-
-
-def start_rank(backend: str, rank: int, world: int, init_method: str, device: int) -> subprocess.Popen[str]:
-    """Start one rank of an all-reduce as a subprocess, which can be killed if the collective hangs."""
-    command = [
-        sys.executable,
-        "-m",
-        "recray.cluster.environment",
-        backend,
-        str(rank),
-        str(world),
-        init_method,
-        str(device),
-    ]
+    Each rank is a subprocess, so that a collective that hangs can be killed.
+    """
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(recray.__file__).parents[1]), *sys.path]))}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def finish(name: str, value: str, ranks: list[subprocess.Popen[str]]) -> Finding:
-    """Wait for the ranks, kill those that exceed the time limit, and report the first error."""
     deadline = time.monotonic() + _SECONDS
     errors = []
-    for process in ranks:
-        try:
-            _, text = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            errors.append(f"no result within {_SECONDS} s")
-            continue
-        if process.returncode:
-            errors.append((text.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
-    return Finding(name, value, f"{errors[0]}: {_NETWORK}") if errors else Finding(name, f"{value}, all-reduce OK")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", __name__, backend, str(world), init_method or f"file://{folder}/store"]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
+            )
+            for rank in (range(world) if ranks is None else ranks)
+        ]
+        for process in processes:
+            try:
+                _, text = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                errors.append(f"no result within {_SECONDS} s")
+                continue
+            if process.returncode:
+                errors.append((text.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    name = f"all-reduce {backend}"
+    return Finding(name, f"{world} ranks", f"{errors[0]}: {_NETWORK}") if errors else Finding(name, f"{world} ranks OK")
 
 
-def _rank(backend: str, rank: int, world: int, init_method: str, device: int) -> None:
+def _rank(backend: str, world: int, init_method: str, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world)
-    values = torch.full((1000,), float(rank + 1), device=f"cuda:{device}" if backend == "nccl" else "cpu")
+    device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
+    values = torch.full((1000,), float(rank + 1), device=device)
     dist.all_reduce(values)
     wanted = world * (world + 1) / 2  # 1 + 2 + ... + world
     if not bool((values == wanted).all()):
@@ -250,4 +235,4 @@ def _usage(name: str, usage: Any, problem: str) -> Finding:
 
 
 if __name__ == "__main__":
-    _rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    _rank(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -37,24 +37,15 @@ def check(scaling: ScalingConfig) -> None:
 
 def wait_for_workers(scaling: ScalingConfig) -> None:
     """Log the plan and wait until all workers can be placed together. Raises ResourceError after `wait_seconds`."""
-    wanted = of_worker(scaling)
-    nodes = _nodes()
-    each = " and ".join(_amount(amount, name) for name, amount in reversed(wanted.items()))
+    wanted, nodes = of_worker(scaling), _nodes()
     workers = "1 training worker" if scaling.num_workers == 1 else f"{scaling.num_workers} training workers"
     left = max(0.0, _sum(nodes, "CPU") - scaling.num_workers * wanted["CPU"])
-    store = _sum(nodes, "object_store_memory")
     log.info(
         "cluster",
-        f"plan: {workers} with {each} each; {_amount(left, 'CPU')} left for data; object store "
-        f"{store / _GIB:.1f} GiB on {len(nodes)} node{'s' if len(nodes) > 1 else ''}",
+        f"plan: {workers} with {_each(scaling)} each; {_amount(left, 'CPU')} left for data; object store "
+        f"{_sum(nodes, 'object_store_memory') / _GIB:.1f} GiB on {_nodes_text(nodes)}",
         event="plan",
-        values={
-            "workers": scaling.num_workers,
-            "per_worker": wanted,
-            "cpus_for_data": left,
-            "object_store_bytes": store,
-            "nodes": len(nodes),
-        },
+        values={"workers": scaling.num_workers, "per_worker": wanted, "cpus_for_data": left, "nodes": len(nodes)},
     )
     wait([wanted] * scaling.num_workers, scaling.wait_seconds)
 
@@ -136,25 +127,23 @@ def _sum(nodes: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def _explain(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> str:
-    gpus, cpus = int(_sum(nodes, "GPU")), int(_sum(nodes, "CPU"))
-    wanted = scaling.num_workers * scaling.cpus_per_worker
+    gpus, cpus = _sum(nodes, "GPU"), _sum(nodes, "CPU")
     if scaling.use_gpu and not gpus:
         return (
             "scaling.use_gpu = true, but this Ray cluster has no GPU: set scaling.use_gpu = false, "
             "or run where `nvidia-smi` and torch.cuda.is_available() find one"
         )
-    if scaling.use_gpu and scaling.num_workers > gpus:
-        return (
-            f"scaling.num_workers = {scaling.num_workers} with one GPU each, but this Ray cluster has {gpus}: "
-            f"set scaling.num_workers to {gpus} or fewer, or add nodes"
-        )
-    if wanted > cpus:
-        return (
-            f"scaling.num_workers ({scaling.num_workers}) x scaling.cpus_per_worker ({scaling.cpus_per_worker}) "
-            f"= {wanted} CPUs, but this Ray cluster has {cpus}: lower one of them, or add nodes"
-        )
     fit = fits(of_worker(scaling), nodes)
     return (
-        f"scaling.num_workers = {scaling.num_workers} with {scaling.cpus_per_worker} CPUs each, but only {fit} of them fit on "
-        f"the {len(nodes)} nodes (a worker does not span nodes): lower scaling.cpus_per_worker, or add larger nodes"
+        f"scaling.num_workers = {scaling.num_workers} with {_each(scaling)} each, but only {fit} of them fit on this Ray "
+        f"cluster ({_amount(cpus, 'CPU')}, {_amount(gpus, 'GPU')}, {_nodes_text(nodes)}; a worker does not span nodes): "
+        "lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
     )
+
+
+def _each(scaling: ScalingConfig) -> str:
+    return " and ".join(_amount(amount, name) for name, amount in reversed(of_worker(scaling).items()))
+
+
+def _nodes_text(nodes: Sequence[object]) -> str:
+    return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"

@@ -8,6 +8,7 @@ import socket
 import sys
 from urllib.parse import urlsplit
 
+from recray import registry
 from recray.cluster import private_ray, resources
 from recray.config import ScalingConfig
 from recray.errors import ClusterError
@@ -60,6 +61,7 @@ def connect(num_cpus: int | None = None) -> None:
         os.environ.setdefault(name, value)
     import ray
 
+    registry.pickle_by_value()
     if ray.is_initialized():
         return
     if address != "local":

@@ -135,7 +135,8 @@ def write_files(config: Config, folder: Path) -> None:
 
 def portable(config: Config) -> dict[str, Any]:
     """The configuration as a TOML table, with relative paths made absolute so that it works from another folder."""
-    table: dict[str, Any] = _without_none(config.model_dump(mode="json"))
+    # TOML has no null, and None is the default wherever it is allowed.
+    table: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
     data = table["data"]
     for section, keys in (
         (data, ("path", "items", "users")),
@@ -144,13 +145,6 @@ def portable(config: Config) -> dict[str, Any]:
     ):
         section.update({key: _absolute(section[key]) for key in keys if key in section})
     return table
-
-
-def _without_none(value: Any) -> Any:
-    """Drop keys whose value is None: TOML has no null, and None is the default wherever it is allowed."""
-    if isinstance(value, dict):
-        return {key: _without_none(one) for key, one in value.items() if one is not None}
-    return value
 
 
 def _absolute(location: Any) -> Any:

@@ -1,21 +1,13 @@
 """The configuration: typed sections, and loading them from TOML with overrides."""
 
-from recray.config.data import (
-    ColumnsConfig,
-    DataConfig,
-    FeatureConfig,
-    MovielensConfig,
-    NegativesConfig,
-    SimulatedConfig,
-    SplitConfig,
-)
+from recray.config.baselines import BaselineOptions, RecentPopularityOptions
+from recray.config.data import ColumnsConfig, DataConfig, FeatureConfig, NegativesConfig, SplitConfig
 from recray.config.load import load_config, parse_config, with_values
+from recray.config.losses import LossOptions, RankerLossOptions, RetrievalLossOptions, SampledLossOptions
+from recray.config.models import EmbeddingConfig, HistoryOptions, ModelOptions, RankerOptions
 from recray.config.schema import (
     Config,
-    EmbeddingConfig,
     EvaluationConfig,
-    LossConfig,
-    ModelOptions,
     OptimConfig,
     RetrievalConfig,
     RunConfig,
@@ -23,26 +15,34 @@ from recray.config.schema import (
     TrainingConfig,
 )
 from recray.config.section import Section
+from recray.config.sources import SimulatedOptions, SourceOptions
 from recray.config.tune import Axis, TuneConfig
 
 __all__ = [
     "Axis",
+    "BaselineOptions",
     "ColumnsConfig",
     "Config",
     "DataConfig",
     "EmbeddingConfig",
     "EvaluationConfig",
     "FeatureConfig",
-    "LossConfig",
+    "HistoryOptions",
+    "LossOptions",
     "ModelOptions",
-    "MovielensConfig",
     "NegativesConfig",
     "OptimConfig",
+    "RankerLossOptions",
+    "RankerOptions",
+    "RecentPopularityOptions",
     "RetrievalConfig",
+    "RetrievalLossOptions",
     "RunConfig",
+    "SampledLossOptions",
     "ScalingConfig",
     "Section",
-    "SimulatedConfig",
+    "SimulatedOptions",
+    "SourceOptions",
     "SplitConfig",
     "TrainingConfig",
     "TuneConfig",

@@ -1,63 +1,80 @@
-"""The [data] table and what lies in it: which log, which columns, how it is split."""
+"""The [data] table and its nested tables: which log, which columns, how it is split."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from recray.config.plugins import options_of, typed
 from recray.config.section import Section
+from recray.config.sources import ParquetOptions, SourceOptions
 
 
 class ColumnsConfig(Section):
-    """Which column of the log plays which role."""
+    """Roles of the log's columns."""
 
-    user: str = "user_id"
-    item: str = "item_id"
-    timestamp: str | None = Field(None, description="event time; without one, file order is the order")
+    user: str = Field("user_id", description="column of the user id")
+    item: str = Field("item_id", description="column of the item id")
+    timestamp: str | None = Field(
+        None, description="column of the event time; unset: events are ordered as in the files"
+    )
     label: str | None = Field(
         None,
-        description="1 = chosen, 0 = shown and not chosen; rankers learn from both, retrievers from what was chosen",
+        description="column of the label: 1 = chosen, 0 = shown and not chosen; rankers learn from both, retrievers from chosen items",
     )
-    weight: str | None = None
+    weight: str | None = Field(None, description="column of the event's weight in the loss and in click metrics")
     split: str | None = Field(None, description="column that names the split, for split.kind = 'given'")
     context: list[str] = Field([], description="columns known at request time, e.g. device, hour")
 
 
 class SplitConfig(Section):
-    """How events are divided. Durations: '7d', '12h', '30m', '45s'; fractions: 0.1 (of the events, by time)."""
+    """How events are divided into train, valid and test. Durations: 7d, 12h, 30m, 45s; fractions: 0.1."""
 
-    kind: Literal["temporal", "leave_last", "given"] = "temporal"
+    kind: Literal["temporal", "leave_last", "given"] = Field(
+        "temporal",
+        description="temporal: by time; leave_last: each user's last event is test, the one before it valid; given: by files or a column",
+    )
     valid: float | str = Field(
         0.1,
-        description="temporal: fraction of events or duration before the test period; given: fraction of train events drawn when no valid files are named",
+        description="temporal: fraction of events, or duration, before the test period; given: fraction of train events to draw if no valid files are named",
     )
-    test: float | str = Field(0.1, description="temporal: fraction of events or duration at the end")
+    test: float | str = Field(0.1, description="temporal: fraction of events, or duration, at the end of the log")
     valid_start: datetime | None = Field(
         None, description="temporal: ISO time instead of `valid`, e.g. 2017-10-07T15:00:00Z"
     )
     test_start: datetime | None = Field(None, description="temporal: ISO time instead of `test`")
-    start: datetime | None = Field(None, description="temporal: events before this time are dropped and counted")
-    end: datetime | None = Field(None, description="temporal: events at or after this time are dropped and counted")
-    train_path: str | list[str] | None = Field(None, description="given: files of each split")
-    valid_path: str | list[str] | None = None
-    test_path: str | list[str] | None = None
+    start: datetime | None = Field(None, description="temporal: drop events before this time")
+    end: datetime | None = Field(None, description="temporal: drop events at or after this time")
+    train_path: str | list[str] | None = Field(None, description="given: files of the train split")
+    valid_path: str | list[str] | None = Field(None, description="given: files of the valid split")
+    test_path: str | list[str] | None = Field(None, description="given: files of the test split")
 
 
 class FeatureConfig(Section):
     """One feature column beyond the ids."""
 
-    kind: Literal["categorical", "list", "numeric"]
+    kind: Literal["categorical", "list", "numeric"] = Field(
+        description="one category, a list of categories, or a number"
+    )
     min_count: int = Field(1, ge=1, description="categorical and list: rarer values share the unknown id 1")
     hash_buckets: int | None = Field(
-        None, ge=2, description="categorical and list: hash values to so many ids instead of keeping a vocabulary"
+        None, ge=2, description="categorical and list: hash values to this many ids instead of storing a vocabulary"
     )
     scale: Literal["standard", "log", "quantiles"] = Field(
         "standard",
-        description="numeric: (x - mean) / std; the same of sign(x) log(1 + |x|); or the id of the interval between quantiles, with a vector each",
+        description="numeric: (x - mean) / std; the same of sign(x) log(1 + |x|); or an embedding per interval between quantiles",
     )
-    quantiles: int = Field(32, ge=2, description="numeric with scale 'quantiles': how many intervals")
+    quantiles: int = Field(32, ge=2, description="numeric with scale 'quantiles': number of intervals")
 
     @model_validator(mode="after")
     def _fits(self) -> FeatureConfig:
@@ -69,58 +86,86 @@ class FeatureConfig(Section):
 
 
 class NegativesConfig(Section):
-    """Items that a user was not seen to choose, drawn for logs of choices only, so that a ranker has both labels.
+    """Negatives for logs that contain choices only: items that the user was not seen to choose, so that a ranker has both labels.
 
-    Written to the shards: every model sees the same rows.
+    They are written to the shards: every model trains on the same rows.
     """
 
-    per_positive: int = Field(1, ge=1, description="drawn for every event, with its user, time and context")
+    per_positive: int = Field(1, ge=1, description="negatives per event, with the event's user, time and context")
     draw: Literal["popularity", "uniform", "recent"] = Field(
         "popularity",
-        description="in proportion to train events; every item alike; or from the log's last events before the positive",
+        description="popularity: in proportion to train events; uniform: all items alike; recent: from the log's last events before the positive",
     )
-    recent_events: int = Field(10_000, ge=1, description="recent: how many events before the positive are drawn from")
-
-
-class MovielensConfig(Section):
-    name: Literal["ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m"] = "ml-100k"
-    min_rating: float = Field(0.0, description="ratings below this are not events")
-
-
-class SimulatedConfig(Section):
-    """The behaviour simulator (recray.data.sources.simulated)."""
-
-    events: int = Field(200_000, ge=1_000)
-    users: int = Field(4_000, ge=10)
-    items: int = Field(2_000, ge=10)
-    categories: int = Field(20, ge=2)
-    interests: int = Field(16, ge=2, description="width of the latent interest vectors")
-    drift: float = Field(0.05, ge=0, le=1, description="how far a user's interests move between sessions")
-    zipf: float = Field(0.9, ge=0, description="exponent of item popularity")
+    recent_events: int = Field(10_000, ge=1, description="recent: number of events before the positive to draw from")
 
 
 class DataConfig(Section):
-    source: str = Field("parquet", description="parquet, movielens, simulated, or an import path 'package.module'")
+    source: str = Field(
+        "parquet", description="parquet, simulated, a file <name>.py next to the TOML, or an import path"
+    )
     path: str | list[str] | None = Field(None, description="file, folder, glob or list of them; local, s3:// or gs://")
     items: str | None = Field(None, description="Parquet table of item features, keyed by columns.item")
     users: str | None = Field(None, description="Parquet table of user features, keyed by columns.user")
-    columns: ColumnsConfig = ColumnsConfig()
-    item_features: dict[str, FeatureConfig] = {}
-    user_features: dict[str, FeatureConfig] = {}
-    context_features: dict[str, FeatureConfig] = {}
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="roles of the log's columns")
+    item_features: dict[str, FeatureConfig] = Field(
+        {}, description="item features by column name; empty: every usable column of the item table"
+    )
+    user_features: dict[str, FeatureConfig] = Field(
+        {}, description="user features by column name; empty: every usable column of the user table"
+    )
+    context_features: dict[str, FeatureConfig] = Field(
+        {}, description="context features by column name; columns.context lists the columns"
+    )
     timestamp_unit: Literal["auto", "s", "ms", "us", "ns", "order"] = Field(
-        "auto", description="unit of integer timestamps; 'order' = a position, not a time"
+        "auto", description="unit of integer timestamps; order: a position instead of a time; auto: inferred"
     )
     drop_duplicates: bool = Field(True, description="drop rows that repeat (user, item, timestamp)")
-    min_user_events: int = Field(1, ge=1)
-    min_item_events: int = Field(1, ge=1)
+    min_user_events: int = Field(1, ge=1, description="drop users with fewer events")
+    min_item_events: int = Field(1, ge=1, description="treat items with fewer train events as unknown")
     min_history: int = Field(
-        0, ge=0, description="events with fewer earlier ones of their user are history only, never examples or targets"
+        0,
+        ge=0,
+        description="events with fewer earlier events of their user serve as history only, not as examples or targets",
     )
     negatives: NegativesConfig | None = Field(
-        None, description="draw items that were not chosen, for click ranking on a log without labels"
+        None, description="draw negatives, to train a ranker on a log without labels"
     )
-    split: SplitConfig = SplitConfig()
-    shard_events: int = Field(262_144, ge=1, description="events per prepared shard, about")
-    movielens: MovielensConfig = MovielensConfig()
-    simulated: SimulatedConfig = SimulatedConfig()
+    split: SplitConfig = Field(SplitConfig(), description="how events are divided into train, valid and test")
+    shard_events: int = Field(262_144, ge=1, description="approximate number of events per prepared shard")
+    options: SerializeAsAny[SourceOptions] = Field(
+        ParquetOptions(), description="options of the source; in TOML the table [data.<source>]"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, value: Any) -> Any:
+        """The table that has the source's name is the field `options`."""
+        if not isinstance(value, dict) or isinstance(value.get("options"), SourceOptions):
+            return value
+        source = str(value.get("source", "parquet"))
+        table = source.rpartition(".")[2]
+        if table in cls.model_fields:
+            raise ValueError(f"source = '{source}': a source cannot be called '{table}', which is a key of [data]")
+        if "options" in value:
+            raise ValueError(f"unknown key 'options': options of the source are written as [data.{table}]")
+        return {**{key: one for key, one in value.items() if key != table}, "options": value.get(table, {})}
+
+    @field_validator("source")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        options_of("source", value)
+        return value
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _typed(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, SourceOptions) or "source" not in info.data:
+            return value
+        return typed("source", info.data["source"], value)
+
+    @model_serializer(mode="wrap")
+    def _named(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        table: dict[str, Any] = handler(self)
+        if options := table.pop("options", None):
+            table[self.source.rpartition(".")[2]] = options
+        return table

@@ -1,4 +1,4 @@
-"""The [tune] table: a sweep over values of the configuration's own keys."""
+"""The [tune] table: a search over values of the configuration's own keys."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ _AXIS = frozenset(("low", "high", "step", "log", "choices", "when"))
 
 
 class Axis(Section):
-    """What one key may be: a number from low to high, or one of choices."""
+    """Values of one key: a number from low to high, or one of choices."""
 
-    low: float | None = None
-    high: float | None = None
-    step: float | None = Field(None, description="only low, low + step, ...; a grid needs it between low and high")
-    log: bool = Field(False, description="as many draws between 1 and 10 as between 10 and 100")
-    choices: list[Any] | None = None
+    low: float | None = Field(None, description="smallest value")
+    high: float | None = Field(None, description="largest value")
+    step: float | None = Field(None, description="only low, low + step, ...; required by a grid for low and high")
+    log: bool = Field(False, description="draw uniformly on a log scale")
+    choices: list[Any] | None = Field(None, description="values to choose from, instead of low and high")
     when: dict[str, list[Any]] = Field(
-        {},
-        description='other keys and the values that they must have for this one to count, e.g. {"model.name" = "din"}',
+        {}, description='draw this key only if other keys have these values, e.g. {"model.name" = "din"}'
     )
 
     @field_validator("when", mode="before")
@@ -33,37 +32,45 @@ class Axis(Section):
 
 
 class TuneConfig(Section):
-    """Many trains on one prepared dataset, each with values of its own for the keys of `space`."""
+    """A hyperparameter search: many trials on one prepared dataset, each with its own values for the keys of `space`."""
 
     search: Literal["random", "grid", "tpe", "pbt"] = Field(
         "random",
-        description="tpe: multivariate TPE of Optuna; pbt: population-based training, members take over weights and values of better ones",
+        description="how values are chosen; tpe: multivariate TPE of Optuna; pbt: population-based training, members copy weights and values of better ones",
     )
     scheduler: Literal["asha", "median", "none"] = Field(
-        "asha", description="what ends a trial early; not with pbt, whose members all train to the end"
+        "asha", description="how trials are stopped early; not with pbt, whose members all train to the end"
     )
-    metric: str | None = Field(None, description="what is compared; training.metric when unset")
-    mode: Literal["max", "min"] | None = Field(None, description="as the metric has it when unset")
+    metric: str | None = Field(None, description="metric that trials are compared by; unset: training.metric")
+    mode: Literal["max", "min"] | None = Field(None, description="direction of the metric; unset: the metric's own")
     trials: int | None = Field(
-        None, ge=1, description="trials at most, of pbt the members; unset: 24, of pbt 8, of a grid all its points"
+        None,
+        ge=1,
+        description="maximum number of trials (pbt: members); unset: 24, with pbt 8, with a grid all its points",
     )
     seconds: float | None = Field(
-        None, gt=0, description="wall time of the search; of earlier starts what their trials took"
+        None, gt=0, description="time budget of the search, including the trials of earlier starts"
     )
-    epochs: int | None = Field(None, ge=1, description="epochs of all trials together")
-    concurrent: int | None = Field(None, ge=1, description="trials at a time; as many as fit when unset")
+    epochs: int | None = Field(None, ge=1, description="budget of epochs, over all trials")
+    concurrent: int | None = Field(None, ge=1, description="trials at a time; unset: as many as fit")
     cpus_per_trial: int | None = Field(
-        None, ge=1, description="of a trial of one worker; scaling.cpus_per_worker when unset"
+        None, ge=1, description="CPUs of a trial with one worker; unset: scaling.cpus_per_worker"
     )
     gpus_per_trial: float | None = Field(
-        None, gt=0, description="of a trial of one worker, 0.5 = two share one; with scaling.use_gpu 1 when unset"
+        None,
+        gt=0,
+        description="GPUs of a trial with one worker, 0.5 = two trials share one; unset: 1 if scaling.use_gpu",
     )
-    grace_epochs: int = Field(1, ge=1, description="no trial is stopped before so many; asha: its first rung")
-    reduction_factor: float = Field(4.0, gt=1, description="asha: one of so many goes on at each rung, the others wait")
-    perturb_epochs: int = Field(2, ge=1, description="pbt: epochs between two looks at the others")
-    top: int = Field(3, ge=0, description="so many of the best are trained again before one is called best; 0 = none")
-    seeds: int = Field(3, ge=1, description="on so many seeds each, none of them run.seed")
-    space: dict[str, Axis] = {}
+    grace_epochs: int = Field(1, ge=1, description="epochs before a trial can be stopped; with asha the first rung")
+    reduction_factor: float = Field(
+        4.0, gt=1, description="asha: one of this many trials is promoted at each rung, the others are paused"
+    )
+    perturb_epochs: int = Field(2, ge=1, description="pbt: epochs between two comparisons of the members")
+    top: int = Field(
+        3, ge=0, description="this many of the best trials are retrained on other seeds to find the winner; 0 = none"
+    )
+    seeds: int = Field(3, ge=1, description="number of other seeds per retrained trial")
+    space: dict[str, Axis] = Field({}, description='values of each searched key, e.g. "optim.learning_rate" = {...}')
 
     @field_validator("space", mode="before")
     @classmethod
@@ -81,7 +88,7 @@ class TuneConfig(Section):
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one with dotted keys; an axis is not looked into."""
+    """Flattens nested tables to dotted keys; an axis stays a table."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         dotted = f"{prefix}{key}"

@@ -20,17 +20,17 @@ class PreparedDataset:
 
     @staticmethod
     def open(uri: str) -> PreparedDataset:
-        """Raises LineageError when prepare never completed there."""
+        """Raises LineageError if prepare never completed there."""
         return PreparedDataset(uri, DatasetRecord.read(uri))
 
     @staticmethod
     def of(run: Run) -> PreparedDataset:
-        """The prepared dataset of a run. Raises LineageError where there is none of its configuration."""
+        """The prepared dataset of a run. Raises LineageError if there is none for its configuration."""
         artifact = run.dataset()
         return PreparedDataset(artifact.uri, artifact.record)
 
     def file_uri(self, file: str) -> str:
-        """Of a shard's `file`."""
+        """The location of a shard's `file`."""
         return storage.join(self.uri, file)
 
     def iter_tables(self, split: str) -> Iterator[pa.Table]:
@@ -39,14 +39,14 @@ class PreparedDataset:
             yield storage.read_table(self.file_uri(shard.file))
 
     def items(self) -> pa.Table:
-        """Row i is item id i: key `item`, `count`, encoded features."""
+        """Columns item (the original key), count and encoded features; row i is item id i."""
         return storage.read_table(storage.join(self.uri, "items.parquet"))
 
     def item_counts(self) -> np.ndarray:
-        """(N,) int64 train events of each item id; 0 for padding and unknown."""
+        """(N,) int64 training events of each item id; 0 for PAD and UNKNOWN."""
         return np.asarray(self.items()["count"].to_numpy())
 
     def user_keys(self) -> pa.Table:
-        """Columns user_id and user (the original key)."""
+        """Columns user_id and user (the original key), one row per user."""
         files = storage.list_files(storage.join(self.uri, "users"))
         return pa.concat_tables([storage.read_table(info.uri) for info in files])

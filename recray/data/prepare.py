@@ -65,7 +65,9 @@ def prepare(config: Config) -> DatasetRecord:
         return run.dataset().record
     runtime.start(config.scaling)
     with unwrapped():
-        source: Source = registry.load("source", config.data.source).read(config.data, config.run.seed)
+        source: Source = registry.load("source", config.data.source, config.run.plugins).read(
+            config.data, config.run.seed
+        )
         artifact = run.artifact(DATASET, [source.fingerprint])
         if not run.begin(artifact):
             return artifact.record

@@ -1,4 +1,4 @@
-"""The evaluate stage: lists of a retriever and its index, or clicks predicted by a ranker."""
+"""The evaluate stage: ranked lists of a retriever and its index, or click predictions of a ranker."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from recray.records import ReportRecord
 
 
 def evaluate(config: Config, split: str = "test") -> ReportRecord:
-    """Evaluate <run>/checkpoint, of a retriever with its index, on a split; writes <run>/report/report.json.
+    """Evaluate the checkpoint of a run, a retriever together with its index, and write report.json.
 
-    split: "test", or "valid" to choose by, whose report goes to <run>/report-valid. Raises LineageError when the index
-    was built from another checkpoint, ConfigError for the validation split of a refitted checkpoint.
+    split: "test" to report, "valid" to compare configurations by. Raises LineageError if there is no checkpoint of this
+    configuration, and ConfigError for the validation split of a refitted checkpoint.
     """
     if config.model.family == "ranker":
         return evaluate_clicks(config, split)

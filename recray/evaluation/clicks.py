@@ -1,7 +1,7 @@
-"""Evaluating a ranker: how well clicks are told from non-clicks, and whether its probabilities can be believed.
+"""Evaluation of a ranker: how well it separates clicks from non-clicks, and how well its probabilities are calibrated.
 
-Every impression of the split is scored. Shards are shared out to `scaling.num_workers`
-tasks; metrics are exact, of all scores together, so they do not depend on how many.
+Every impression of the split is scored. Shards are divided among `scaling.num_workers` tasks; metrics are computed from
+all scores together, so they are exact and do not depend on the number of tasks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
+from recray.ids import UNKNOWN
 from recray.loading.collate import impressions
-from recray.metrics.clicks import NAMES, RANKING, Clicks
+from recray.metrics import ClickMetric, Clicks, click_metrics
 from recray.models import Ranker
 from recray.records import Interval, ReliabilityBin, ReportRecord
 from recray.training import checkpoint
@@ -34,21 +35,24 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     """Evaluate the run's checkpoint on a split; writes report.json."""
     started = time.perf_counter()
     run = Run(config)
-    dataset, record = PreparedDataset.of(run), run.checkpoint().record
-    check_refit(config, record, split)
+    dataset, source = PreparedDataset.of(run), run.checkpoint()
+    record = source.record
+    check_refit([record], split)
     artifact = run.artifact(report_stage(split), [record.id, dataset.record.id])
     if not run.begin(artifact):
         return artifact.record
-    parts = map_shards("evaluate", partial(_score_shards, config, split), config, len(dataset.record.shards[split]))
+    work = partial(_score_shards, dataset, source.uri, split)
+    parts = map_shards("evaluate", work, config.scaling, len(dataset.record.shards[split]))
     if not parts:
         raise DataError(f"the {split} split has no impressions: check data.split and data.min_history")
     scored = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     user, label, weight = scored["user"], scored["label"], scored["weight"]
     model = Clicks(user, scored["logit"], label, weight)
     popularity = Clicks(user, dataset.item_counts()[scored["target"]].astype(np.float64), label, weight)
+    wanted = click_metrics(config)
     metrics = {
-        "model": _summary(model, config, NAMES),
-        "popularity": _summary(popularity, config, RANKING),
+        "model": _summary(model, config, wanted),
+        "popularity": _summary(popularity, config, {n: m for n, m in wanted.items() if not m.needs_probabilities}),
     }
     report = ReportRecord(
         **artifact.lineage,
@@ -60,7 +64,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
             "impressions": len(label),
             "clicks": int((label > 0).sum()),
             "users": model.num_users,
-            "unknown_items": int((scored["target"] == 1).sum()),
+            "unknown_items": int((scored["target"] == UNKNOWN).sum()),
         },
         reliability=[ReliabilityBin(**vars(one)) for one in model.reliability()],
         seconds=time.perf_counter() - started,
@@ -70,15 +74,14 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
 
 
 @torch.inference_mode()
-def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
-    run = Run(config)
-    dataset = PreparedDataset.of(run)
-    model, _ = checkpoint.load_model(run.checkpoint().uri)
+def _score_shards(dataset: PreparedDataset, model_uri: str, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
+    model, record = checkpoint.load_model(model_uri)
     assert isinstance(model, Ranker)
+    history_length = int(record.config["model"]["history_length"])
     for number in numbers:
         table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))
         pieces = []
-        for batch in impressions(table, _BATCH, config.model.history_length):
+        for batch in impressions(table, _BATCH, history_length):
             assert batch.target_Q is not None and batch.label_Q is not None and batch.weight_Q is not None
             columns = (batch.user_B, batch.target_Q, batch.label_Q, batch.weight_Q, model.logits(batch).float())
             pieces.append([column.numpy() for column in columns])
@@ -86,11 +89,11 @@ def _score_shards(config: Config, split: str, numbers: Iterable[int]) -> Iterato
         yield {name: np.concatenate(column) for name, column in zip(names, zip(*pieces, strict=True), strict=True)}
 
 
-def _summary(clicks: Clicks, config: Config, names: tuple[str, ...]) -> dict[str, Interval]:
-    values, resamples = clicks.metrics(), config.evaluation.bootstrap
-    bounds = clicks.bootstrap(resamples, config.run.seed) if resamples else {}
+def _summary(clicks: Clicks, config: Config, metrics: dict[str, ClickMetric]) -> dict[str, Interval]:
+    values, resamples = clicks.metrics(metrics=metrics), config.evaluation.bootstrap
+    bounds = clicks.bootstrap(resamples, config.run.seed, metrics) if resamples else {}
     out = {}
-    for name in names:
+    for name in metrics:
         low, high = bounds.get(name, (None, None))
         out[name] = Interval(value=values[name], low=low, high=high)
     return out

@@ -1,22 +1,27 @@
-"""The recommend stage: final lists of users, what the index finds in the order of the ranker, as Parquet.
+"""The recommend stage: final lists of users as Parquet.
 
     part-*.parquet    user (original key), item (original key), rank from 1, score
     _lists.json       ListsRecord, written last
 
-A list is what comes next after everything that is known of the user. A user of whom
-nothing is known gets the most popular items, with score null.
+A list predicts what comes after all known events of the user. Users without known events get the most popular items, with
+score null:
+
+    user   item    rank  score
+    1007   A-33    1      4.81
+    1007   B-02    2      4.77
+    9999   A-12    1      null
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from recray import log, storage
 from recray.artifacts import Run
@@ -28,38 +33,33 @@ from recray.evaluation.parallel import map_shards
 from recray.ids import FIRST_ITEM, SPLITS
 from recray.loading.collate import eval_queries
 from recray.records import ListsRecord
-from recray.retrieval import embed
-from recray.retrieval.blend import check_blend, open_blend
-from recray.retrieval.faiss_index import ItemIndex
-from recray.retrieval.ranker import open_ranker, ranker_parents
-from recray.retrieval.recommenders import ExactSearch, IndexSearch, Reranked, Scorer
-from recray.training import checkpoint
+from recray.retrieval.baselines import Popularity
+from recray.retrieval.blend import check_blend
+from recray.retrieval.recommenders import RunArtifacts, open_recommenders
 
 _BATCH = 512
 
 
 def recommend(config: Config, output: str, users: str | None = None, k: int = 10) -> ListsRecord:
-    """Lists of `k` items for every user of the dataset, or for those of a Parquet file, into the folder `output`.
+    """Write lists of `k` items for every user of the dataset, or for those of a Parquet file, into the folder `output`.
 
-    users: Parquet file or folder whose column `data.columns.user` holds the keys. Raises DataError when it has none.
+    users: Parquet file or folder whose column `data.columns.user` holds the keys. Raises DataError if that column is missing
+    or of another type than the dataset's users, and if `output` holds anything but earlier lists.
     """
     started = time.perf_counter()
-    run = Run(config)
-    dataset, record = PreparedDataset.of(run), run.checkpoint().record
+    artifacts = RunArtifacts.of(Run(config))
+    dataset = artifacts.dataset
     check_blend(config, dataset, SPLITS)
-    found = run.index()
-    index = found.record if found is not None else None
     wanted = None if users is None else _keys(users, config.data.columns.user, dataset)
     _clear(output)
     names = [info.uri.rpartition("/")[2] for info in storage.list_files(storage.join(dataset.uri, "users"))]
-    work = partial(_recommend_parts, config, output, names, wanted, k)
-    parts = map_shards("recommend", work, config, len(names))
-    known = sum(parts)
+    writer = _Writer(config, artifacts, output, wanted, k)
+    known = sum(map_shards("recommend", partial(_write_parts, writer, names), config.scaling, len(names)))
     everybody = dataset.user_keys()["user"].combine_chunks() if wanted is None else wanted
     popular = _write_popular(dataset, output, everybody, known > 0, k)
     counts = {"users": known + popular, "users_with_popular_items": popular}
     lists = ListsRecord(
-        parents=[record.id, dataset.record.id, *([index.id] if index else []), *ranker_parents(config)],
+        parents=artifacts.inputs,
         config=config.model_dump(mode="json"),
         k=k,
         counts=counts,
@@ -68,7 +68,7 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
     ).write(output)
     log.info(
         "recommend",
-        f"{known:,} users with a list of their own, {popular:,} with popular items, {k} items each, "
+        f"{known:,} users with lists of their own, {popular:,} with popular items, {k} items each, "
         f"in {lists.seconds:.1f} s: {output}",
         event="result",
         values=counts,
@@ -77,23 +77,21 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
 
 
 def _clear(output: str) -> None:
-    """Make room for the lists. Raises DataError where the folder holds anything but lists of an earlier call."""
+    """Delete lists of an earlier call. Raises DataError if the folder holds anything else."""
     if not storage.exists(output):
         return
     if not storage.exists(storage.join(output, ListsRecord.file_name())):
-        raise DataError(
-            f"{output} is there and holds no lists of recray: give --output a folder that does not exist yet"
-        )
+        raise DataError(f"{output} exists and holds no lists of recray: give --output a folder that does not exist yet")
     storage.delete_folder(output)
 
 
 def _keys(uri: str, column: str, dataset: PreparedDataset) -> pa.Array:
-    """The distinct keys of a file, of the type that the dataset's users have."""
+    """The distinct user keys of a file, of the same type as the dataset's users."""
     tables = [storage.read_table(info.uri) for info in storage.list_files(uri)]
     table = pa.concat_tables(tables)
     if column not in table.column_names:
         raise DataError(
-            f"{uri} has no column '{column}'; columns there: {', '.join(table.column_names)}; "
+            f"{uri} has no column '{column}'; its columns are {', '.join(table.column_names)}; "
             f"name it as data.columns.user does"
         )
     keys = base.ids(table[column], f"{uri}: column '{column}'")
@@ -103,55 +101,44 @@ def _keys(uri: str, column: str, dataset: PreparedDataset) -> pa.Array:
     return pc.unique(keys)
 
 
-def _recommend_parts(
-    config: Config, output: str, names: list[str], wanted: pa.Array | None, k: int, numbers: Iterable[int]
-) -> Iterator[int]:
-    """Write the lists of these parts of users; how many users each has."""
-    run = Run(config)
-    dataset = PreparedDataset.of(run)
-    system = _system(run, dataset)
+@dataclass(frozen=True)
+class _Writer:
+    """What a task needs to write lists."""
+
+    config: Config
+    artifacts: RunArtifacts
+    output: str
+    wanted: pa.Array | None  # keys of the users who get lists; all users without it
+    k: int
+
+
+def _write_parts(writer: _Writer, names: list[str], numbers: Iterable[int]) -> Iterator[int]:
+    """Write the lists of these parts of the users; yields the number of users of each."""
+    config, dataset = writer.config, writer.artifacts.dataset
+    recommender = open_recommenders(writer.artifacts, config, SPLITS).final
     items = dataset.items()["item"].combine_chunks()
     for number in numbers:
         users = storage.read_table(storage.join(dataset.uri, "users", names[number]))
-        if wanted is not None:
-            users = users.filter(pc.is_in(users["user"], value_set=wanted))
+        if writer.wanted is not None:
+            users = users.filter(pc.is_in(users["user"], value_set=writer.wanted))
+        keys, user_ids = users["user"].combine_chunks(), users["user_id"].combine_chunks()
         written = []
-        for table in _latest(dataset, names[number], users["user_id"].combine_chunks()):
-            for question in eval_queries(table, _BATCH, config.model.history_length, "next"):
-                ids, scores = system.scored(question, k, config.evaluation.filter_seen)
-                asked = pa.array(question.batch.user_B.numpy().astype(np.int32))
-                keys = users["user"].combine_chunks().take(pc.index_in(asked, users["user_id"].combine_chunks()))
-                written.append(_table(keys, ids, scores, items))
+        for table in _latest(dataset, names[number], user_ids):
+            for query in eval_queries(table, _BATCH, config.model.history_length, "next"):
+                ids, scores = recommender.recommend(query, writer.k, config.evaluation.filter_seen)
+                asked = pa.array(query.batch.user_B.numpy().astype(np.int32))
+                written.append(_table(keys.take(pc.index_in(asked, user_ids)), ids, scores, items))
         if written:
-            storage.write_table(storage.join(output, names[number]), pa.concat_tables(written))
+            storage.write_table(storage.join(writer.output, names[number]), pa.concat_tables(written))
         yield sum(len(pc.unique(table["user"])) for table in written)
 
 
-def _system(run: Run, dataset: PreparedDataset) -> Scorer:
-    """The index where there is one, else exact search; with the item filter and the ranker behind it where there are any."""
-    config, model_uri, index = run.config, run.checkpoint().uri, run.index()
-    model, _ = checkpoint.load_model(model_uri)
-    vectors_ND = None
-    if index is None or config.retrieval.filter_weight:
-        vectors_ND = torch.from_numpy(embed.item_vectors(model_uri, dataset.record.num_items, False))
-    found: Scorer
-    if index is not None:
-        found = IndexSearch(model, ItemIndex.open(index.uri))
-    else:
-        assert vectors_ND is not None
-        found = ExactSearch(model, vectors_ND)
-    if vectors_ND is not None:
-        found = open_blend(config, dataset, SPLITS, found, model, vectors_ND) or found
-    ranker = open_ranker(config, dataset)
-    return found if ranker is None else Reranked(found, *ranker)
-
-
 def _latest(dataset: PreparedDataset, name: str, user_ids: pa.Array) -> Iterator[pa.Table]:
-    """Rows of these users from the last split that has them: it holds all of their events."""
+    """Rows of these users from the last split that has them, which contain all of their events."""
     left = user_ids
-    there = {split: {shard.file for shard in dataset.record.shards[split]} for split in SPLITS}
+    existing = {split: {shard.file for shard in dataset.record.shards[split]} for split in SPLITS}
     for split in reversed(SPLITS):
-        if f"{split}/{name}" not in there[split]:
+        if f"{split}/{name}" not in existing[split]:
             continue
         table = storage.read_table(dataset.file_uri(f"{split}/{name}"))
         table = table.filter(pc.is_in(table["user"], value_set=left))
@@ -161,7 +148,7 @@ def _latest(dataset: PreparedDataset, name: str, user_ids: pa.Array) -> Iterator
 
 
 def _table(users: pa.Array, ids_BK: np.ndarray, scores_BK: np.ndarray | None, items: pa.Array) -> pa.Table:
-    """One row per place that is filled."""
+    """One row per filled place of the lists."""
     row, place = np.nonzero(ids_BK >= FIRST_ITEM)
     scores = np.zeros(len(row), np.float32) if scores_BK is None else scores_BK[row, place].astype(np.float32)
     return pa.table(
@@ -175,13 +162,13 @@ def _table(users: pa.Array, ids_BK: np.ndarray, scores_BK: np.ndarray | None, it
 
 
 def _write_popular(dataset: PreparedDataset, output: str, wanted: pa.Array, any_written: bool, k: int) -> int:
-    """Lists of those who have none yet."""
+    """Write popular items for the users who have no list yet; returns how many they are."""
     left = wanted
     for info in storage.list_files(output) if any_written else ():
         have = storage.read_table(info.uri, ["user"])["user"].combine_chunks()
         left = left.filter(pc.invert(pc.is_in(left, value_set=have)))
     if len(left):
-        best = np.argsort(-dataset.item_counts()[FIRST_ITEM:], kind="stable")[:k] + FIRST_ITEM
+        best = Popularity(dataset.item_counts()).order[:k]
         lists = np.broadcast_to(best, (len(left), len(best)))
         items = dataset.items()["item"].combine_chunks()
         storage.write_table(storage.join(output, "part-popular.parquet"), _table(left, lists, None, items))

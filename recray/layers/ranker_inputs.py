@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from recray.config import ModelOptions
+from recray.config.models import HistoryOptions, RankerOptions
 from recray.errors import ConfigError
 from recray.layers.embedding import Ids, Table
 from recray.layers.feature_encoder import ColumnTables, ItemFeatures, mean_pool
@@ -30,25 +28,6 @@ from recray.records import Feature as FeatureRecord
 # Standard deviation of fresh embeddings. Every model normalises them before its first layer, so a small vector is turned
 # to another direction by a single optimizer step. With N(0, 1/sqrt(dim)) the same models needed many times the epochs.
 _STD = 0.01
-
-
-class RankerOptions(ModelOptions):
-    """What every ranker has."""
-
-    family: ClassVar[Literal["retriever", "ranker"]] = "ranker"
-    dim: int = Field(16, ge=1, description="width of embeddings")
-    feature_dims: dict[str, int] = Field(
-        {}, description="width of single columns' embeddings instead, by name; the ids are 'user' and 'item'"
-    )
-    user_embedding: bool = Field(False, description="a vector per user id, beside what features and history say")
-    hidden: list[int] = Field([256, 128], description="widths of the tower's hidden layers")
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-
-class HistoryOptions(RankerOptions):
-    """What every ranker has that takes the history as one more vector."""
-
-    history: Literal["mean", "none"] = Field("mean", description="the mean of the history's items, or no history")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from recray.ids import FIRST_ITEM
 from recray.ids import PAD as PAD
 from recray.loading.jagged import Jagged as Jagged
-
-FIRST_ID = FIRST_ITEM
 
 Feature = Tensor | Jagged  # one number per row, or one list
 

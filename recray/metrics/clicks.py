@@ -15,13 +15,12 @@ Shape legend: I impressions, U users.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-NAMES = ("auc", "gauc", "gauc_impressions", "log_loss", "normalized_entropy", "ece")
-LOWER_IS_BETTER = ("log_loss", "normalized_entropy", "ece")
-RANKING = ("auc", "gauc", "gauc_impressions")  # those that need no probabilities
 BINS = 20
 
 
@@ -34,13 +33,25 @@ class Bin:
     impressions: int
 
 
+@dataclass(frozen=True)
+class ClickMetric:
+    """A metric of scored impressions, one value for all of them.
+
+    needs_probabilities: False if any score will do, so that baselines have the metric too.
+    """
+
+    compute: Callable[[Sample], float]
+    higher_is_better: bool = True
+    needs_probabilities: bool = True
+
+
 class Clicks:
-    """Scored impressions; `metrics` may be asked again with users counted several times."""
+    """Scored impressions (I,) in order of their scores: logit, label (bool), weight, probability, user (0 to num_users)."""
 
     def __init__(
         self, user_I: np.ndarray, logit_I: np.ndarray, label_I: np.ndarray, weight_I: np.ndarray | None = None
     ) -> None:
-        """logit_I: any real score; metrics beyond `RANKING` take it for log p / (1 - p)."""
+        """logit_I: any real score; metrics that need probabilities read it as log p / (1 - p)."""
         order = np.argsort(logit_I, kind="stable")
         self.logit, self.label = logit_I[order].astype(np.float64), label_I[order] > 0
         self.weight = np.ones(len(order)) if weight_I is None else weight_I[order].astype(np.float64)
@@ -49,43 +60,39 @@ class Clicks:
         # Impressions of one score: first of each group, in order of scores.
         self._ties = np.flatnonzero(np.diff(self.logit, prepend=-np.inf) != 0)
         self.probability = 1 / (1 + np.exp(-np.clip(self.logit, -700, 700)))
-        self._loss = np.logaddexp(0, np.where(self.label, -self.logit, self.logit))
-        self._auc_U, self._size_U = self._user_aucs()
+        self.loss = np.logaddexp(0, np.where(self.label, -self.logit, self.logit))
+        self.auc_U, self.size_U = self._user_aucs()
 
-    def metrics(self, times_U: np.ndarray | None = None) -> dict[str, float]:
-        """NAMES -> value; NaN where a metric needs clicks and non-clicks and there are not both."""
-        times_U = np.ones(self.num_users) if times_U is None else times_U
-        weight = self.weight * times_U[self.user]
-        total = weight.sum()
-        share = float(weight[self.label].sum() / total) if total else np.nan
-        has = np.isfinite(self._auc_U) & (times_U > 0)
-        entropy = -(share * np.log(share) + (1 - share) * np.log1p(-share)) if 0 < share < 1 else np.nan
-        log_loss = float(weight @ self._loss / total) if total else np.nan
-        mean, observed, size = self._bins(weight)
-        return {
-            "auc": self._auc(weight),
-            "gauc": _average(self._auc_U[has], times_U[has]),
-            "gauc_impressions": _average(self._auc_U[has], (times_U * self._size_U)[has]),
-            "log_loss": log_loss,
-            "normalized_entropy": log_loss / entropy,
-            "ece": float(size @ np.abs(mean - observed) / total) if total else np.nan,
-        }
+    def metrics(
+        self, times_U: np.ndarray | None = None, metrics: Mapping[str, ClickMetric] | None = None
+    ) -> dict[str, float]:
+        """Name -> value, of all shipped metrics if none are given. times_U: how often each user counts, once if None.
+
+        NaN where a metric needs clicks and non-clicks and one of them is missing.
+        """
+        sample = Sample(self, np.ones(self.num_users) if times_U is None else times_U)
+        return {name: metric.compute(sample) for name, metric in (METRICS if metrics is None else metrics).items()}
 
     def reliability(self) -> list[Bin]:
         """Bins of about equal size by falling probability."""
         count = np.bincount(self._bin_of(self.weight), minlength=BINS)
-        rows = zip(*self._bins(self.weight), count.tolist(), strict=True)
+        rows = zip(*self.bins(self.weight), count.tolist(), strict=True)
         return [Bin(float(p), float(o), n) for p, o, _, n in rows if n][::-1]
 
-    def bootstrap(self, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
+    def bootstrap(
+        self, resamples: int, seed: int, metrics: Mapping[str, ClickMetric] | None = None
+    ) -> dict[str, tuple[float, float]]:
         """95 % percentile interval of every metric over resampled users."""
         rng = np.random.default_rng(seed)
         n = self.num_users
-        drawn = [self.metrics(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(resamples)]
-        values = {name: np.array([one[name] for one in drawn]) for name in NAMES}
+        drawn = [
+            self.metrics(np.bincount(rng.integers(0, n, n), minlength=n).astype(float), metrics)
+            for _ in range(resamples)
+        ]
+        values = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
         return {name: (_quantile(v, 0.025), _quantile(v, 0.975)) for name, v in values.items()}
 
-    def _auc(self, weight: np.ndarray) -> float:
+    def auc(self, weight: np.ndarray) -> float:
         positive, negative = weight * self.label, weight * ~self.label
         below = np.concatenate([[0.0], np.cumsum(negative)])
         ends = np.append(self._ties[1:], len(weight))
@@ -120,13 +127,59 @@ class Clicks:
         before = np.cumsum(weight) - weight / 2
         return np.asarray(np.minimum((before / max(weight.sum(), 1e-300) * BINS).astype(np.int64), BINS - 1))
 
-    def _bins(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def bins(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(BINS,) mean probability, share of clicks, and weight."""
         bins = self._bin_of(weight)
         size = np.bincount(bins, weight, minlength=BINS)
         safe = np.maximum(size, 1e-300)
         mean = np.bincount(bins, weight * self.probability, minlength=BINS) / safe
         return mean, np.bincount(bins, weight * self.label, minlength=BINS) / safe, size
+
+
+class Sample:
+    """What a metric reads: impressions with weights, in which user u counts times_U[u] times.
+
+    weight (I,), total: their sum, share: weighted share of clicks, NaN of nothing.
+    """
+
+    def __init__(self, clicks: Clicks, times_U: np.ndarray) -> None:
+        self.clicks, self.times_U = clicks, times_U
+        self.weight = clicks.weight * times_U[clicks.user]
+        self.total = self.weight.sum()
+        self.share = float(self.weight[clicks.label].sum() / self.total) if self.total else np.nan
+
+    @cached_property
+    def log_loss(self) -> float:
+        return float(self.weight @ self.clicks.loss / self.total) if self.total else np.nan
+
+
+def _gauc(sample: Sample, weight_U: np.ndarray) -> float:
+    """Mean of the users' own AUC."""
+    has = np.isfinite(sample.clicks.auc_U) & (sample.times_U > 0)
+    return _average(sample.clicks.auc_U[has], weight_U[has])
+
+
+def _normalized_entropy(sample: Sample) -> float:
+    share = sample.share
+    entropy = -(share * np.log(share) + (1 - share) * np.log1p(-share)) if 0 < share < 1 else np.nan
+    return sample.log_loss / entropy
+
+
+def _ece(sample: Sample) -> float:
+    mean, observed, size = sample.clicks.bins(sample.weight)
+    return float(size @ np.abs(mean - observed) / sample.total) if sample.total else np.nan
+
+
+METRICS: dict[str, ClickMetric] = {
+    "auc": ClickMetric(lambda sample: sample.clicks.auc(sample.weight), needs_probabilities=False),
+    "gauc": ClickMetric(lambda sample: _gauc(sample, sample.times_U), needs_probabilities=False),
+    "gauc_impressions": ClickMetric(
+        lambda sample: _gauc(sample, sample.times_U * sample.clicks.size_U), needs_probabilities=False
+    ),
+    "log_loss": ClickMetric(lambda sample: sample.log_loss, higher_is_better=False),
+    "normalized_entropy": ClickMetric(_normalized_entropy, higher_is_better=False),
+    "ece": ClickMetric(_ece, higher_is_better=False),
+}
 
 
 def _average(values: np.ndarray, weights: np.ndarray) -> float:

@@ -14,13 +14,24 @@ Users with empty T have no value: leave them out before the call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from recray.ids import FIRST_ITEM, UNKNOWN
 
-NAMES = ("recall", "recall_capped", "hr", "ndcg", "mrr", "map")
+
+@dataclass(frozen=True)
+class ListMetric:
+    """A metric of ranked lists.
+
+    compute: (B, K) bool, whether the item at each place of a list is one of its query's targets, and (B,) numbers of
+    targets, at least 1 -> (B,) values, whose mean over queries is reported.
+    """
+
+    compute: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    higher_is_better: bool = True
 
 
 def hits(ranked_BK: np.ndarray, target_values: np.ndarray, target_offsets: np.ndarray) -> np.ndarray:
@@ -46,32 +57,60 @@ def num_distinct(target_values: np.ndarray, target_offsets: np.ndarray) -> np.nd
 
 
 def per_user(
-    hits_BK: np.ndarray, num_targets_B: np.ndarray, ks: Sequence[int], names: Sequence[str] = NAMES
+    hits_BK: np.ndarray, num_targets_B: np.ndarray, ks: Sequence[int], metrics: Mapping[str, ListMetric] | None = None
 ) -> dict[str, np.ndarray]:
-    """'name@k' -> (B,) float64."""
-    width = hits_BK.shape[1]
-    hit = hits_BK.astype(np.float64)
-    discount = 1 / np.log2(np.arange(2, width + 2))
-    found = np.cumsum(hit, axis=1)
-    gain = np.cumsum(hit * discount, axis=1)
-    precision = np.cumsum(hit * found / np.arange(1, width + 1), axis=1)
-    ideal = np.concatenate([[0.0], np.cumsum(discount)])
-    first = np.where(hits_BK.any(axis=1), hits_BK.argmax(axis=1) + 1, width + 1)
+    """'name@k' -> (B,) float64, of these metrics; of all shipped ones if none are given."""
     out: dict[str, np.ndarray] = {}
     for k in ks:
-        if k > width:
-            raise ValueError(f"k = {k} is more than the {width} ranked items given")
-        capped = np.minimum(num_targets_B, k)
-        values = {
-            "recall": found[:, k - 1] / num_targets_B,
-            "recall_capped": found[:, k - 1] / capped,
-            "hr": (found[:, k - 1] > 0).astype(np.float64),
-            "ndcg": gain[:, k - 1] / ideal[capped],
-            "mrr": np.where(first <= k, 1 / first, 0.0),
-            "map": precision[:, k - 1] / num_targets_B,
-        }
-        out |= {f"{name}@{k}": values[name] for name in names}
+        if k > hits_BK.shape[1]:
+            raise ValueError(f"k = {k} is more than the {hits_BK.shape[1]} ranked items given")
+        for name, metric in (METRICS if metrics is None else metrics).items():
+            out[f"{name}@{k}"] = np.asarray(metric.compute(hits_BK[:, :k], num_targets_B), np.float64)
     return out
+
+
+def _discount(k: int) -> np.ndarray:
+    return np.asarray(1 / np.log2(np.arange(2, k + 2)))
+
+
+def _recall(hit_BK: np.ndarray, num_B: np.ndarray) -> np.ndarray:
+    return np.asarray(hit_BK.sum(axis=1) / num_B)
+
+
+def _recall_capped(hit_BK: np.ndarray, num_B: np.ndarray) -> np.ndarray:
+    return np.asarray(hit_BK.sum(axis=1) / np.minimum(num_B, hit_BK.shape[1]))
+
+
+def _hr(hit_BK: np.ndarray, num_B: np.ndarray) -> np.ndarray:
+    return np.asarray(hit_BK.any(axis=1).astype(np.float64))
+
+
+def _ndcg(hit_BK: np.ndarray, num_B: np.ndarray) -> np.ndarray:
+    # Running sums, not np.sum: its pairwise order of additions would give other last bits for another K.
+    discount = _discount(hit_BK.shape[1])
+    ideal = np.concatenate([[0.0], np.cumsum(discount)])
+    gain_B = np.cumsum(hit_BK * discount, axis=1)[:, -1]
+    return np.asarray(gain_B / ideal[np.minimum(num_B, hit_BK.shape[1])])
+
+
+def _mrr(hit_BK: np.ndarray, num_B: np.ndarray) -> np.ndarray:
+    return np.asarray(np.where(hit_BK.any(axis=1), 1 / (hit_BK.argmax(axis=1) + 1), 0.0))
+
+
+def _map(hit_BK: np.ndarray, num_B: np.ndarray) -> np.ndarray:
+    found_BK = np.cumsum(hit_BK.astype(np.float64), axis=1)
+    precision_B = np.cumsum(hit_BK * found_BK / np.arange(1, hit_BK.shape[1] + 1), axis=1)[:, -1]
+    return np.asarray(precision_B / num_B)
+
+
+METRICS: dict[str, ListMetric] = {
+    "recall": ListMetric(_recall),
+    "recall_capped": ListMetric(_recall_capped),
+    "hr": ListMetric(_hr),
+    "ndcg": ListMetric(_ndcg),
+    "mrr": ListMetric(_mrr),
+    "map": ListMetric(_map),
+}
 
 
 def bootstrap(values_BM: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

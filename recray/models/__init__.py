@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from recray import registry
-from recray.config import ModelOptions
+from recray.config import Config
 from recray.errors import ConfigError
 from recray.loading.batch import Batch, ItemTable
 from recray.loading.examples import Examples as Examples
@@ -54,9 +54,10 @@ class Ranker(nn.Module, ABC):
         """(B,): log p / (1 - p), p the probability that the user chooses the candidate."""
 
 
-def build_model(options: ModelOptions, dataset: DatasetRecord, items: ItemTable) -> Retriever | Ranker:
-    """The model that `options` describe. Raises ConfigError if the plug-in's `build` returns anything else."""
-    model = registry.load("model", options.name).build(options, dataset, items)
+def build_model(config: Config, dataset: DatasetRecord, items: ItemTable) -> Retriever | Ranker:
+    """The model of `config.model`. Raises ConfigError if the plug-in's `build` returns a module of another kind."""
+    options = config.model
+    model = registry.load("model", options.name, config.run.plugins).build(options, dataset, items)
     family = Ranker if options.family == "ranker" else Retriever
     if not isinstance(model, family):
         raise ConfigError(

@@ -11,24 +11,15 @@ Shape legend: B rows, W width of x0, R rank.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from recray.config.models import DcnV2Options as Options
 from recray.layers.feature_encoder import mlp
-from recray.layers.ranker_inputs import FlatInputs, HistoryOptions
+from recray.layers.ranker_inputs import FlatInputs
 from recray.loading.batch import Batch, ItemTable
 from recray.models import Ranker
 from recray.records import DatasetRecord
-
-
-class Options(HistoryOptions):
-    name: str = "dcn_v2"
-    cross_layers: int = Field(2, ge=1)
-    rank: int = Field(32, ge=0, description="of a cross layer's matrix; 0 = full")
-    structure: Literal["parallel", "stacked"] = "parallel"
 
 
 class Cross(nn.Module):

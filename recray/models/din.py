@@ -12,22 +12,16 @@ Shape legend: B rows, T history entries of all rows together, U distinct items, 
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from recray.config.models import DinOptions as Options
 from recray.layers.dice import Dice
 from recray.layers.feature_encoder import Dropout, mean_pool
-from recray.layers.ranker_inputs import RankerInputs, RankerOptions
+from recray.layers.ranker_inputs import RankerInputs
 from recray.layers.target_attention import TargetAttention
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.models import Ranker
 from recray.records import DatasetRecord
-
-
-class Options(RankerOptions):
-    name: str = "din"
-    attention: list[int] = Field([64, 32], min_length=2, max_length=2, description="widths of the attention's layers")
-    min_history: int = Field(1, ge=1, description="shorter histories are averaged instead of attended to")
 
 
 class Din(Ranker):

@@ -10,28 +10,14 @@ Shape legend: B rows, F vectors of a row, D width.
 from __future__ import annotations
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from recray.config.models import DlrmOptions as Options
 from recray.layers.feature_encoder import mlp
-from recray.layers.ranker_inputs import FlatInputs, HistoryOptions
+from recray.layers.ranker_inputs import FlatInputs
 from recray.loading.batch import Batch, ItemTable
 from recray.models import Ranker
 from recray.records import DatasetRecord
-
-
-class Options(HistoryOptions):
-    name: str = "dlrm"
-    bottom: list[int] = Field([64], description="widths of the bottom MLP's hidden layers")
-
-    @field_validator("feature_dims")
-    @classmethod
-    def _one_width(cls, value: dict[str, int]) -> dict[str, int]:
-        if value:
-            raise ValueError(
-                "dlrm takes inner products of embeddings: all have the width `dim`; leave feature_dims out"
-            )
-        return value
 
 
 class Dlrm(Ranker):

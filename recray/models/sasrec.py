@@ -11,33 +11,17 @@ Shape legend: B rows, T tokens (events of all histories), Q queries, N items, D 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from recray.config import ModelOptions
+from recray.config.models import SasrecOptions as Options
 from recray.kernels.dropout import dropout
 from recray.layers.embedding import Table
 from recray.layers.transformer import TransformerBlock, group_rows
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.models import Examples, Retriever
 from recray.records import DatasetRecord
-
-
-class Options(ModelOptions):
-    name: str = "sasrec"
-    history_length: int = Field(200, ge=1)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(1, ge=1)
-    dropout: float = Field(0.2, ge=0, lt=1)
-    feed_forward: Literal["mlp", "gated"] = "mlp"
-    expansion: int = Field(4, ge=1, description="width of the feed-forward part, in units of dim")
-    normalize: bool = Field(
-        False, description="vectors of length 1: scores are cosines (set loss.temperature to 0.05 to 0.2)"
-    )
 
 
 class SASRec(Retriever):

@@ -11,38 +11,16 @@ Shape legend: B rows, N items, D width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from recray.config import ModelOptions
+from recray.config.models import TwoTowerOptions as Options
 from recray.layers.embedding import Table
 from recray.layers.feature_encoder import FeatureEncoder, ItemFeatures, mean_pool, mlp
 from recray.loading.batch import Batch, ItemTable
 from recray.models import Examples, Retriever
 from recray.records import DatasetRecord
-
-
-class Options(ModelOptions):
-    name: str = "two_tower"
-    user_embedding: bool = Field(True, description="a vector per user id, beside what the history says")
-    pooling: Literal["mean", "none"] = Field("mean", description="how the history becomes a vector")
-    history: Literal["before", "others"] = Field(
-        "before",
-        description="history of a training event: the events before it, or all others of the user (for logs without order)",
-    )
-    hidden: list[int] = Field([], description="widths of each tower's hidden layers")
-    feature_dim: int = Field(16, ge=1, description="width of feature embeddings")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    item_bias: bool = Field(
-        False, description="a learned score of the item alone, as one more coordinate of the vectors"
-    )
-    normalize: bool = Field(
-        False, description="vectors of length 1: scores are cosines (set loss.temperature to 0.05 to 0.2)"
-    )
 
 
 class TwoTower(Retriever):

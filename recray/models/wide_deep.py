@@ -13,15 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from recray.config.models import WideDeepOptions as Options
 from recray.layers.feature_encoder import mlp
-from recray.layers.ranker_inputs import FlatInputs, HistoryOptions
+from recray.layers.ranker_inputs import FlatInputs
 from recray.loading.batch import Batch, ItemTable
 from recray.models import Ranker
 from recray.records import DatasetRecord
-
-
-class Options(HistoryOptions):
-    name: str = "wide_deep"
 
 
 class WideDeep(Ranker):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from recray.metrics.ranking import METRICS as LIST_METRICS
 from recray.records import Interval, ReportRecord
 
 _TITLES = {
     "model": "model (exact search)",
     "index": "model (through index)",
-    "blended": "model with item filter",
+    "blended": "model with item-item",
     "reranked": "ranked again",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",
     "hindsight": "popularity in hindsight",
-    "item_filter": "item-item filter",
+    "item_knn": "item-item",
     "oracle": "oracle (the best possible)",
 }
+_BEYOND = ("coverage", "gini", "arp", "novelty", "ild")  # one value for all lists, without intervals
 
 
 def render(report: ReportRecord) -> str:
@@ -49,20 +51,23 @@ def _lists(report: ReportRecord) -> str:
         f"{report.split} split, full ranking over {report.counts['catalogue']:,} items, {report.counts['queries']:,} queries"
     ]
     for k in ks:
-        names = [f"{name}@{k}" for name in ("recall", "hr", "ndcg", "mrr", "map")]
-        lines += ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
-        for system, values in report.metrics.items():
-            lines.append(f"{_TITLES.get(system, system):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
-        half = report.metrics["model"]
-        if half[names[0]].low is not None:
-            lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(half[n]):13.4f}" for n in names))
-    k = ks[-1]
-    names = [f"{name}@{k}" for name in ("coverage", "gini", "arp", "novelty", "ild")]
-    lines += ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
-    for system, values in report.metrics.items():
-        lines.append(f"{_TITLES.get(system, system):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
+        lines += _table(report, [f"{name}@{k}" for name in ("recall", "hr", "ndcg", "mrr", "map")])
+    lines += _table(report, [f"{name}@{ks[-1]}" for name in _BEYOND])
+    if own := [name for name in report.metrics["model"] if name.partition("@")[0] not in (*LIST_METRICS, *_BEYOND)]:
+        lines += _table(report, own)
     lines += ["", *_learned(report, f"ndcg@{ks[0]}"), *_counts(report)]
     return "\n".join(lines)
+
+
+def _table(report: ReportRecord, names: list[str]) -> list[str]:
+    """Systems as rows, these metrics as columns, and the half width of the model's intervals."""
+    lines = ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
+    for system, values in report.metrics.items():
+        lines.append(f"{_TITLES.get(system, system):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
+    model = report.metrics["model"]
+    if model[names[0]].low is not None:
+        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(model[n]):13.4f}" for n in names))
+    return lines
 
 
 def _half(interval: Interval) -> float:

@@ -1,90 +1,70 @@
-"""What a model and the item filter find together, in the order of both.
+"""Candidates of a model and of the item-item baseline, ordered by both.
 
-    score = model's score / its temperature + weight log(share of the filter's score + 1e-5)
+    score = model's score / its temperature + weight log(share of the baseline's score + 1e-5)
 
-A model generalises, the filter remembers pairs that few users had; their best lists
-differ, and the sum beats both (gowalla: see README). Candidates are the best of each.
+The model generalises, the baseline remembers pairs that few users had: their best lists differ, and the sum is better than
+either (gowalla: see jobs/configs). The candidates of a query are the best items of both. With temperature 0.5 and weight 2,
+an item of model score 1.2 that has a tenth of the baseline's total score for the user gets 2.4 + 2 log(0.10001) = -2.2.
 
 Shape legend: B queries, C candidates, N items, D width, K places.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
-from recray.ids import FIRST_ITEM
+from recray.ids import FIRST_ITEM, PAD
 from recray.loading.collate import EvalQuery
-from recray.retrieval.exact import best_of
-from recray.retrieval.item_knn import MAX_EVENTS, ItemKNN, allowed, num_events
-from recray.retrieval.recommenders import System, queries
+from recray.retrieval import Recommender
+from recray.retrieval.exact import ExactSearch, best_of, query_vectors
+from recray.retrieval.item_knn import MAX_EVENTS, ItemKNN, mask_excluded, num_events
 
-_LEAST = 1e-5  # of a share: what the filter has no score for is unlikely, not impossible
+_LEAST = 1e-5  # of a share: an item without a score in the baseline is unlikely, not impossible
 
 
 @dataclass(frozen=True)
 class Blended:
-    """vectors_ND: all items, row i is item id i. candidates: so many of each half."""
+    """`candidates` items of `search` and as many of the baseline, in the order of both scores."""
 
-    search: System
-    model: nn.Module
-    vectors_ND: Tensor
-    item_filter: ItemKNN
+    search: Recommender
+    exact: ExactSearch  # scores the candidates
+    item_knn: ItemKNN
     weight: float
     temperature: float
     candidates: int
 
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
-        return self.scored(question, k, filter_seen)[0]
-
-    def scored(self, question: EvalQuery, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+    def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
         wanted = max(k, self.candidates)
-        found_BC = torch.from_numpy(self.search(question, wanted, filter_seen))
-        q_BD = queries(self.model, question) / self.temperature
+        found_BC = torch.from_numpy(self.search.recommend(query, wanted, exclude_seen)[0])
+        q_BD = query_vectors(self.exact.model, query) / self.temperature
         ids, scores = [], []
-        for rows, filter_BN in self.item_filter.blocks(question):
-            share_BN = filter_BN / filter_BN.sum(1, keepdim=True).clamp(min=1e-12)
-            its_own, _ = best_of(allowed(filter_BN, question, rows, filter_seen), wanted)
-            # By id, so that equal scores stand in order of id; an item that both found counts once.
-            item_BC, _ = torch.cat([found_BC[rows], its_own], dim=1).sort(dim=1)
-            score_BC = torch.bmm(self.vectors_ND[item_BC], q_BD[rows, :, None])[:, :, 0]
+        for rows, knn_BN in self.item_knn.blocks(query):
+            share_BN = knn_BN / knn_BN.sum(1, keepdim=True).clamp(min=1e-12)
+            own_BC, _ = best_of(mask_excluded(knn_BN, query, rows, exclude_seen), wanted)
+            # Sorted by id, so that equal scores stay in order of id and an item that both found is next to its duplicate.
+            item_BC, _ = torch.cat([found_BC[rows], own_BC], dim=1).sort(dim=1)
+            score_BC = torch.bmm(self.exact.vectors_ND[item_BC], q_BD[rows, :, None])[:, :, 0]
             score_BC += self.weight * torch.log(share_BN.gather(1, item_BC) + _LEAST)
-            out = item_BC < FIRST_ITEM
-            out[:, 1:] |= item_BC[:, 1:] == item_BC[:, :-1]
-            best, order = score_BC.masked_fill(out, -torch.inf).sort(dim=1, descending=True, stable=True)
-            ids.append(torch.where(best == -torch.inf, 0, item_BC.gather(1, order))[:, :k])
+            dropped = item_BC < FIRST_ITEM
+            dropped[:, 1:] |= item_BC[:, 1:] == item_BC[:, :-1]
+            best, order = score_BC.masked_fill(dropped, -torch.inf).sort(dim=1, descending=True, stable=True)
+            ids.append(torch.where(best == -torch.inf, PAD, item_BC.gather(1, order))[:, :k])
             scores.append(best[:, :k])
         return torch.cat(ids).numpy(), torch.cat(scores).numpy()
 
 
-def check_blend(config: Config, dataset: PreparedDataset, splits: tuple[str, ...]) -> None:
-    """Raises ConfigError where `retrieval.filter_weight` asks for a filter over too many events."""
+def check_blend(config: Config, dataset: PreparedDataset, splits: Sequence[str]) -> None:
+    """Raise ConfigError if `retrieval.item_knn_weight` needs the item-item baseline over too many events."""
     events = num_events(dataset, splits)
-    if config.retrieval.filter_weight and events > MAX_EVENTS:
+    if config.retrieval.item_knn_weight and events > MAX_EVENTS:
         raise ConfigError(
-            f"retrieval.filter_weight = {config.retrieval.filter_weight}: every query of the filter is a pass over all events, "
-            f"and {events:,} are more than {MAX_EVENTS:,}: set retrieval.filter_weight = 0"
+            f"retrieval.item_knn_weight = {config.retrieval.item_knn_weight}: every query of the item-item baseline reads all "
+            f"events, and {events:,} are more than {MAX_EVENTS:,}: set retrieval.item_knn_weight = 0"
         )
-
-
-def open_blend(
-    config: Config,
-    dataset: PreparedDataset,
-    splits: tuple[str, ...],
-    search: System,
-    model: nn.Module,
-    vectors_ND: Tensor,
-) -> Blended | None:
-    """The blend of `retrieval.filter_weight` over the events of `splits`; None where it is 0."""
-    options = config.retrieval
-    if not options.filter_weight:
-        return None
-    check_blend(config, dataset, splits)
-    item_filter = ItemKNN(dataset, splits)
-    return Blended(search, model, vectors_ND, item_filter, options.filter_weight, config.loss.temperature, options.k)

@@ -1,22 +1,25 @@
-"""The index stage: vectors of a checkpoint to a searchable bundle with a measured recall.
+"""The index stage: item vectors of a checkpoint to a searchable index with a measured recall.
 
 index.faiss       the index, row i = item id i
 ids.parquet       original item keys by item id
-vectors.parquet   the vectors, for exact search
+vectors.parquet   the vectors, which evaluation and the blend score with
 index.json        IndexRecord, written last
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
+
+import numpy as np
 
 from recray import log, storage
-from recray.artifacts import Run
-from recray.cluster import runtime
+from recray.artifacts import Artifact, Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
-from recray.records import IndexRecord
+from recray.ids import NUM_RESERVED
+from recray.records import IndexRecord, SweepPoint
 from recray.retrieval import embed, faiss_index
 from recray.retrieval.recall_sweep import sweep
 from recray.training import checkpoint
@@ -28,65 +31,72 @@ def index(config: Config) -> IndexRecord:
     if config.model.family == "ranker":
         raise ConfigError(
             f"model.name = '{config.model.name}' is a ranker and has no item vectors to index: index a retriever "
-            f"(two_tower, sasrec), and let the ranker order what it finds (retrieval.ranker)"
+            f"(two_tower, sasrec), and let the ranker reorder what it finds (retrieval.ranker)"
         )
     run = Run(config)
     source, artifact = run.checkpoint(), run.index_artifact()
     if not run.begin(artifact):
         return artifact.record
-    dataset, target = PreparedDataset.of(run), artifact.uri
+    dataset, options = PreparedDataset.of(run), config.retrieval
     model, _ = checkpoint.load_model(source.uri)
-    parallel = config.scaling.num_workers > 0
-    if parallel and dataset.record.num_items >= embed._PARALLEL_ABOVE:
-        runtime.start(config.scaling)
-    vectors = embed.item_vectors(source.uri, dataset.record.num_items, parallel)
-    options = config.retrieval
-    factory = faiss_index.choose(len(vectors)) if options.index == "auto" else options.index
+    scaling = config.scaling if config.scaling.num_workers > 0 else None
+    vectors_ND = embed.item_vectors(source, model, dataset.record.num_items, scaling)
+    factory = faiss_index.choose(len(vectors_ND)) if options.index == "auto" else options.index
     building = time.perf_counter()
-    built, device = faiss_index.build(vectors, factory, options.use_gpu)
+    built, device = faiss_index.build(vectors_ND, factory, options.use_gpu)
     building = time.perf_counter() - building
-    queries = embed.sample_queries(
-        model,
-        dataset,
-        config.model.history_length,
-        config.evaluation.queries,
-        options.sweep_users,
-        config.run.seed,
-    )
-    chosen, recall, curve = sweep(built, vectors, queries, options.k, options.recall_target)
-    data = faiss_index.serialize(built)
-    storage.write_bytes(storage.join(target, "index.faiss"), data)
-    storage.write_table(storage.join(target, "ids.parquet"), dataset.items().select(["item"]))
-    embed.save_vectors(target, vectors)
-    made = IndexRecord(
+    queries_QD = embed.sample_queries(model, dataset, config)
+    chosen, recall, curve = sweep(built, vectors_ND, queries_QD, options.k, options.recall_target)
+    size = _write(artifact, dataset, built, vectors_ND)
+    record = IndexRecord(
         **artifact.lineage,
         config=config.model_dump(mode="json"),
         factory=factory,
-        dim=vectors.shape[1],
-        num_items=len(vectors),
+        dim=vectors_ND.shape[1],
+        num_items=len(vectors_ND),
         k=options.k,
         setting=chosen.setting,
         recall=recall,
         recall_target=options.recall_target,
         device=device,
         build_seconds=building,
-        bytes=len(data),
+        bytes=size,
         curve=curve,
         dataset_uri=dataset.uri,
         checkpoint_uri=source.uri,
         seconds=time.perf_counter() - started,
-    ).write(target)
+    ).write(artifact.uri)
     run.publish(artifact)
-    note = (
-        ""
-        if recall >= options.recall_target
-        else f"  BELOW the target {options.recall_target}: try retrieval.index = 'HNSW32' or 'Flat'"
-    )
+    _report(record, chosen)
+    return record
+
+
+def _write(artifact: Artifact[IndexRecord], dataset: PreparedDataset, built: Any, vectors_ND: np.ndarray) -> int:
+    """Write the files of the index; returns the bytes of the faiss index."""
+    data = faiss_index.serialize(built)
+    storage.write_bytes(storage.join(artifact.uri, "index.faiss"), data)
+    storage.write_table(storage.join(artifact.uri, "ids.parquet"), dataset.items().select(["item"]))
+    embed.save_vectors(artifact.uri, vectors_ND)
+    return len(data)
+
+
+def _report(record: IndexRecord, chosen: SweepPoint) -> None:
     log.info(
         "index",
-        f"{factory} over {len(vectors) - 2:,} items on {device}, {chosen.setting or 'exact'}: recall@{options.k} {recall:.4f}, "
-        f"{chosen.milliseconds:.3f} ms/query, {len(data) / 2**20:.1f} MB{note}",
+        f"{record.factory} over {record.num_items - NUM_RESERVED:,} items on {record.device}, "
+        f"{chosen.setting or 'exact'}: recall@{record.k} {record.recall:.4f}, {chosen.milliseconds:.3f} ms/query, "
+        f"{record.bytes / 2**20:.1f} MB",
         event="built",
-        values={"factory": factory, "recall": recall, "milliseconds": chosen.milliseconds, "bytes": len(data)},
+        values={
+            "factory": record.factory,
+            "recall": record.recall,
+            "milliseconds": chosen.milliseconds,
+            "bytes": record.bytes,
+        },
     )
-    return made
+    if record.recall < record.recall_target:
+        log.warning(
+            "index",
+            f"recall@{record.k} {record.recall:.4f} is below retrieval.recall_target = {record.recall_target}: "
+            f"try retrieval.index = 'HNSW32' or 'Flat'",
+        )

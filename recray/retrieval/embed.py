@@ -1,57 +1,60 @@
-"""Item and user vectors out of a checkpoint."""
+"""Item vectors of a checkpoint, computed or read back, and query vectors for the recall sweep."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from torch import nn
 
 from recray import storage
+from recray.artifacts import Artifact
+from recray.cluster import runtime
+from recray.config import Config, ScalingConfig
 from recray.data.dataset import PreparedDataset
 from recray.loading.collate import eval_queries
 from recray.records import CheckpointRecord
+from recray.retrieval.exact import query_vectors
 from recray.training import checkpoint
 
-_CHUNK = 65_536  # items embedded at a time
-_TASK = 1 << 18  # items of a task, which opens the checkpoint once
-_PARALLEL_ABOVE = 200_000  # below it, starting workers takes longer than the vectors
-_MAPPED_ABOVE = 1 << 27  # numbers (512 MB) of a catalogue's vectors from which on they lie in a file
+_CHUNK = 65_536  # items embedded or read at a time
+_TASK = 1 << 18  # items per task, which loads the model once
+_PARALLEL_ABOVE = 200_000  # items; with fewer, starting workers takes longer than computing the vectors
+_MAPPED_ABOVE = 1 << 27  # numbers (512 MB); larger arrays are kept in a mapped file
 
 
-def item_vectors(checkpoint_uri: str, num_items: int, parallel: bool) -> np.ndarray:
-    """(N, D) float32, row i is item id i; by Ray Data tasks for large catalogues when `parallel`.
+def item_vectors(
+    source: Artifact[CheckpointRecord], model: nn.Module, num_items: int, scaling: ScalingConfig | None = None
+) -> np.ndarray:
+    """(N, D) float32, row i is item id i. Computed with `model`, or by Ray Data tasks for a large catalogue if `scaling` is given.
 
-    A task embeds items of one piece of the checkpoint's tables, so that it opens that piece only; vectors of a large
-    catalogue lie in a file that is mapped, not in the memory of this process.
+    Items are divided as the checkpoint's sharded tables are, so that a task opens one file of them only.
     """
-    step = max(1, CheckpointRecord.read(checkpoint_uri).pieces)
+    step = max(1, source.record.pieces)
     shares = [range(piece, num_items, step) for piece in range(min(step, num_items))]
     tasks = [share[at : at + _TASK] for share in shares for at in range(0, len(share), _TASK)]
-    by_tasks = parallel and num_items >= _PARALLEL_ABOVE
+    if scaling is not None and num_items >= _PARALLEL_ABOVE:
+        runtime.start(scaling)
+        found = _by_tasks(source.uri, tasks)
+    else:
+        found = _embed(model, tasks)
     out: np.ndarray | None = None
-    for ids, vectors in _by_tasks(checkpoint_uri, tasks) if by_tasks else _embedded(checkpoint_uri, tasks):
-        out = _room(num_items, vectors.shape[1]) if out is None else out
+    for ids, vectors in found:
+        out = _allocate(num_items, vectors.shape[1]) if out is None else out
         out[ids.start : ids.stop : ids.step] = vectors
     assert out is not None
     return out
 
 
-def _room(rows: int, width: int) -> np.ndarray:
+def _allocate(rows: int, width: int) -> np.ndarray:
     if rows * width < _MAPPED_ABOVE:
         return np.empty((rows, width), np.float32)
-    with tempfile.TemporaryFile() as file:  # the mapping keeps it
+    with tempfile.TemporaryFile() as file:  # the mapping keeps the deleted file open
         return np.memmap(file, np.float32, "w+", shape=(rows, width))
-
-
-def _embedded(checkpoint_uri: str, tasks: list[range]) -> Iterator[tuple[range, np.ndarray]]:
-    model, _ = checkpoint.load_model(checkpoint_uri)
-    for ids in tasks:
-        for at in range(0, len(ids), _CHUNK):
-            yield ids[at : at + _CHUNK], _vectors(model, ids[at : at + _CHUNK])
 
 
 def _by_tasks(checkpoint_uri: str, tasks: list[range]) -> Iterator[tuple[range, np.ndarray]]:
@@ -72,33 +75,35 @@ def _by_tasks(checkpoint_uri: str, tasks: list[range]) -> Iterator[tuple[range, 
 
 def _embed_task(batch: pa.Table, checkpoint_uri: str) -> Iterator[pa.Table]:
     tasks = [range(row["start"], row["stop"], row["step"]) for row in batch.to_pylist()]
-    for ids, vectors in _embedded(checkpoint_uri, tasks):
+    model, _ = checkpoint.load_model(checkpoint_uri)
+    for ids, vectors in _embed(model, tasks):
         where = {"start": [ids.start], "stop": [ids.stop], "step": [ids.step]}
         yield pa.table(where | {"vectors": pa.array([vectors.reshape(-1)], pa.large_list(pa.float32()))})
 
 
-@torch.inference_mode()
-def _vectors(model: Any, ids: range) -> np.ndarray:
-    return np.asarray(model.item_vectors(torch.arange(ids.start, ids.stop, ids.step)).float().numpy())
+def _embed(model: nn.Module, tasks: list[range]) -> Iterator[tuple[range, np.ndarray]]:
+    for task in tasks:
+        for at in range(0, len(task), _CHUNK):
+            ids = task[at : at + _CHUNK]
+            with torch.inference_mode():
+                vectors = model.item_vectors(torch.arange(ids.start, ids.stop, ids.step))  # type: ignore[operator]
+            yield ids, vectors.float().numpy()
 
 
-@torch.inference_mode()
-def sample_queries(
-    model: Any, dataset: PreparedDataset, history_length: int, queries: Literal["user", "event"], limit: int, seed: int
-) -> np.ndarray:
-    """(<= limit, D) query vectors of validation users with a history, in shuffled order."""
+def sample_queries(model: nn.Module, dataset: PreparedDataset, config: Config) -> np.ndarray:
+    """(<= retrieval.sweep_users, D) vectors of validation queries that have a history, in shuffled order."""
+    limit = config.retrieval.sweep_users
     found, count = [], 0
     for table in dataset.iter_tables("valid"):
-        for question in eval_queries(table, 1024, history_length, queries):
-            rows = question.seen.lengths() > 0
-            found.append(model.query_vectors(question.batch)[rows].float().numpy())
+        for query in eval_queries(table, 1024, config.model.history_length, config.evaluation.queries):
+            found.append(query_vectors(model, query)[query.seen.lengths() > 0].numpy())
             count += len(found[-1])
             if count >= limit:
                 break
         if count >= limit:
             break
     vectors = np.concatenate(found)[:limit]
-    return np.asarray(vectors[np.random.default_rng(seed).permutation(len(vectors))])
+    return np.asarray(vectors[np.random.default_rng(config.run.seed).permutation(len(vectors))])
 
 
 def save_vectors(folder: str, vectors_ND: np.ndarray) -> None:
@@ -106,6 +111,15 @@ def save_vectors(folder: str, vectors_ND: np.ndarray) -> None:
     storage.write_table(storage.join(folder, "vectors.parquet"), pa.table({"vector": flat}))
 
 
-def load_vectors(folder: str) -> np.ndarray:
-    column = storage.read_table(storage.join(folder, "vectors.parquet"))["vector"].combine_chunks()
-    return np.asarray(column.flatten().to_numpy().reshape(len(column), -1))
+def load_vectors(folder: str, num_items: int) -> np.ndarray:
+    """(N, D) float32: the vectors that the index in `folder` was built from, bit for bit."""
+    out: np.ndarray | None = None
+    at = 0
+    with storage.local_file(storage.join(folder, "vectors.parquet")) as path, pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_CHUNK):
+            vectors = batch.column(0).flatten().to_numpy().reshape(len(batch), -1)
+            out = _allocate(num_items, vectors.shape[1]) if out is None else out
+            out[at : at + len(vectors)] = vectors
+            at += len(vectors)
+    assert out is not None and at == num_items
+    return out

@@ -1,23 +1,48 @@
-"""Exact search: the best items of a query by inner product, over the whole catalogue.
+"""Exact search: the items with the largest inner products with a query, over the whole catalogue.
 
-Matrix products of some queries with all items, in fp32, and the best of each row; the ground truth of every index and
-metric.
+It is the ground truth of every index and metric: fp32 matrix products of some queries with all items, then the best of
+each row, ties by lower id. For a query (1, 0) and the items 2: (3, 1), 3: (5, 0), 4: (5, 9), the best two are items 3 and
+4 with score 5 each.
+
+Shape legend: B queries, N items, D width, K places.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from recray.ids import FIRST_ITEM
-from recray.loading.batch import Jagged
+from recray.ids import FIRST_ITEM, PAD
+from recray.loading.collate import EvalQuery
+from recray.loading.jagged import Jagged
 
-# Scores alive at a time: 28 MB, as memory larger than 32 MB comes fresh from the kernel at every call; but as every pass
-# reads all items up to 32 queries, while that is no more than 128 MB.
+# Scores in memory at a time: 28 MB, because glibc requests blocks above 32 MB from the kernel at every call. Each pass reads
+# all item vectors, so it takes at least 32 queries as long as their scores fit in 128 MB.
 _SCORES, _ROWS, _MOST_SCORES = 7 << 20, 32, 1 << 25
-_SCORES_ON_GPU = 1 << 27  # 512 MB: there the starts of kernels cost more than what they read
-_TILE = 32  # columns of which only the largest is looked at first
+_SCORES_ON_GPU = 1 << 27  # 512 MB: on a GPU launching kernels costs more than reading the items
+_TILE = 32  # columns that are first compared by their maximum only
+
+
+@dataclass(frozen=True)
+class ExactSearch:
+    """Recommends by exact search with a model's vectors."""
+
+    model: nn.Module
+    vectors_ND: Tensor  # of all items; row i is item id i
+
+    def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        ids, scores = top_k(query_vectors(self.model, query), self.vectors_ND, k, query.seen if exclude_seen else None)
+        return ids.numpy(), scores.numpy()
+
+
+@torch.inference_mode()
+def query_vectors(model: nn.Module, query: EvalQuery) -> Tensor:
+    """(B, D) float32."""
+    return model.query_vectors(query.batch).float()  # type: ignore[operator, no-any-return]
 
 
 def top_k(
@@ -25,8 +50,8 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:
     """Item ids (B, k) int64 and scores (B, k), best first, ties by lower id.
 
-    Row i of v_ND is item id i, or first + i * step where it holds only the share (first, step) of items. Ids below
-    FIRST_ITEM and those in `exclude` never come back. A row with fewer than k items left ends in id 0 and score -inf.
+    Row i of v_ND is item id i, or first + i * step if it holds only the share (first, step) of the items. Reserved ids and
+    those in `exclude` are never returned. A row with fewer than k items left ends in PAD and -inf.
     """
     first, step = share
     items = max(len(v_ND), 1)
@@ -40,49 +65,46 @@ def top_k(
         score = torch.mm(part_BD, v_ND.T, out=buffer[: len(part_BD)])
         score[:, : len(range(first, FIRST_ITEM, step))] = -torch.inf
         if exclude is not None:
-            begin, end = exclude.offsets[at], exclude.offsets[min(at + rows_at_once, len(q_BD))]
-            lengths = exclude.lengths()[at : at + rows_at_once]
-            row = torch.repeat_interleave(torch.arange(len(score), device=score.device), lengths)
-            values = exclude.values[begin:end]
-            here = values % step == first
-            score[row[here], values[here] // step] = -torch.inf
+            seen = exclude.rows(at, at + rows_at_once)
+            here = seen.values % step == first
+            score[seen.row_index()[here], seen.values[here] // step] = -torch.inf
         found, best = best_of(score, k)
-        ids.append(torch.where(best == -torch.inf, 0, first + found * step))
+        ids.append(torch.where(best == -torch.inf, PAD, first + found * step))
         scores.append(best)
     return torch.cat(ids), torch.cat(scores)
 
 
 def merge(ids_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of what was found in several shares, side by side."""
+    """The k best of the lists that were found in several shares of the items, given side by side."""
     by_id = ids_BK.argsort(dim=1)
     best, place = scores_BK.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     return ids_BK.gather(1, by_id).gather(1, place)[:, :k], best[:, :k]
 
 
 def best_of(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best columns of every row and their scores, ties by lower column; 0 and -inf where only -inf is left."""
+    """The k best columns of every row and their scores, ties by lower column; PAD and -inf where only -inf is left."""
     wanted = min(k, scores_BN.shape[1])
     best, found = _largest(scores_BN, min(wanted + 1, scores_BN.shape[1]))
     if best.shape[1] > wanted:
-        # Where the next one scores the same as the last, any of those could have been found.
+        # If the next best score equals the last one kept, topk may have returned any of the tied columns.
         tied = (best[:, wanted - 1] == best[:, wanted]) & (best[:, wanted] > -torch.inf)
         best, found = best[:, :wanted], found[:, :wanted]
         if bool(tied.any()):
             for row in torch.split(tied.nonzero()[:, 0], max(1, _SCORES // scores_BN.shape[1])):
                 found[row] = _lowest_of_ties(scores_BN[row], best[row, -1:], wanted)
             best = scores_BN.gather(1, found)
-    # Stable by id first, then by score: equal scores stand in order of id.
+    # Sorted by id, then stably by score: equal scores are in order of id.
     found, _ = found.sort(dim=1)
     best, by_score = scores_BN.gather(1, found).sort(dim=1, descending=True, stable=True)
-    found = torch.where(best == -torch.inf, 0, found.gather(1, by_score))
+    found = torch.where(best == -torch.inf, PAD, found.gather(1, by_score))
     short = (0, k - wanted)
-    return F.pad(found, short), F.pad(best, short, value=-torch.inf)
+    return F.pad(found, short, value=PAD), F.pad(best, short, value=-torch.inf)
 
 
 def _largest(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row, best first, and their columns; of equal ones any.
+    """The k largest of every row, best first, and their columns; any of the columns if values are equal.
 
-    Of many columns the tiles with the k largest maxima are chosen first: they hold the k largest columns.
+    With many columns, the tiles with the k largest maxima are selected first: they contain the k largest columns.
     """
     width = scores_BN.shape[1]
     tiles = width // _TILE
@@ -98,7 +120,7 @@ def _largest(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest_of_ties(scores_RN: Tensor, last_R1: Tensor, k: int) -> Tensor:
-    """(R, k) columns that score more than the k-th best, and the lowest of those that score the same."""
+    """(R, k) columns with scores above the k-th best, then the lowest columns with that score."""
     above, equal = scores_RN > last_R1, scores_RN == last_R1
     kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
     return kept.nonzero()[:, 1].view(-1, k)

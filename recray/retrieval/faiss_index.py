@@ -1,4 +1,4 @@
-"""faiss: choose, build, open and search an index over item vectors. The only room that imports faiss."""
+"""Choose, build, open and search a faiss index over item vectors. The only module that imports faiss."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from recray import storage
 from recray.errors import DependencyError, ResourceError
-from recray.ids import FIRST_ITEM
+from recray.ids import FIRST_ITEM, PAD
 from recray.records import IndexRecord
 
 _TRAIN_PER_LIST = 64  # training vectors per inverted list; faiss warns below 39
-_EXACT_BELOW = 200_000  # below it exact search costs a few milliseconds a query
+_EXACT_BELOW = 200_000  # items; with fewer, exact search takes a few milliseconds per query
 
 
 def _faiss() -> Any:
@@ -31,7 +31,11 @@ def _faiss() -> Any:
 
 
 def choose(num_items: int) -> str:
-    """A faiss factory string by catalogue size (inner product)."""
+    """The faiss factory string for a catalogue of this size.
+
+    Flat (exact) below 200,000 items, HNSW below a million, then inverted lists: about 4 sqrt(N) of them, from 10 million
+    items on with 8-bit codes and an HNSW quantizer.
+    """
     if num_items < _EXACT_BELOW:
         return "Flat"
     if num_items < 1_000_000:
@@ -41,14 +45,17 @@ def choose(num_items: int) -> str:
 
 
 def build(vectors_ND: np.ndarray, factory: str, use_gpu: str) -> tuple[Any, str]:
-    """A trained index over all rows (ids 0..N-1 in order) and the device it was built on: 'gpu' or 'cpu'."""
+    """A trained index over all rows (ids 0..N-1 in order), and where it was built: 'gpu' or 'cpu'.
+
+    Raises ResourceError if use_gpu is "always" and faiss finds no GPU.
+    """
     faiss = _faiss()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     if use_gpu == "always" and not gpus:
         raise ResourceError("retrieval.use_gpu = 'always', but faiss finds no GPU: install recray[gpu], or set 'auto'")
     index = faiss.index_factory(vectors_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     device = "cpu"
-    # get_num_gpus guards the copy: with no GPU, index_cpu_to_all_gpus gives an empty index without an error.
+    # Without a GPU, index_cpu_to_gpu would return an empty index instead of an error.
     if gpus and use_gpu != "never" and not factory.startswith("HNSW"):
         index, device = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), "gpu"
     if not index.is_trained:
@@ -61,7 +68,7 @@ def build(vectors_ND: np.ndarray, factory: str, use_gpu: str) -> tuple[Any, str]
 
 
 def settings(index: Any) -> list[dict[str, int]]:
-    """The grid to sweep: nprobe, efSearch, or nothing for an exact index."""
+    """Search settings to sweep: nprobe or efSearch; a single empty one for an exact index."""
     faiss = _faiss()
     inner = _inner(faiss, index)
     if hasattr(inner, "nprobe"):
@@ -99,7 +106,7 @@ def serialize(index: Any) -> bytes:
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """A bundle opened for search."""
+    """An index of the index stage, opened for search."""
 
     index: Any
     keys: pa.Array  # original item keys by item id
@@ -107,7 +114,7 @@ class ItemIndex:
 
     @staticmethod
     def open(folder: str) -> ItemIndex:
-        """Raises LineageError when the index stage never completed in `folder`."""
+        """Raises LineageError if the index stage never completed in `folder`."""
         record = IndexRecord.read(folder)
         data = np.frombuffer(storage.read_bytes(storage.join(folder, "index.faiss")), np.uint8)
         index = _faiss().deserialize_index(data)
@@ -120,12 +127,11 @@ class ItemIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Item ids (B, k) int64 and scores (B, k) float32, best first.
 
-        `exclude` is (values, offsets): item ids that row b must not get back. Rows are
-        searched in groups of like exclusion length, each for k plus what may be filtered,
-        so no seen item takes a place. -1 and ids below FIRST_ITEM never come back: a row
-        that the index cannot fill ends in id 0 and score -inf.
+        `exclude` is (values, offsets): item ids that row b must not contain. faiss cannot leave them out, so each row asks
+        for k more results than it may lose. Rows are searched in groups whose lists of excluded items have about the same
+        length (powers of 2). A row that the index cannot fill ends in PAD and -inf.
         """
-        ids = np.zeros((len(vectors_BD), k), np.int64)
+        ids = np.full((len(vectors_BD), k), PAD, np.int64)
         scores = np.full((len(vectors_BD), k), -np.inf, np.float32)
         lengths = np.zeros(len(vectors_BD), np.int64) if exclude is None else np.diff(exclude[1])
         buckets = np.ceil(np.log2(lengths + 1)).astype(np.int64)
@@ -140,10 +146,10 @@ class ItemIndex:
                 local = np.repeat(np.arange(len(rows)), lengths[rows])
                 mine = np.concatenate([values[offsets[r] : offsets[r + 1]] for r in rows]) if len(local) else values[:0]
                 keep &= ~np.isin(np.arange(len(rows))[:, None] * span + found, local * span + mine)
-            # Kept entries move left in their order; the first k stay.
+            # A stable sort moves the kept entries to the left in their order.
             order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
             filled = np.take_along_axis(keep, order, 1)
             width = order.shape[1]
-            ids[rows, :width] = np.where(filled, np.take_along_axis(found, order, 1), 0)
+            ids[rows, :width] = np.where(filled, np.take_along_axis(found, order, 1), PAD)
             scores[rows, :width] = np.where(filled, np.take_along_axis(found_scores, order, 1), -np.inf)
         return ids, scores

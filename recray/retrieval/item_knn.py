@@ -1,6 +1,9 @@
-"""What users of the same items chose: a linear filter that is not trained, a baseline and half of a blend.
+"""The item-item baseline: items that users of the same items chose. It has no parameters to train.
 
-Shape legend: B queries, N items, U users.
+If Ann had {a, b} and Bob had {b, c}, a new user with {b} is recommended a and c: weight flows from b to the users who
+had it, divided by how many items each of them had, and from there to their items.
+
+Shape legend: B queries, N items, U users, E (user, item) pairs.
 """
 
 from __future__ import annotations
@@ -16,23 +19,25 @@ from torch import Tensor
 
 from recray.data.dataset import PreparedDataset
 from recray.ids import FIRST_ITEM
-from recray.loading.batch import Jagged
 from recray.loading.collate import EvalQuery
 from recray.retrieval.exact import best_of
 
-MAX_EVENTS = 50_000_000  # every query is a pass over all events
-# Of an item's count, on the side of the user's own items; the other side has the rest. NDCG@20 of the filter alone on
-# gowalla's validation split is 0.113 so, and 0.110 with halves.
+MAX_EVENTS = 50_000_000  # each query reads all events
+# Exponent of an item's count on the side of the user's own items; the other side has the rest. NDCG@20 on gowalla's
+# validation split is 0.113 with 0.75, and 0.110 with 0.5.
 _FROM = 0.75
-_ENTRIES = 1 << 25  # of a dense matrix alive at a time (128 MB)
+_ENTRIES = 1 << 25  # of a dense matrix at a time (128 MB)
 
 
 class ItemKNN:
-    """Normalised item-item linear filter (the linear part of GF-CF, Shen et al., CIKM 2021, with other powers).
+    """Normalised item-item linear filter (the linear part of GF-CF, Shen et al., CIKM 2021, with other exponents).
 
-    With R the user-item matrix of the events of `splits`, a user with items x scores
-    x D_i^-3/4 R' D_u^-1 R D_i^-1/4: between a random walk (powers 1 and 0), which favours what is popular, and
-    GF-CF's halves. The products are sparse: no item-item matrix is made.
+    With R (U, N) the user-item matrix of the events of `splits`, a user with items x scores
+
+        x D_i^-3/4 R' D_u^-1 R D_i^-1/4
+
+    which lies between a random walk (exponents 1 and 0), which favours popular items, and GF-CF (1/2 and 1/2). Only
+    products with the sparse R are computed, never the item-item matrix.
     """
 
     def __init__(self, dataset: PreparedDataset, splits: Sequence[str]) -> None:
@@ -50,41 +55,39 @@ class ItemKNN:
         self._by_user = _sparse(user_E, item_E, 1 / torch.bincount(user_E)[user_E].float(), shape)
         self._by_item = _sparse(item_E, user_E, torch.ones(len(item_E)), shape[::-1])
 
-    def blocks(self, question: EvalQuery) -> Iterator[tuple[slice, Tensor]]:
-        """Some queries at a time: which, and (B, N) scores; 0 for what no user of the same items had."""
+    def blocks(self, query: EvalQuery) -> Iterator[tuple[slice, Tensor]]:
+        """Some queries at a time: which rows, and their scores (B, N); 0 for items without a common user."""
         at_once = max(1, _ENTRIES // max(self._by_user.shape))
-        for low in range(0, question.batch.num_rows, at_once):
-            seen = _rows(question.seen, low, low + at_once)
-            row = torch.repeat_interleave(torch.arange(len(seen.offsets) - 1), seen.lengths())
+        for low in range(0, query.batch.num_rows, at_once):
+            seen = query.seen.rows(low, low + at_once)
             had_NB = torch.zeros(len(self._from_N), len(seen.offsets) - 1)
-            had_NB[seen.values, row] = self._from_N[seen.values]
+            had_NB[seen.values, seen.row_index()] = self._from_N[seen.values]
             scores_BN = (self._by_item @ (self._by_user @ had_NB)).T.contiguous().mul_(self._to_N)
             yield slice(low, low + at_once), scores_BN
 
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
+    def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
         found = [
-            best_of(allowed(scores_BN, question, rows, filter_seen), k)[0] for rows, scores_BN in self.blocks(question)
+            best_of(mask_excluded(scores_BN, query, rows, exclude_seen), k) for rows, scores_BN in self.blocks(query)
         ]
-        return torch.cat(found).numpy()
+        return torch.cat([ids for ids, _ in found]).numpy(), torch.cat([scores for _, scores in found]).numpy()
 
 
 def num_events(dataset: PreparedDataset, splits: Sequence[str]) -> int:
-    """What a filter over these splits passes over for every query."""
+    """Events that each query of a baseline over these splits reads."""
     return sum(dataset.record.counts[f"events_{split}"] for split in splits)
 
 
-def allowed(scores_BN: Tensor, question: EvalQuery, rows: slice, filter_seen: bool) -> Tensor:
-    """Scores of these queries, -inf for what may not be recommended; in place."""
+def mask_excluded(scores_BN: Tensor, query: EvalQuery, rows: slice, exclude_seen: bool) -> Tensor:
+    """Set the scores of reserved ids, and of seen items, to -inf in place. scores_BN: of these rows of the query."""
     scores_BN[:, :FIRST_ITEM] = -torch.inf
-    if filter_seen:
-        seen = _rows(question.seen, rows.start, rows.stop)
-        row = torch.repeat_interleave(torch.arange(len(scores_BN)), seen.lengths())
-        scores_BN[row, seen.values] = -torch.inf
+    if exclude_seen:
+        seen = query.seen.rows(rows.start, rows.stop)
+        scores_BN[seen.row_index(), seen.values] = -torch.inf
     return scores_BN
 
 
 def new_events(table: pa.Table) -> np.ndarray:
-    """(E,) bool: entries of a table's lists that are positive targets. Rows of later splits begin with earlier events."""
+    """(E,) bool: entries of a table's lists that are positive targets; rows of later splits begin with earlier events."""
     lengths = pc.list_value_length(table["item"].combine_chunks()).to_numpy()
     from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
     new = from_end <= np.repeat(table["num_targets"].to_numpy(), lengths)
@@ -93,12 +96,7 @@ def new_events(table: pa.Table) -> np.ndarray:
     return np.asarray(new)
 
 
-def _rows(lists: Jagged, begin: int, end: int) -> Jagged:
-    part = lists.offsets[begin : end + 1]
-    return Jagged(lists.values[part[0] : part[-1]], part - part[0])
-
-
 def _sparse(row_E: Tensor, column_E: Tensor, value_E: Tensor, shape: tuple[int, ...]) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its sparse matrices beta, once a process
+        warnings.simplefilter("ignore")  # torch warns once per process that sparse CSR tensors are in beta
         return torch.sparse_coo_tensor(torch.stack([row_E, column_E]), value_E, shape).to_sparse_csr()

@@ -1,149 +1,194 @@
-"""What answers a question with a ranking: the model, its index, both with a ranker behind, the oracle.
+"""The recommenders of a run, and the one place that assembles them.
 
-The item filter beside the model is in recray.retrieval.blend, baselines are in baselines and item_filter. All leave out
-what the user had when `filter_seen` says so, and fill lists that fall short with id 0.
+Each stage takes what the stage before it finds and orders it again:
 
-Shape legend: B queries, K places.
+    exact search ("model")  or  index  ->  blended with the item-item baseline  ->  reranked by a ranker
+
+The last stage that is configured is what a run recommends with (`Recommenders.final`). Baselines are in
+recray.retrieval.baselines, the blend is in recray.retrieval.blend.
+
+Shape legend: B queries, C candidates, N items, D width, K places.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recray.artifacts import CHECKPOINT, Artifact, Run, in_use
+from recray.config import Config, RetrievalLossOptions
 from recray.data.dataset import PreparedDataset
-from recray.data.sources.simulated import SimulatedOracle
-from recray.ids import FIRST_ITEM
-from recray.loading.batch import Batch, Jagged, select
+from recray.errors import ConfigError
+from recray.ids import FIRST_ITEM, PAD
+from recray.loading.batch import Batch, select
 from recray.loading.collate import EvalQuery
-from recray.retrieval.exact import top_k
+from recray.loading.jagged import Jagged
+from recray.models import Ranker
+from recray.records import CheckpointRecord, IndexRecord
+from recray.retrieval import Recommender, embed
+from recray.retrieval.blend import Blended, check_blend
+from recray.retrieval.exact import ExactSearch, query_vectors
 from recray.retrieval.faiss_index import ItemIndex
+from recray.retrieval.item_knn import ItemKNN
+from recray.training import checkpoint
 
-_ROWS = 8192  # candidates scored at a time
-
-
-class System(Protocol):
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
-        """(B, k) int64 item ids, best first; 0 where nothing is left."""
-        ...
-
-
-class Scorer(System, Protocol):
-    def scored(self, question: EvalQuery, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The same, and (B, k) scores; -inf where nothing is left."""
-        ...
-
-
-@dataclass(frozen=True)
-class ExactSearch:
-    """Exact search with the model's vectors. vectors_ND: all items, row i is item id i."""
-
-    model: nn.Module
-    vectors_ND: Tensor
-
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
-        return self.scored(question, k, filter_seen)[0]
-
-    def scored(self, question: EvalQuery, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        exclude = question.seen if filter_seen else None
-        ids, scores = top_k(queries(self.model, question), self.vectors_ND, k, exclude)
-        return ids.numpy(), scores.numpy()
+_ROWS = 8192  # candidates that a ranker scores at a time
 
 
 @dataclass(frozen=True)
 class IndexSearch:
-    """The same queries, answered by the index."""
+    """Answers from the index, which may miss some of what exact search finds."""
 
     model: nn.Module
     index: ItemIndex
 
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
-        return self.scored(question, k, filter_seen)[0]
-
-    def scored(self, question: EvalQuery, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        exclude = (question.seen.values.numpy(), question.seen.offsets.numpy()) if filter_seen else None
-        return self.index.search(queries(self.model, question).numpy(), k, exclude)
-
-
-@torch.inference_mode()
-def queries(model: nn.Module, question: EvalQuery) -> Tensor:
-    """(B, D) float32."""
-    return model.query_vectors(question.batch).float()  # type: ignore[operator, no-any-return]
+    def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        exclude = (query.seen.values.numpy(), query.seen.offsets.numpy()) if exclude_seen else None
+        return self.index.search(query_vectors(self.model, query).numpy(), k, exclude)
 
 
 @dataclass(frozen=True)
 class Reranked:
-    """What another system finds, in the order of a ranker. history_length: of the ranker."""
+    """The first `candidates` items of another recommender in the order of a ranker; scores are the ranker's logits."""
 
-    search: System
-    ranker: nn.Module
+    search: Recommender
+    ranker: Ranker
     candidates: int
-    history_length: int
-
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
-        return self.scored(question, k, filter_seen)[0]
-
-    def scored(self, question: EvalQuery, k: int, filter_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        return self.order(question, self.search(question, self.candidates, filter_seen), k)
+    history_length: int  # of the ranker
 
     @torch.inference_mode()
-    def order(self, question: EvalQuery, found_BC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of the candidates found, and their logits; 0 and -inf where nothing is left."""
-        found = torch.from_numpy(found_BC)
+    def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        found = torch.from_numpy(self.search.recommend(query, self.candidates, exclude_seen)[0])
         row, place = (found >= FIRST_ITEM).nonzero(as_tuple=True)
-        rows_of_history = question.seen.last(self.history_length)
+        history = query.seen.last(self.history_length)
         scores_BC = torch.full(found.shape, -torch.inf)
         for at in range(0, len(row), _ROWS):
             part = slice(at, at + _ROWS)
-            batch = _candidates(question.batch, rows_of_history, row[part], found[row[part], place[part]])
-            scores_BC[row[part], place[part]] = self.ranker.logits(batch).float()  # type: ignore[operator]
+            batch = _candidates(query.batch, history, row[part], found[row[part], place[part]])
+            scores_BC[row[part], place[part]] = self.ranker.logits(batch).float()
         best, order = scores_BC.sort(dim=1, descending=True, stable=True)
         best, order = best[:, :k], order[:, :k]
-        ids = torch.where(best == -torch.inf, 0, found.gather(1, order))
+        ids = torch.where(best == -torch.inf, PAD, found.gather(1, order))
         short = (0, k - ids.shape[1])
-        return F.pad(ids, short).numpy(), F.pad(best, short, value=-torch.inf).numpy()
+        return F.pad(ids, short, value=PAD).numpy(), F.pad(best, short, value=-torch.inf).numpy()
 
 
 def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor) -> Batch:
-    """One row per candidate: its user's row again, and the item."""
-    repeated = select(history, rows)
-    assert isinstance(repeated, Jagged)
+    """One row per candidate: the row of its query, repeated, and the item."""
     return Batch(
         user_B=batch.user_B[rows],
-        history=repeated,
+        history=history.take(rows),
         target_Q=items,
         user_features={name: select(feature, rows) for name, feature in batch.user_features.items()},
         context={name: select(feature, rows) for name, feature in batch.context.items()},
     )
 
 
-class Oracle:
-    """The simulator's own answer. Items that training never saw are in it: the oracle knows them."""
+@dataclass(frozen=True)
+class RunArtifacts:
+    """The artefacts that a run recommends with. Found once, then passed to worker processes."""
 
-    def __init__(self, oracle: SimulatedOracle, dataset: PreparedDataset, split: str) -> None:
-        self._oracle = oracle
-        self._keys = dataset.items()["item"].to_numpy(zero_copy_only=False)
-        self._id_of_key = np.ones(oracle.options.items, np.int64)
-        self._id_of_key[self._keys[FIRST_ITEM:].astype(np.int64)] = np.arange(FIRST_ITEM, len(self._keys))
-        users = dataset.user_keys()
-        self._key_of_user = np.zeros(dataset.record.num_users, np.int64)
-        self._key_of_user[users["user_id"].to_numpy()] = users["user"].to_numpy()
-        self._until = dataset.record.starts(split)
+    dataset: PreparedDataset
+    checkpoint: Artifact[CheckpointRecord]
+    index: Artifact[IndexRecord] | None
+    ranker: Artifact[CheckpointRecord] | None
 
-    def __call__(self, question: EvalQuery, k: int, filter_seen: bool) -> np.ndarray:
-        seen = question.seen.values.numpy()
-        exclude = []
-        for begin, end in itertools.pairwise(question.seen.offsets.tolist()):
-            mine = seen[begin:end] if filter_seen else seen[:0]
-            exclude.append(self._keys[mine[mine >= FIRST_ITEM]].astype(np.int64))
-        users = self._key_of_user[question.batch.user_B.numpy()].tolist()
-        out = np.zeros((len(users), k), np.int64)
-        for row, answer in zip(out, self._oracle(users, self._until, k, exclude), strict=True):
-            row[: len(answer)] = self._id_of_key[answer]
-        return out
+    @staticmethod
+    def of(run: Run) -> RunArtifacts:
+        """Raises LineageError if the checkpoint does not exist, or if the ranker was trained on another dataset; ConfigError
+        if `retrieval.ranker` is the run of a retriever."""
+        dataset = PreparedDataset.of(run)
+        return RunArtifacts(dataset, run.checkpoint(), run.index(), _ranker(run.config, dataset))
+
+    @property
+    def models(self) -> list[CheckpointRecord]:
+        return [one.record for one in (self.checkpoint, self.ranker) if one is not None]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Ids of the records that recommendations depend on."""
+        optional = [one.record.id for one in (self.index, self.ranker) if one is not None]
+        return [self.checkpoint.record.id, self.dataset.record.id, *optional]
+
+
+def _ranker(config: Config, dataset: PreparedDataset) -> Artifact[CheckpointRecord] | None:
+    if config.retrieval.ranker is None:
+        return None
+    found = in_use(config.retrieval.ranker, CHECKPOINT)
+    # Its item ids mean other items if it was trained on another dataset.
+    model = Config.model_validate(checkpoint.record_of(found.uri, dataset).config).model
+    if model.family != "ranker":
+        raise ConfigError(
+            f"retrieval.ranker = '{config.retrieval.ranker}' holds '{model.name}', which is a {model.family}: name the run "
+            f"of a ranker (din, dlrm, dcn_v2, wide_deep)"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Recommenders:
+    """The stages of a run's recommendations that are configured."""
+
+    exact: ExactSearch | None
+    index: IndexSearch | None
+    blended: Blended | None
+    reranked: Reranked | None
+
+    def by_name(self) -> dict[str, Recommender]:
+        """Name in a report -> recommender, in order of the stages."""
+        named: dict[str, Recommender | None] = {
+            "model": self.exact,
+            "index": self.index,
+            "blended": self.blended,
+            "reranked": self.reranked,
+        }
+        return {name: one for name, one in named.items() if one is not None}
+
+    @property
+    def final(self) -> Recommender:
+        """What the run recommends with."""
+        return list(self.by_name().values())[-1]
+
+
+def open_recommenders(
+    artifacts: RunArtifacts, config: Config, splits: Sequence[str], always_exact: bool = False
+) -> Recommenders:
+    """Load the model, the index and the ranker of a run. The item-item baseline is built from the events of `splits`.
+
+    always_exact: exact search even if there is an index, which without a blend needs no item vectors in memory.
+    """
+    options, dataset = config.retrieval, artifacts.dataset
+    check_blend(config, dataset, splits)
+    model, _ = checkpoint.load_model(artifacts.checkpoint.uri)
+    exact, index = None, None
+    if always_exact or artifacts.index is None or options.item_knn_weight:
+        exact = ExactSearch(model, torch.from_numpy(_item_vectors(artifacts, model)))
+    if artifacts.index is not None:
+        index = IndexSearch(model, ItemIndex.open(artifacts.index.uri))
+    found: Recommenders = Recommenders(exact, index, None, None)
+    blended, reranked = None, None
+    if options.item_knn_weight:
+        assert exact is not None
+        assert isinstance(config.loss, RetrievalLossOptions)
+        item_knn = ItemKNN(dataset, splits)
+        weight, temperature = options.item_knn_weight, config.loss.temperature
+        blended = Blended(found.final, exact, item_knn, weight, temperature, options.k)
+    found = Recommenders(exact, index, blended, None)
+    if artifacts.ranker is not None:
+        ranker, record = checkpoint.load_model(artifacts.ranker.uri)
+        assert isinstance(ranker, Ranker)
+        reranked = Reranked(found.final, ranker, options.k, int(record.config["model"]["history_length"]))
+    return Recommenders(exact, index, blended, reranked)
+
+
+def _item_vectors(artifacts: RunArtifacts, model: nn.Module) -> np.ndarray:
+    """(N, D) vectors of all items: those that the index stage wrote, or computed."""
+    num_items = artifacts.dataset.record.num_items
+    if artifacts.index is not None:
+        return embed.load_vectors(artifacts.index.uri, num_items)
+    return embed.item_vectors(artifacts.checkpoint, model, num_items)

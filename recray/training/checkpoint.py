@@ -90,7 +90,7 @@ def load_model(folder: str) -> tuple[Retriever | Ranker, CheckpointRecord]:
     dataset = DatasetRecord.read(folder)
     items = _unpack(load_tensors(storage.read_bytes(storage.join(folder, _ITEMS))))
     with embedding.use_plan(embedding.TablePlan(stored=True)):
-        model = build_model(config.model, dataset, items)
+        model = build_model(config, dataset, items)
     weights = load_weights(folder)
     embedding.read_missing(model, weights, ShardedTables(folder, "tables", record.pieces).rows)
     model.load_state_dict(weights, assign=True)

@@ -16,14 +16,13 @@ def table_plan(config: Config, context: Context, num_items: int) -> TablePlan:
     # At most: a row's history and its target, shared negatives, and with softmax the whole catalogue.
     rows = config.training.global_batch_size // context.world_size
     items = rows * (config.model.history_length + 1)
-    if config.model.family == "retriever":
-        items += config.loss.negatives * config.training.accumulation_steps
-    if config.loss.name == "softmax":
+    items += config.loss.sampled_items * config.training.accumulation_steps
+    if config.loss.scores_all_items:
         items = num_items
     touched: dict[Ids, int] = {"user": rows, "item": items, "feature": items}
     mode = config.model.embedding.mode
     # Softmax and EMA need every row at every step, so that sharding would save nothing.
-    may_shard = config.loss.name != "softmax" and not config.optim.ema_decay
+    may_shard = not config.loss.scores_all_items and not config.optim.ema_decay
     memory = None
     if mode == "auto" and may_shard and context.world_size > 1:
         mine = torch.tensor([_memory(context.device) / context.local_size], dtype=torch.float64, device=context.device)

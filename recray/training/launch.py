@@ -29,6 +29,7 @@ def train(
     on_epoch: OnEpoch | None = None,
     callback: UserCallback | None = None,
     until: int | None = None,
+    dataset: PreparedDataset | None = None,
 ) -> CheckpointRecord:
     """Train the model on the run's prepared dataset, and publish the best epoch as the run's checkpoint.
 
@@ -39,12 +40,13 @@ def train(
     callback: receives the same entries from Ray Train workers, if training runs in those.
     until: stop after so many epochs, if that is before the last one. Nothing is published then, the record is that of
         the epoch, and another call resumes there on the same learning rate schedule.
+    dataset: train on this one. Trials of a sweep share a dataset also when their run.seed differs.
 
     Raises ConfigError, LineageError, ResourceError, or RecrayError if training diverges.
     """
     started = time.perf_counter()
     run = Run(config)
-    dataset = run.dataset()
+    dataset = dataset or PreparedDataset.of(run)
     artifact = run.artifact(CHECKPOINT, [dataset.record.id])
     if not config.training.resume:
         storage.delete_folder(artifact.uri)
@@ -188,6 +190,10 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = config.scaling
+    # Ray before 2.56 has no such option and logs the state of every run.
+    quiet = (
+        {"logging_config": ray_train.LoggingConfig(log_level="WARNING")} if hasattr(ray_train, "LoggingConfig") else {}
+    )
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -207,7 +213,7 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
         run_config=ray_train.RunConfig(
             name="ray",
             callbacks=[callback] if callback is not None else [],
-            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
+            **quiet,
             storage_path=work.folder if "://" in work.folder else os.path.abspath(work.folder),
         ),
     )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from recray.errors import LineageError
 from recray.layers import embedding
-from recray.metrics.clicks import LOWER_IS_BETTER
 from recray.training import checkpoint, fsdp, sharded_tables
 from recray.training.distributed import Context
 from recray.training.optim import Ema, Optimizers
@@ -38,17 +37,17 @@ class TrainProgress:
     best_value: float | None = None  # of the validation metric
     history: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
 
-    def end_epoch(self, entry: dict[str, float], rows: int, metric: str) -> None:
+    def end_epoch(self, entry: dict[str, float], rows: int, metric: str, higher_is_better: bool = True) -> None:
         """Add an epoch; `entry` holds `metric` if the epoch was validated."""
         self.epoch += 1
         self.rows += rows
         self.history.append(entry)
         if metric in entry:
-            self._compare(entry[metric], metric)
+            self._compare(entry[metric], higher_is_better)
 
-    def _compare(self, value: float, metric: str) -> None:
+    def _compare(self, value: float, higher_is_better: bool) -> None:
         best = self.best_value
-        if best is None or (value < best if metric in LOWER_IS_BETTER else value > best):
+        if best is None or (value > best if higher_is_better else value < best):
             self.best_value, self.best_epoch, self.epochs_without_improvement = value, self.epoch, 0
         else:
             self.epochs_without_improvement += 1

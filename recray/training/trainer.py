@@ -28,8 +28,8 @@ from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Batch, ItemTable
 from recray.loading.collate import item_table
 from recray.loading.prefetch import DeviceLoader
-from recray.losses.click import ClickObjective
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
+from recray.metrics import higher_is_better
 from recray.models import Examples, Ranker, Retriever
 from recray.records import CheckpointRecord
 from recray.training import checkpoint, fsdp, optim
@@ -152,7 +152,7 @@ class Trainer:
         torch.manual_seed(self.config.run.seed)
         plan = table_plan(self.config, self.context, self.items.num_items)
         with embedding.use_plan(plan):
-            module = registry.load("model", self.config.model.name)
+            module = registry.load("model", self.config.model.name, self.config.run.plugins)
             model: nn.Module = module.build(self.config.model, self.dataset.record, self.items)
         if plan.reasons and self.context.rank == 0 and self.phase.name == "train":
             log.info("train", f"large tables: {plan.explain()}", event="tables", values=plan.reasons)
@@ -160,8 +160,7 @@ class Trainer:
 
     def _forward_waits(self) -> bool:
         """Whether a forward waits for other workers: to gather positives, weights, or rows of tables."""
-        loss, scaling = self.config.loss, self.config.scaling
-        gathers = scaling.fsdp or (loss.name == "sampled_softmax" and loss.in_batch)
+        gathers = self.config.scaling.fsdp or self.config.loss.gathers
         return self.context.world_size > 1 and (gathers or embedding.waits_in_forward(self.state.model))
 
     # End of an epoch -----------------------------------------------------------------------------------------------
@@ -192,7 +191,8 @@ class Trainer:
 
     def _end_epoch(self, entry: dict[str, float]) -> None:
         progress, context = self.state.progress, self.context
-        progress.end_epoch(entry, self.data.rows, self.config.training.metric)
+        metric = self.config.training.metric
+        progress.end_epoch(entry, self.data.rows, metric, higher_is_better(metric, self.config.run.plugins))
         folder = self.phase.folder(progress.epoch)
         self.state.save(folder, context)
         if context.rank == 0:
@@ -221,10 +221,9 @@ class Trainer:
 
 def _objective(config: Config, model: nn.Module, items: ItemTable, context: Context) -> nn.Module:
     """Model and loss as one module: batch -> (weighted sum of losses, sum of weights)."""
-    if isinstance(model, Ranker):
-        return ClickObjective(model, config.loss)
-    # The loss needs how often items occur, on the device; features stay where the model keeps them.
-    return RetrievalObjective(model, config.loss, ItemTable(items.counts_N.to(context.device)), context)
+    # A loss may need how often items occur, on the device; features stay where the model keeps them.
+    counts = ItemTable(items.counts_N.to(context.device))
+    return Objective(model, config.loss, counts, context, config.run.plugins)
 
 
 def _examples(model: nn.Module) -> Examples:

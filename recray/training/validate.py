@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from recray import log
+from recray import log, metrics
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import DataError, RecrayError
@@ -55,7 +55,9 @@ def _validate_lists(model: nn.Module, dataset: PreparedDataset, context: Context
     """Mean of the metric ('ndcg@10') over queries of users with a history, by exact search over the catalogue."""
     assert isinstance(model, Retriever)
     metric, options, exchanges = config.training.metric, config.evaluation, _exchanges(model, context)
-    name, _, k = metric.partition("@")
+    name, k = metrics.parse(metric)
+    wanted = metrics.find(name, config.run.plugins)
+    assert isinstance(wanted, metrics.ListMetric) and k is not None
     # With sharded tables each worker scores the items whose rows it holds, for the queries of all workers.
     share = (context.rank, context.world_size) if exchanges else (0, 1)
     v_ND = _item_vectors(model, dataset.record.num_items, share, context)
@@ -66,11 +68,11 @@ def _validate_lists(model: nn.Module, dataset: PreparedDataset, context: Context
         bad |= ~q_BD.isfinite().all()
         seen = query.seen.to(context.device) if options.filter_seen else None
         if exchanges:
-            ids = _search_shares(q_BD, v_ND, int(k), seen, context)
+            ids = _search_shares(q_BD, v_ND, k, seen, context)
         else:
-            ids, _ = top_k(q_BD, v_ND, int(k), seen)
+            ids, _ = top_k(q_BD, v_ND, k, seen)
         if real:
-            total[:2] += _sum_of_metric(query, ids.cpu().numpy(), name, int(k))
+            total[:2] += _sum_of_metric(query, ids.cpu().numpy(), wanted)
     total[2] = float(bad)
     value, queries, not_finite = map(float, context.sum(total))
     _check_scores(not_finite, metric)
@@ -95,12 +97,11 @@ def _queries(
         yield from _in_step(found, eval_queries(table, 1, length, kind), context, exchanges)
 
 
-def _sum_of_metric(query: EvalQuery, ids: np.ndarray, name: str, k: int) -> Tensor:
+def _sum_of_metric(query: EvalQuery, ids: np.ndarray, metric: metrics.ListMetric) -> Tensor:
     """(2,) float64: sum of the metric over queries with a history, and their number."""
     items, offsets = query.targets.values.numpy(), query.targets.offsets.numpy()
     hits, counts = ranking.hits(ids, items, offsets), ranking.num_distinct(items, offsets)
-    values = ranking.per_user(hits, counts, [k], [name])[f"{name}@{k}"]
-    values = values[(query.seen.lengths() > 0).numpy()]
+    values = metric.compute(hits, counts)[(query.seen.lengths() > 0).numpy()]
     return torch.tensor([values.sum(), len(values)], dtype=torch.float64)
 
 
@@ -118,7 +119,9 @@ def _validate_clicks(model: nn.Module, dataset: PreparedDataset, context: Contex
     gathered = context.all_gather(torch.cat(scored).to(context.device))
     user, logit, label, weight = np.asarray(gathered.cpu()).T
     _check_scores(float((~np.isfinite(logit)).sum()), metric)
-    value = Clicks(user, logit, label, weight).metrics()[metric]
+    wanted = metrics.find(metric, config.run.plugins)
+    assert isinstance(wanted, metrics.ClickMetric)
+    value = Clicks(user, logit, label, weight).metrics(metrics={metric: wanted})[metric]
     if not np.isfinite(value):
         raise DataError(
             f"{metric} needs clicks and non-clicks, and the validation split has {int((label > 0).sum()):,} clicks in "

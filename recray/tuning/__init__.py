@@ -1,1 +1,1 @@
-"""Sweeps: many ordinary trains, each with values of its own for some keys, run by Ray Tune."""
+"""Sweeps: many ordinary training runs with different values for some configuration keys, run by Ray Tune."""

@@ -1,74 +1,66 @@
-"""Whether a sweep can run, asked before anything starts: every problem at once, each by name."""
+"""Checks of a sweep before anything starts: all problems at once, each with its key."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 from recray.config import Axis, Config, with_values
 from recray.errors import ConfigError
-from recray.metrics.clicks import LOWER_IS_BETTER
-from recray.tuning.space import Space, plain, show, value_of
+from recray.tuning.space import Point, Space, plain, show, value_of
 
 _SWEPT = ("model", "loss", "optim", "training")
 _WHY_NOT = {
-    "data": "the dataset is prepared once for all trials: make a sweep for each",
-    "run": "trials share the run's dataset and seed; seeds are what tune.seeds is for",
-    "scaling": "all trials hold the same CPUs and GPUs: set it in [scaling] or [tune]",
+    "data": "the dataset is prepared once for all trials; run one sweep per dataset",
+    "run": "all trials use the run's dataset and seed; tune.seeds repeats the best trials on other seeds",
+    "scaling": "all trials use the same CPUs and GPUs; set them in [scaling] or [tune]",
     "retrieval": "it does not change what is trained",
-    "evaluation": "it changes what the metric means, and trials could not be compared",
-    "tune": "a sweep does not sweep itself",
+    "evaluation": "it changes what the metric means, so trials could not be compared",
+    "tune": "it controls the sweep itself",
     "training.metric": "trials are compared by it",
-    "training.validate_every": "trials are compared after every epoch",
+    "training.validate_every": "trials are compared at the same epochs",
     "training.resume": "it does not change what is trained",
-    "training.refit": "trials only select; the winner's own run refits where the configuration says so",
+    "training.refit": "trials only select values; the winner's own run refits if the configuration says so",
 }
-# Whole combinations that are tried: of a large grid or a range not all can be.
-_TRIED = 256
+_MAX_GRID = 100_000
+_TRIED_GRID, _TRIED_DRAWS = 256, 64  # complete points that are checked: a space can be endless
 
 
-def metric_of(config: Config) -> tuple[str, str]:
-    """What is compared, and whether 'max' or 'min' is best."""
-    metric = config.tune.metric or config.training.metric
-    return metric, config.tune.mode or ("min" if metric in (*LOWER_IS_BETTER, "loss") else "max")
-
-
-def check(config: Config, resources: list[str]) -> Space:
-    """The space of the sweep. Raises ConfigError with every problem, those of `resources` too."""
-    tune, wrong = config.tune, [*_metric(config), *resources]
+def check(config: Config, resource_problems: list[str]) -> Space:
+    """The search space of a sweep. Raises ConfigError with every problem, `resource_problems` included."""
+    tune, problems = config.tune, [*_metric(config), *resource_problems]
     if not tune.space:
-        wrong.append(
-            'tune.space is empty: name keys and what they may be, e.g. "optim.learning_rate" = { low = 1e-4, high = 1e-2, log = true }'
+        problems.append(
+            "tune.space is empty: name keys and their values, e.g. "
+            '"optim.learning_rate" = { low = 1e-4, high = 1e-2, log = true }'
         )
     if tune.search == "tpe" and importlib.util.find_spec("optuna") is None:
-        wrong.append("tune.search = 'tpe' needs Optuna: pip install 'recray[tune]', or use 'random'")
+        problems.append("tune.search = 'tpe' needs Optuna: pip install 'recray[tune]', or use 'random'")
     if tune.search != "pbt" and tune.scheduler != "none" and tune.grace_epochs >= config.training.epochs > 1:
-        wrong.append(
-            f"tune.grace_epochs = {tune.grace_epochs} with training.epochs = {config.training.epochs}: no trial could be ended "
-            f"early; lower it, or set tune.scheduler = 'none'"
+        problems.append(
+            f"tune.grace_epochs = {tune.grace_epochs} with training.epochs = {config.training.epochs}: no trial could be "
+            f"stopped early; lower it, or set tune.scheduler = 'none'"
         )
-    axes, in_order = _ordered(tune.space)
-    wrong += in_order
+    axes, order_problems = _ordered(tune.space)
+    problems += order_problems
     whole: set[str] = set()
     for key, axis in axes.items():
-        problems = [*_allowed(key), *_range(axis), *_conditions(config, axis)]
-        if not problems:
-            problems = _values(config, key, axis, axes, whole)
-        if not problems and tune.search == "pbt":
-            problems = _perturbed(config, key, axis)
-        wrong += [f'tune.space "{key}": {problem}' for problem in problems]
+        found = [*_allowed(key), *_range(axis), *_conditions(config, axis)]
+        if not found:
+            found = _values(config, key, axes, whole)
+        if not found and tune.search == "pbt":
+            found = _population(config, key, axis)
+        problems += [f'tune.space "{key}": {problem}' for problem in found]
     space = Space(config, axes, frozenset(whole))
-    if not wrong:
-        wrong = [*_grid(space), *_together(space)]
-    if wrong:
-        count = "1 problem" if len(wrong) == 1 else f"{len(wrong)} problems"
-        raise ConfigError(
-            f"{count} with this sweep, and nothing was started:\n" + "\n".join(f"  - {one}" for one in wrong)
-        )
+    if not problems:
+        problems = [*_grid(space), *_combinations(space)]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{count} with this sweep, and nothing was started:\n{lines}")
     return space
 
 
@@ -83,41 +75,37 @@ def _metric(config: Config) -> list[str]:
 
 
 def _ordered(space: dict[str, Axis]) -> tuple[dict[str, Axis], list[str]]:
-    """Keys after those that their conditions ask for."""
+    """Every key after the keys that its conditions refer to."""
     ordered: dict[str, Axis] = {}
     while len(ordered) < len(space):
-        ready = [
-            k for k, a in space.items() if k not in ordered and not (a.when.keys() & space.keys()) - ordered.keys()
-        ]
+        left = {key: axis for key, axis in space.items() if key not in ordered}
+        ready = {key: axis for key, axis in left.items() if not axis.when.keys() & left.keys()}
         if not ready:
-            left = [key for key in space if key not in ordered]
-            return ordered, [f"tune.space: the conditions of {', '.join(left)} ask for each other"]
-        ordered |= {key: space[key] for key in ready}
+            return ordered, [f"tune.space: the conditions of {', '.join(left)} refer to each other"]
+        ordered |= ready
     return ordered, []
 
 
 def _allowed(key: str) -> list[str]:
-    section = key.partition(".")[0]
-    reason = _WHY_NOT.get(key) or _WHY_NOT.get(section)
-    if reason:
-        return [f"cannot be swept: {reason}. Keys of {', '.join(f'[{name}]' for name in _SWEPT)} can"]
-    return []
+    reason = _WHY_NOT.get(key) or _WHY_NOT.get(key.partition(".")[0])
+    allowed = ", ".join(f"[{name}]" for name in _SWEPT)
+    return [f"cannot be swept: {reason}. Keys of {allowed} can"] if reason else []
 
 
 def _range(axis: Axis) -> list[str]:
     low, high, step = axis.low, axis.high, axis.step
     if axis.choices is not None:
         if (low, high, step) != (None, None, None) or axis.log:
-            return ["has choices, so low, high, step and log mean nothing: leave one or the other out"]
+            return ["has choices as well as low, high, step or log: leave one or the other out"]
         return [] if axis.choices else ["choices are empty: name at least one value"]
     if low is None or high is None:
         return ["needs low and high, or choices"]
     if low >= high:
         return [f"the range is {'empty' if low == high else 'reversed'}: low = {low:g} must be below high = {high:g}"]
     if axis.log and low <= 0:
-        return [f"log = true needs low above 0, and it is {low:g}"]
+        return [f"log = true needs low above 0 (given: {low:g})"]
     if step is not None and axis.log:
-        return ["step and log do not go together: use choices"]
+        return ["step and log cannot be combined: use choices"]
     if step is not None and not 0 < step <= high - low:
         return [f"step = {step:g} must be above 0 and at most high - low = {high - low:g}"]
     return []
@@ -126,61 +114,63 @@ def _range(axis: Axis) -> list[str]:
 def _conditions(config: Config, axis: Axis) -> list[str]:
     problems = []
     for key, allowed in axis.when.items():
-        known = config.tune.space.get(key)
-        if known is None:
+        other = config.tune.space.get(key)
+        if other is None:
             try:
                 value_of(config, key)
             except AttributeError:
                 problems.append(f"its condition names '{key}', which is no key of this configuration or space")
-        elif known.choices is not None and not any(value in known.choices for value in allowed):
-            problems.append(f"its condition never holds: {key} is one of {known.choices}, never {allowed}")
+        elif other.choices is not None and not any(value in other.choices for value in allowed):
+            problems.append(f"its condition never holds: {key} is one of {other.choices}, never {allowed}")
     return problems
 
 
-def _values(config: Config, key: str, axis: Axis, axes: dict[str, Axis], whole: set[str]) -> list[str]:
-    """Bounds and choices that the section refuses; keys of whole numbers are added to `whole`."""
-    problems: list[str] = []
+def _values(config: Config, key: str, axes: dict[str, Axis], whole: set[str]) -> list[str]:
+    """Problems with bounds and choices, as the configuration reports them; adds integer keys to `whole`."""
+    axis, problems = axes[key], list[str]()
     for value in [axis.low, axis.high] if axis.choices is None else axis.choices:
         try:
-            made = value_of(with_values(config, {**_needed(axis, axes), key: value}), key)
+            parsed = value_of(with_values(config, {**_activating(axis, axes), key: value}), key)
         except ConfigError as error:
-            lines = str(error).split("\n  - ")[1:]
-            if key == "model.name":  # the message tells of another key
+            lines = _lines(error)
+            if key == "model.name":  # the message is about a key that the other model does not have
                 lines = [
-                    f"with '{value}': {line}. What the file sets for one model only goes into tune.space too, with "
-                    f'when = {{ "model.name" = ... }}'
+                    f"with '{value}': {line}. Move keys that only some models have from the file's [model] to "
+                    f'tune.space, with when = {{ "model.name" = ... }}'
                     for line in lines
                 ]
             problems += [line for line in lines if line not in problems]
             continue
         if axis.choices is None:
-            if isinstance(made, bool) or not isinstance(made, int | float):
-                return [f"is no number, so it has no range: use choices (given: {plain(value)})"]
-            if isinstance(made, int):
+            if isinstance(parsed, bool) or not isinstance(parsed, int | float):
+                return [f"is not a number and has no range: use choices (given: {plain(value)})"]
+            if isinstance(parsed, int):
                 whole.add(key)
     if not problems and key in whole and axis.step is not None and axis.step % 1:
-        problems.append(f"takes whole numbers, and step = {axis.step:g}")
+        problems.append(f"takes integers, and step = {axis.step:g}")
     return problems
 
 
-def _needed(axis: Axis, axes: dict[str, Axis]) -> dict[str, Any]:
-    """Values with which a key's conditions hold."""
-    needed: dict[str, Any] = {}
+def _lines(error: ConfigError) -> list[str]:
+    return str(error).split("\n  - ")[1:]
+
+
+def _activating(axis: Axis, axes: dict[str, Axis]) -> Point:
+    """Values of other keys with which a key's conditions hold."""
+    values: Point = {}
     for key, allowed in axis.when.items():
-        known = axes.get(key)
-        if known is not None:
-            needed |= _needed(known, axes)
-            fitting = [v for v in allowed if known.choices is None or v in known.choices]
-            needed[key] = fitting[0]
-    return needed
+        if other := axes.get(key):
+            values |= _activating(other, axes)
+            values[key] = next(value for value in allowed if other.choices is None or value in other.choices)
+    return values
 
 
-def _perturbed(config: Config, key: str, axis: Axis) -> list[str]:
-    """PBT goes on from another member's weights, so shapes and the optimiser's state must stay what they are."""
+def _population(config: Config, key: str, axis: Axis) -> list[str]:
+    """A PBT member continues from another member's weights, so shapes and the optimizer's state must stay the same."""
     if axis.when:
         return ["has a condition, and with search = 'pbt' every member has every key: leave `when` out"]
-    number = isinstance(value_of(config, key), float)
-    if key in ("optim.learning_rate", "optim.clip_norm") or (key.partition(".")[0] in ("model", "loss") and number):
+    real = isinstance(value_of(config, key), float)
+    if key in ("optim.learning_rate", "optim.clip_norm") or (key.partition(".")[0] in ("model", "loss") and real):
         return []
     return [
         "cannot change while a member of search = 'pbt' trains: optim.learning_rate, optim.clip_norm and the real-valued "
@@ -195,41 +185,36 @@ def _grid(space: Space) -> list[str]:
     endless = [key for key in space.axes if space.values(key) is None or space.axes[key].log]
     if endless:
         return [f'tune.space "{key}": a grid needs choices, or low and high with step' for key in endless]
-    limit = tune.trials or 100_000
-    points = len(list(itertools.islice(space.grid(), limit + 1)))
-    if points > limit:
-        return [
-            f"the grid has more than {limit:,} points{' (tune.trials)' if tune.trials else ''}: fewer choices, or search = 'random'"
-        ]
-    return []
+    limit = tune.trials or _MAX_GRID
+    if len(list(itertools.islice(space.grid(), limit + 1))) <= limit:
+        return []
+    key = " (tune.trials)" if tune.trials else ""
+    return [f"the grid has more than {limit:,} points{key}: use fewer choices, or search = 'random'"]
 
 
-def _together(space: Space) -> list[str]:
-    """Values that are fine alone and not together; every one a trial that could only fail."""
-    rng = np.random.default_rng(0)
-    grid = space.base.tune.search == "grid"
-    points: Iterable[dict[str, Any]] = (
-        itertools.islice(space.grid(), _TRIED) if grid else (space.draw(rng) for _ in range(_TRIED // 4))
-    )
-    refused: dict[str, str] = {}
+def _combinations(space: Space) -> list[str]:
+    """Points that the configuration rejects although each of their values is valid; each would be a failed trial."""
+    rng, grid = np.random.default_rng(0), space.base.tune.search == "grid"
+    drawn = (space.draw(rng) for _ in range(_TRIED_DRAWS))
+    points: Iterable[Point] = itertools.islice(space.grid(), _TRIED_GRID) if grid else drawn
+    rejected: dict[str, str] = {}  # message -> a point that has it
     tried = bad = 0
     for point in points:
-        tried += 1
-        try:
-            config = space.config(point)
-        except ConfigError as error:
-            lines = str(error).split("\n  - ")[1:]
-            bad += 1
-        else:
-            metric = config.training.metric
-            wrong = metric != space.base.training.metric
-            lines = [f"reports {metric}, and the sweep compares {space.base.training.metric}"] if wrong else []
-            bad += wrong
+        lines = _rejections(space, point)
+        tried, bad = tried + 1, bad + bool(lines)
         for line in lines:
-            refused.setdefault(line, show(point))
-    # Random search and TPE draw again; a grid has its points, and a space that is mostly wrong is a mistake.
-    if bad and (grid or bad > tried / 2 or any(line.startswith(("unknown key", "reports")) for line in refused)):
-        return [f"{bad} of {tried} points tried are refused, e.g. {where}: {line}" for line, where in refused.items()][
-            :5
-        ]
+            rejected.setdefault(line, show(point))
+    # Random search and TPE draw again when a point is invalid. A grid does not, and a space that is mostly invalid, or
+    # whose keys belong to another model, is a mistake.
+    if bad and (grid or bad > tried / 2 or any(line.startswith(("unknown key", "reports")) for line in rejected)):
+        found = [f"{bad} of {tried} points tried are rejected, e.g. {at}: {line}" for line, at in rejected.items()]
+        return found[:5]
     return []
+
+
+def _rejections(space: Space, point: Point) -> list[str]:
+    try:
+        metric, expected = space.config(point).training.metric, space.base.training.metric
+    except ConfigError as error:
+        return _lines(error)
+    return [] if metric == expected else [f"reports {metric}, and the sweep compares {expected}"]

@@ -9,7 +9,7 @@ import numpy as np
 from recray.records import Trial
 
 _BINS = 4
-_FEWEST = 8  # trials with a key below which nothing is said of it
+_MIN_TRIALS = 8  # with fewer trials that have a key, its importance is not reported
 
 
 def importance(trials: list[Trial]) -> dict[str, float]:
@@ -17,15 +17,16 @@ def importance(trials: list[Trial]) -> dict[str, float]:
 
         epsilon^2 = (SS_between - (g - 1) MS_within) / SS_total            (Kelley 1935)
 
-    over g groups of trials: a choice each, or quarters (halves, of few trials) of the values drawn from a range. Unlike eta^2 it expects 0
-    of a key that does nothing. Ranks, as one diverged trial would else be all the variance. A trial without the key is
-    left out for it. Interactions between keys are not seen.
+    over g groups of trials: one per choice, or quantile bins of the values drawn from a range (quarters, or halves when
+    there are few trials). Unlike eta^2 its expectation is 0 for a key that has no effect. Ranks are used because a
+    single diverged trial would otherwise make up most of the variance. Trials without the key are left out. Interactions
+    between keys are not measured.
     """
     known = [trial for trial in trials if trial.best is not None]
     found: dict[str, float] = {}
     for key in {key: None for trial in known for key in trial.values}:
         having = [trial for trial in known if key in trial.values]
-        if len(having) < _FEWEST:
+        if len(having) < _MIN_TRIALS:
             continue
         ranks = np.argsort(np.argsort([trial.best or 0.0 for trial in having])).astype(float)
         groups = _groups([trial.values[key] for trial in having])
@@ -41,7 +42,7 @@ def importance(trials: list[Trial]) -> dict[str, float]:
 
 
 def _groups(values: list[Any]) -> np.ndarray:
-    """A group's number for every value."""
+    """The group number of every value."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     distinct = sorted({repr(value) for value in values})
     bins = max(2, min(_BINS, len(values) // 4))

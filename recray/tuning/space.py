@@ -1,4 +1,12 @@
-"""Points of [tune.space]: a value for every key that counts. numpy only."""
+"""The search space [tune.space] and its points.
+
+A point has a value for every active key. With
+
+    "loss.name" = { choices = ["gbce", "bpr"] }
+    "loss.calibration" = { low = 0.5, high = 1.0, when = { "loss.name" = "gbce" } }
+
+{"loss.name": "gbce", "loss.calibration": 0.7} and {"loss.name": "bpr"} are points.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +27,11 @@ Point = dict[str, Any]
 @dataclass(frozen=True)
 class Space:
     base: Config
-    axes: dict[str, Axis]  # what a condition asks for comes before what has the condition
-    whole: frozenset[str]  # keys whose values are whole numbers
+    axes: dict[str, Axis]  # a key that a condition refers to comes before the key with the condition
+    whole: frozenset[str]  # keys whose values are integers
 
-    def counts(self, key: str, point: Point) -> bool:
-        """Whether a key's conditions hold, given the keys before it."""
+    def is_active(self, key: str, point: Point) -> bool:
+        """Whether a key's conditions hold, given the values of the keys before it."""
         for other, allowed in self.axes[key].when.items():
             value = point.get(other) if other in self.axes else value_of(self.base, other)
             if value not in allowed:
@@ -31,13 +39,14 @@ class Space:
         return True
 
     def draw(self, rng: np.random.Generator) -> Point:
+        """A random point; log axes are uniform in the logarithm."""
         point: Point = {}
         for key in self.axes:
-            if self.counts(key, point):
-                point[key] = self._one(key, rng)
+            if self.is_active(key, point):
+                point[key] = self._draw_value(key, rng)
         return point
 
-    def _one(self, key: str, rng: np.random.Generator) -> Any:
+    def _draw_value(self, key: str, rng: np.random.Generator) -> Any:
         axis, values = self.axes[key], self.values(key)
         if values is not None and not axis.log:
             return values[int(rng.integers(len(values)))]
@@ -47,7 +56,7 @@ class Space:
         return self.clip(key, math.exp(drawn) if axis.log else drawn)
 
     def clip(self, key: str, value: Any) -> Any:
-        """A number inside its range, whole where the key is."""
+        """A number moved into its range, and rounded if the key is an integer."""
         axis = self.axes[key]
         if axis.low is None or axis.high is None:
             return value
@@ -55,7 +64,7 @@ class Space:
         return round(inside) if key in self.whole else float(inside)
 
     def values(self, key: str) -> list[Any] | None:
-        """All values of a key, in order; None where there is no end of them."""
+        """All values of a key, in order; None for a continuous range."""
         axis = self.axes[key]
         if axis.choices is not None:
             return axis.choices
@@ -63,28 +72,28 @@ class Space:
         step = axis.step or (1.0 if key in self.whole else None)
         if step is None:
             return None
-        count = math.floor((axis.high - axis.low) / step + 1e-9) + 1
+        count = math.floor((axis.high - axis.low) / step + 1e-9) + 1  # 0.3 / 0.1 is 2.9999999999999996
         numbers = [axis.low + i * step for i in range(count)]
         return [round(n) for n in numbers] if key in self.whole else [float(f"{n:.12g}") for n in numbers]
 
     def grid(self) -> Iterator[Point]:
-        """Every point once, the last key fastest. Every key has `values`."""
+        """Every point once, the last key fastest. Every key must have `values`."""
         seen: list[Point] = []
         conditional = any(axis.when for axis in self.axes.values())
         known = {key: self.values(key) or [] for key in self.axes}
         for combination in itertools.product(*known.values()):
             point: Point = {}
             for key, value in zip(known, combination, strict=True):
-                if self.counts(key, point):
+                if self.is_active(key, point):
                     point[key] = value
-            if conditional:
+            if conditional:  # combinations that differ in an inactive key only are the same point
                 if point in seen:
                     continue
                 seen.append(point)
             yield point
 
     def config(self, point: Point) -> Config:
-        """The configuration of a point. Raises ConfigError where its values do not go together."""
+        """The configuration at a point. Raises ConfigError when its values are not valid together."""
         return with_values(self.base, point, where=show(point))
 
     def valid(self, point: Point) -> bool:
@@ -96,7 +105,7 @@ class Space:
 
 
 def value_of(config: Config, dotted: str) -> Any:
-    """The value of a key. Raises AttributeError where there is none."""
+    """The value of a dotted key. Raises AttributeError when there is no such key."""
     value: Any = config
     for name in dotted.split("."):
         value = getattr(value, name)

@@ -1,12 +1,14 @@
-"""What a sweep leaves on disk, which is also what it goes on from.
+"""What a sweep stores on disk, and resumes from.
 
-<run>/tune/sweep.json             what makes trials comparable; another sweep is refused
-           trials/0007/           an ordinary run folder (train/, checkpoint/), and
-               point.json         the trial's values, written before it starts
-               trial.json         TrialRecord, written when it stops training: for good, at a rung, by the budget
-           seeds/0007-2/          the same of a finalist on seed 2
-           tune.json              TuneRecord, written last
-           tune.html  best.toml
+<run>/tune/<identity>/             the artefact: its identity is the keys that make trials comparable (artifacts.TUNE)
+    trials/0007/                   an ordinary run folder with a checkpoint, and
+        point.json                 the trial's values, written before it starts
+        trial.json                 TrialRecord, written whenever it stops: for good, at a rung, or because of the budget
+    seeds/0007-2/                  the same for finalist 7 on seed 2
+    tune.json                      TuneRecord, written last
+    tune.html  best.toml
+
+A trial whose record is finished is never run again. One that is not, or has no record, is resumed from its last epoch.
 """
 
 from __future__ import annotations
@@ -15,25 +17,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from recray import storage
+from recray.artifacts import CHECKPOINT, TUNE, Artifact, Run, artifacts_of
 from recray.config import Config, TuneConfig, with_values
 from recray.data.dataset import PreparedDataset
-from recray.errors import LineageError
-from recray.records import Trial, TrialRecord
-from recray.training.launch import loss_that_steers
+from recray.records import Trial, TrialRecord, TuneRecord
+from recray.training.launch import selection
 from recray.tuning.space import Point
-
-# What may change when a sweep goes on: how much is tried, how much of it at a time, and what is done with the best.
-_FREE = ("trials", "seconds", "epochs", "concurrent", "cpus_per_trial", "gpus_per_trial", "top", "seeds")
 
 
 @dataclass(frozen=True)
-class Job:
-    """A train to be done."""
+class TrialSpec:
+    """A training run to be done: as a trial of the search, or as a finalist on another seed."""
 
-    folder: str  # below the sweep's: trials/NNNN or seeds/NNNN-SEED
+    folder: str  # relative to the sweep's: trials/NNNN or seeds/NNNN-SEED
     values: Point
     seed: int
-    until: int | None = None  # epochs after which it waits at a rung; None: to its end
+    until: int | None = None  # the epoch at which it pauses at a rung; None: it trains to the end
 
     @property
     def number(self) -> int:
@@ -41,94 +40,103 @@ class Job:
 
     @property
     def name(self) -> str:
-        """In Tune, which wants no slashes; a name stays a trial's own when PBT gives it another's settings."""
+        """Its name in Ray Tune, which allows no slashes."""
         return self.folder.replace("/", "-", 1)
 
     @staticmethod
-    def of(name: str, settings: dict[str, Any]) -> Job:
-        return Job(name.replace("-", "/", 1), settings["values"], settings["seed"], settings["until"])
+    def of(name: str, settings: dict[str, Any]) -> TrialSpec:
+        """From a name in Ray Tune and settings. PBT copies settings between trials, folder included; names stay."""
+        return TrialSpec(name.replace("-", "/", 1), settings["values"], settings["seed"], settings["until"])
 
 
 @dataclass(frozen=True)
 class SweepStore:
     config: Config
     dataset: PreparedDataset
+    artifact: Artifact[TuneRecord]
+
+    @classmethod
+    def of(cls, config: Config) -> SweepStore:
+        """The sweep of a configuration whose dataset is prepared. Raises LineageError when it is not."""
+        run = Run(config)
+        dataset = PreparedDataset.of(run)
+        return cls(config, dataset, run.artifact(TUNE, [dataset.record.id]))
 
     @property
     def uri(self) -> str:
-        return storage.join(self.config.run_uri, "tune")
+        """The folder of the sweep."""
+        return self.artifact.uri
 
     def open(self) -> None:
-        """Raises LineageError where another sweep lies in the folder."""
-        body = self.config.model_dump(mode="json")
-        kept = {key: value for key, value in body["tune"].items() if key not in _FREE}
-        kept |= {key: body[key] for key in ("model", "optim", "training")}
-        kept |= {"loss": loss_that_steers(body["loss"]), "seed": body["run"]["seed"], "dataset": self.dataset.record.id}
-        uri = storage.join(self.uri, "sweep.json")
-        if storage.exists(uri):
-            there = storage.read_json(uri)
-            there["loss"] = loss_that_steers(there["loss"])
-            changed = [key for key, value in there.items() if kept.get(key) != value]
-            if changed:
-                raise LineageError(
-                    f"{self.uri} holds a sweep of another configuration ({', '.join(changed)} differ): set another run.name, or "
-                    f"delete that folder; {', '.join(f'tune.{key}' for key in _FREE)} may change when a sweep goes on"
-                )
-            return
-        storage.write_json(uri, kept)
+        """Mark the folder before anything is in it. A complete sweep stays open: tune.trials, for example, may grow."""
+        if not self.artifact.complete():
+            Run(self.config).begin(self.artifact)
 
-    def job(self, number: int, values: Point) -> Job:
-        return Job(f"trials/{number:04d}", values, self.config.run.seed)
+    def trial_config(self, spec: TrialSpec) -> Config:
+        return trial_config(self.config, spec, self.uri, self.dataset.uri)
 
-    def begin(self, job: Job) -> None:
-        storage.write_json(
-            storage.join(self.uri, job.folder, "point.json"), {"number": job.number, "values": job.values}
-        )
+    def spec(self, number: int, values: Point) -> TrialSpec:
+        return TrialSpec(f"trials/{number:04d}", values, self.config.run.seed)
 
-    def begun(self, number: int) -> Point | None:
-        """The values of a trial that was begun before."""
-        uri = storage.join(self.uri, f"trials/{number:04d}", "point.json")
+    def write_point(self, spec: TrialSpec) -> None:
+        storage.write_json(self._file(spec.folder, "point.json"), {"number": spec.number, "values": spec.values})
+
+    def read_point(self, number: int) -> Point | None:
+        """The values of a trial that was started before; None when it was not."""
+        uri = self._file(f"trials/{number:04d}", "point.json")
         if not storage.exists(uri):
             return None
         values: Point = storage.read_json(uri)["values"]
         return values
 
-    def read(self, folder: str) -> Trial | None:
-        """The trial whose record lies there."""
-        uri = storage.join(self.uri, folder)
-        if not storage.exists(storage.join(uri, TrialRecord.file_name())):
-            return None
-        return TrialRecord.read(uri).trial
+    def write_trial(self, spec: TrialSpec, trial: Trial) -> None:
+        """Write the record of a trial that has stopped. A finished one will not be resumed: its epochs are deleted."""
+        config = self.trial_config(spec)
+        body = config.model_dump(mode="json")
+        record = TrialRecord(parents=[self.dataset.record.id], config=body, seconds=trial.seconds, trial=trial)
+        record.write(storage.join(self.uri, spec.folder))
+        if not trial.finished:
+            return
+        # With PBT a trial has a folder of epochs for every set of values that it trained with.
+        for checkpoint in artifacts_of(storage.join(config.run_uri, CHECKPOINT.name), CHECKPOINT):
+            complete = checkpoint.complete()
+            storage.delete_folder(selection(config, checkpoint.uri).root if complete else checkpoint.uri)
 
-    def past(self) -> list[Trial]:
-        """Trials of the search that have a record, by number: those that ended, that wait, and that a budget cut."""
+    def read_trial(self, folder: str) -> Trial | None:
+        if not storage.exists(self._file(folder, TrialRecord.file_name())):
+            return None
+        return TrialRecord.read(storage.join(self.uri, folder)).trial
+
+    def read_trials(self) -> list[Trial]:
+        """The trials of the search that have a record, by number."""
         trials, number = [], 1
-        while self.begun(number) is not None:
-            trial = self.read(f"trials/{number:04d}")
+        while self.read_point(number) is not None:
+            trial = self.read_trial(f"trials/{number:04d}")
             trials += [trial] if trial is not None else []
             number += 1
         return trials
 
-    def end(self, job: Job, trial: Trial) -> None:
-        """Write the record, then drop what only going on would need; what waits or was cut may go on."""
-        body = trial_config(self.config, job).model_dump(mode="json")
-        folder = storage.join(self.uri, job.folder)
-        TrialRecord(parents=[self.dataset.record.id], config=body, seconds=trial.seconds, trial=trial).write(folder)
-        if trial.over:
-            storage.delete_folder(storage.join(folder, "train"))
+    def _file(self, folder: str, name: str) -> str:
+        return storage.join(self.uri, folder, name)
 
 
-def trial_config(base: Config, job: Job) -> Config:
-    """An ordinary train on the sweep's dataset. One worker trains in the trial's own process."""
+def sweep_uri(config: Config) -> str:
+    """The folder of a configuration's sweep. Raises LineageError when its dataset is not prepared."""
+    return SweepStore.of(config).uri
+
+
+def trial_config(base: Config, spec: TrialSpec, sweep: str, dataset: str) -> Config:
+    """The configuration of a trial: an ordinary run. sweep, dataset: their folders."""
+    parent, _, name = spec.folder.partition("/")
     values: dict[str, Any] = {
-        **job.values,
-        "run.output": storage.join(base.run_uri, "tune", job.folder.partition("/")[0]),
-        "run.name": job.folder.partition("/")[2],
-        "run.dataset": base.dataset_uri,
-        "run.seed": job.seed,
-        "training.refit": False,  # after the search, for the winner alone
+        **spec.values,
+        "run.output": storage.join(sweep, parent),
+        "run.name": name,
+        "run.dataset": dataset,
+        "run.seed": spec.seed,
+        "training.refit": False,  # only for the winner, after the search
         "training.resume": True,
     }
     if base.scaling.num_workers == 1:
-        values["scaling.num_workers"] = 0
-    return with_values(base.model_copy(update={"tune": TuneConfig()}), values, where=f"trial {job.number}")
+        values["scaling.num_workers"] = 0  # a single worker trains in the trial's own process
+    return with_values(base.model_copy(update={"tune": TuneConfig()}), values, where=f"trial {spec.number}")

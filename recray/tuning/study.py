@@ -1,206 +1,220 @@
-"""A sweep from its configuration to the winner's."""
+"""A sweep, from its configuration to the winner's.
+
+    check the space -> prepare once -> search (trials on run.seed) -> the best `tune.top` again on other seeds -> best.toml
+
+Every step reads what earlier starts have stored (recray.tuning.store) and does only the rest.
+"""
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import statistics
 import time
 
 import tomli_w
 
-from recray import storage
+from recray import log, storage
+from recray.artifacts import Run
 from recray.cluster import runtime
 from recray.config import Config, ScalingConfig, TuneConfig, with_values
-from recray.data.dataset import PreparedDataset
 from recray.data.prepare import prepare
 from recray.errors import RecrayError
 from recray.records import Finalist, Trial, TuneRecord
+from recray.tuning import page
 from recray.tuning.asha import make_rungs
-from recray.tuning.check import check, metric_of
+from recray.tuning.check import check
 from recray.tuning.console import Board
 from recray.tuning.importance import importance
-from recray.tuning.page import render
-from recray.tuning.queue import Jobs
-from recray.tuning.resources import Node, Share, local_node, share
-from recray.tuning.search import make
+from recray.tuning.objective import Objective
+from recray.tuning.queue import SearchQueue, SeedQueue
+from recray.tuning.search import make_search
 from recray.tuning.space import Space, show
-from recray.tuning.store import Job, SweepStore
+from recray.tuning.stopping import Budget, MedianRule, Rules
+from recray.tuning.store import SweepStore, TrialSpec
+from recray.tuning.trial_resources import Node, TrialResources, local_node, plan_resources
 
 _DEFAULT_TRIALS = {"random": 24, "tpe": 24, "pbt": 8}
 
 
 def tune(config: Config) -> TuneRecord:
-    """Search [tune.space], train the best again on other seeds, and write <run>/tune/: tune.json, tune.html, best.toml.
+    """Search [tune.space], train the best trials again on other seeds, and write tune.json, tune.html and best.toml.
 
-    The validation split decides; the test split is not opened. A sweep that was ended goes on with the same call.
-    Raises ConfigError with everything that is wrong with the sweep before anything starts.
+    Trials are compared on the validation split; the test split is not read. The same call resumes an interrupted sweep.
+    Raises ConfigError with every problem of the sweep before anything starts, and RecrayError when no trial reports the
+    metric.
     """
     started = time.perf_counter()
-    part, problems = share(config, _nodes(config))
+    resources, problems = plan_resources(config, _nodes(config))
     space = check(config, problems)
-    metric, mode = metric_of(config)
-    dataset = PreparedDataset(config.dataset_uri, prepare(config))
-    ledger = SweepStore(config, dataset)
-    ledger.open()
-    past = ledger.past()
-    if past:
-        print(f"tune: {ledger.uri} has {len(past)} trials already; going on", flush=True)
-    trials = _search(ledger, space, part, past)
-    best = _best_first(trials, mode)[: config.tune.top]
-    retrained = _retrain(ledger, part, best)
-    finalists = _finalists(best, retrained, mode)
-    if not any(trial.best is not None for trial in trials):
-        raise RecrayError(f"no trial of {ledger.uri} reported {metric}: {_reasons(trials)}")
-    winner = finalists[0].number if finalists else _best_first(trials, mode)[0].number
+    objective = Objective.of(config)
+    prepare(config)
+    store = SweepStore.of(config)
+    store.open()
+    trials = _search(store, space, resources)
+    ranked = objective.ranked(trials)
+    retrained = _retrain(store, resources, ranked[: config.tune.top])
+    if not ranked:
+        reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason))
+        raise RecrayError(
+            f"no trial of {store.uri} reported {objective.metric}: {reasons or 'none completed an epoch'}"
+        )
+    finalists = _finalists(ranked[: config.tune.top], retrained, objective)
     record = TuneRecord(
-        parents=[dataset.record.id],
+        **store.artifact.lineage,
         config=config.model_dump(mode="json"),
         seconds=time.perf_counter() - started,
-        metric=metric,
-        mode=mode,
+        metric=objective.metric,
+        mode=objective.mode,
         trials=trials,
         retrained=retrained,
         finalists=finalists,
-        winner=winner,
+        winner=finalists[0].number if finalists else ranked[0].number,
         importance=importance(trials),
-        cpu_hours=sum(trial.seconds for trial in trials + retrained) * _cpus(config, part) / 3600,
-        dataset_uri=dataset.uri,
+        cpu_hours=sum(trial.seconds for trial in trials + retrained) * _trial_cpus(config, resources) / 3600,
+        dataset_uri=store.dataset.uri,
     )
-    storage.write_bytes(storage.join(ledger.uri, "best.toml"), _best_toml(space, record).encode())
-    storage.write_bytes(storage.join(ledger.uri, "tune.html"), render(record).encode())
-    return record.write(ledger.uri)
+    storage.write_bytes(storage.join(store.uri, "best.toml"), _best_toml(space, record).encode())
+    _write_page(record, store.uri)
+    record = record.write(store.uri)
+    Run(config).publish(store.artifact)
+    return record
+
+
+def _write_page(record: TuneRecord, sweep_uri: str) -> None:
+    if importlib.util.find_spec("plotly") is None:
+        log.warning(
+            "tune", "tune.html was not written: it needs plotly. pip install 'recray[tune]', then run this again"
+        )
+        return
+    storage.write_bytes(storage.join(sweep_uri, "tune.html"), page.render(record).encode())
 
 
 def _nodes(config: Config) -> list[Node]:
-    """What the nodes have, of the Ray that is there or of the one that will be started here."""
+    """The resources of every node: of the Ray that this process has joined or will join, or of the one it will start."""
+    if not (runtime.is_own() or runtime.is_shared()):
+        return [local_node(config)]
+    _start_ray(config)
     import ray
 
-    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        return [local_node(config)]
-    _start(config)
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _start(config: Config) -> None:
-    """Trials of one worker hold their CPUs themselves: Ray needs none beside them."""
+def _start_ray(config: Config) -> None:
+    # Trials of one worker hold their CPUs themselves: no training workers need room next to them.
     runtime.start(config.scaling if config.scaling.num_workers > 1 else ScalingConfig(num_workers=0))
 
 
-def _search(ledger: SweepStore, space: Space, part: Share, past: list[Trial]) -> list[Trial]:
-    """Every trial of the search, those of earlier starts too."""
-    from recray.tuning.runner import Budget, make_scheduler, run_jobs
+def _search(store: SweepStore, space: Space, resources: TrialResources) -> list[Trial]:
+    """All trials of the search, including those of earlier starts."""
+    from recray.tuning.runner import run_trials
 
-    config = ledger.config
-    metric, mode = metric_of(config)
-    ended = [trial for trial in past if trial.status != "cut"]
-    total = config.tune.trials or _DEFAULT_TRIALS.get(config.tune.search, 0)
-    if config.tune.search == "grid":
+    config, options, objective = store.config, store.config.tune, Objective.of(store.config)
+    past = store.read_trials()
+    if past:
+        log.info("tune", f"resuming {store.uri}, which has {len(past)} trials", event="resume")
+    known = [trial for trial in past if trial.status != "interrupted"]
+    total = options.trials or _DEFAULT_TRIALS.get(options.search, 0)
+    if options.search == "grid":
         total = sum(1 for _ in space.grid())
-    rungs = make_rungs(config, space, mode, past)
-    jobs = Jobs(ledger, make(space, mode, ended), rungs, total, past)
-    seconds = config.tune.seconds
+    queue = SearchQueue(store, make_search(space, known), make_rungs(space, past), total, past)
+    seconds = options.seconds
     if seconds is not None:
-        seconds -= sum(trial.seconds for trial in past) / part.concurrent
-    budget = Budget(seconds, config.tune.epochs, {trial.number: trial.epochs for trial in past})
-    if (len(ended) >= total and not jobs.waiting()) or budget.stop_all():
+        seconds -= sum(trial.seconds for trial in past) / resources.concurrent
+    budget = Budget(seconds, options.epochs, {trial.number: trial.epochs for trial in past})
+    if (len(known) >= total and not queue.paused()) or budget.used_up():
         return past
-    _start(config)
-    scheduler = make_scheduler(config, space, metric, mode, ended)
-    with Board("tune", metric, mode, total, ended) as board:
-        cut = run_jobs(ledger, jobs.next, part, scheduler, budget, board, jobs.ended)
-    if budget.over:
-        known = {trial.number: trial for trial in [*jobs.trials(), *cut]}
-        left = sum(not trial.over for trial in known.values())
-        print(f"tune: the budget is used up; {left} trials are not at their end: a larger one goes on", flush=True)
-        return [known[number] for number in sorted(known)]
-    return [_settled(ledger, trial) for trial in jobs.trials()]
+    population = space if options.search == "pbt" else None
+    median = options.scheduler == "median" and population is None
+    rules = Rules(budget, MedianRule(options.grace_epochs, objective, known) if median else None, population)
+    _start_ray(config)
+    with Board("search", objective, total, known) as board:
+        interrupted = run_trials(store, queue, rules, resources, board)
+    if budget.exhausted:
+        latest = {trial.number: trial for trial in [*queue.trials(), *interrupted]}
+        left = sum(not trial.finished for trial in latest.values())
+        log.info("tune", f"the budget is used up; a larger one would resume {left} unfinished trials", event="budget")
+        return [latest[number] for number in sorted(latest)]
+    return [_prune_paused(store, trial) for trial in queue.trials()]
 
 
-def _settled(ledger: SweepStore, trial: Trial) -> Trial:
-    """With the search at its end, who still waits was ended early."""
+def _prune_paused(store: SweepStore, trial: Trial) -> Trial:
+    """At the end of a search no trial will be promoted any more: what is still paused was stopped early."""
     if trial.status != "paused":
         return trial
     trial = trial.model_copy(update={"status": "pruned"})
-    ledger.end(ledger.job(trial.number, trial.values), trial)
+    store.write_trial(store.spec(trial.number, trial.values), trial)
     return trial
 
 
-def _best_first(trials: list[Trial], mode: str) -> list[Trial]:
-    known = [trial for trial in trials if trial.best is not None]
-    return sorted(known, key=lambda trial: trial.best or 0.0, reverse=mode == "max")
+def _retrain(store: SweepStore, resources: TrialResources, best: list[Trial]) -> list[Trial]:
+    """The best trials on other seeds: their own values are too high, since they were selected for being high."""
+    from recray.tuning.runner import run_trials
 
-
-def _retrain(ledger: SweepStore, part: Share, best: list[Trial]) -> list[Trial]:
-    """The best again on other seeds: their own value was chosen for being high."""
-    from ray.tune.schedulers import FIFOScheduler
-
-    from recray.tuning.runner import Budget, run_jobs
-
-    config = ledger.config
-    metric, mode = metric_of(config)
-    jobs = [
-        Job(f"seeds/{trial.number:04d}-{seed}", trial.values, seed)
+    config = store.config
+    specs = [
+        TrialSpec(f"seeds/{trial.number:04d}-{seed}", trial.values, seed)
         for seed in range(config.run.seed + 1, config.run.seed + 1 + config.tune.seeds)
         for trial in best
     ]
-    found = [(job, ledger.read(job.folder)) for job in jobs]
-    trials = [trial for _, trial in found if trial is not None]
-    left = iter([job for job, trial in found if trial is None])
-    if len(trials) < len(jobs):
-        _start(config)
-        with Board("seeds", metric, mode, len(jobs), trials) as board:
-            run_jobs(
-                ledger, lambda: next(left, None), part, FIFOScheduler(), Budget(None, None, {}), board, trials.append
-            )
-    return sorted(trials, key=lambda trial: (trial.number, trial.seed))
+    stored = [(spec, store.read_trial(spec.folder)) for spec in specs]
+    known = [trial for _, trial in stored if trial is not None]
+    queue = SeedQueue([spec for spec, trial in stored if trial is None])
+    if len(known) < len(specs):
+        _start_ray(config)
+        with Board("seeds", Objective.of(config), len(specs), known) as board:
+            run_trials(store, queue, Rules(Budget(None, None, {})), resources, board)
+    return sorted(known + queue.trials, key=lambda trial: (trial.number, trial.seed))
 
 
-def _finalists(best: list[Trial], retrained: list[Trial], mode: str) -> list[Finalist]:
+def _finalists(best: list[Trial], retrained: list[Trial], objective: Objective) -> list[Finalist]:
+    """Every retrained trial with its mean over the seeds, best first."""
     finalists = []
     for trial in best:
-        own = [one for one in retrained if one.number == trial.number and one.best is not None]
-        results = [one.best for one in own if one.best is not None]
-        if results:
-            std = statistics.stdev(results) if len(results) > 1 else 0.0
-            seeds, mean = [one.seed for one in own], statistics.mean(results)
-            finalists.append(
-                Finalist(number=trial.number, values=trial.values, seeds=seeds, results=results, mean=mean, std=std)
+        runs = [(one.seed, one.best) for one in retrained if one.number == trial.number and one.best is not None]
+        if not runs:
+            continue
+        results = [best for _, best in runs]
+        finalists.append(
+            Finalist(
+                number=trial.number,
+                values=trial.values,
+                seeds=[seed for seed, _ in runs],
+                results=results,
+                mean=statistics.mean(results),
+                std=statistics.stdev(results) if len(results) > 1 else 0.0,
             )
-    return sorted(finalists, key=lambda one: one.mean, reverse=mode == "max")
+        )
+    return sorted(finalists, key=lambda one: one.mean, reverse=objective.mode == "max")
 
 
-def _cpus(config: Config, part: Share) -> int:
-    """That a trial holds while it trains."""
+def _trial_cpus(config: Config, resources: TrialResources) -> int:
+    """CPUs that a trial holds while it trains: its own process and its workers."""
     scaling = config.scaling
-    return part.cpus + (scaling.num_workers * scaling.cpus_per_worker if scaling.num_workers > 1 else 0)
-
-
-def _reasons(trials: list[Trial]) -> str:
-    return "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason)) or "none ended an epoch"
+    return resources.cpus + (scaling.num_workers * scaling.cpus_per_worker if scaling.num_workers > 1 else 0)
 
 
 def _best_toml(space: Space, record: TuneRecord) -> str:
-    """The winner as a configuration of its own: only what differs from the defaults."""
-    assert record.winner is not None
+    """The winner as a configuration; only values that differ from the defaults."""
     trial = next(trial for trial in record.trials if trial.number == record.winner)
     base = space.base
+    dataset = base.run.dataset or record.dataset_uri.rpartition("/")[0]  # the folder of all datasets of this run
     config = with_values(
         base.model_copy(update={"tune": TuneConfig()}),
-        {**trial.values, "run.name": f"{base.run.name}-best", "run.dataset": base.dataset_uri},
+        {**trial.values, "run.name": f"{base.run.name}-best", "run.dataset": dataset},
         where=f"trial {trial.number}",
     )
     lines = [
-        f"# Found by a sweep of {len(record.trials)} trials, {base.tune.search} search: trial {trial.number}, {show(trial.values)}.",
+        f"# Trial {trial.number} of a sweep of {len(record.trials)} ({base.tune.search} search): {show(trial.values)}."
     ]
-    for finalist in record.finalists[:1]:
+    for one in record.finalists[:1]:
         lines.append(
-            f"# Validation {record.metric} over {len(finalist.results)} other seeds: {finalist.mean:.4f} +- {finalist.std:.4f}."
+            f"# Validation {record.metric} over {len(one.results)} other seeds: {one.mean:.4f} +- {one.std:.4f}."
         )
-    if config.retrieval.filter_weight:
+    if config.retrieval.item_knn_weight:
         lines.append(
-            "# retrieval.filter_weight is not of the sweep: choose it anew by `recray evaluate --split valid`, without"
+            "# The sweep did not tune retrieval.item_knn_weight. Before you evaluate on the test split, choose it with"
         )
-        lines.append("# training.refit, before the test split is opened.")
+        lines.append("# `recray evaluate --split valid` and training.refit = false.")
     table = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    table = {key: value for key, value in table.items() if key != "tune"}
+    table.pop("tune", None)
     return "\n".join(lines) + "\n\n" + tomli_w.dumps(table)

@@ -1,45 +1,61 @@
-"""One trial, in the process that Tune gave it: an ordinary train that reports every epoch."""
+"""One trial, in the process that Ray Tune gave it: an ordinary training run that reports every epoch."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import gc
+import logging
 import os
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ray import tune
 
 from recray import storage
+from recray.artifacts import CHECKPOINT, Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.records import CheckpointRecord, DatasetRecord
-from recray.training.launch import last_epoch, selection, train
-from recray.tuning.store import Job, trial_config
+from recray.training.launch import selection, train
+from recray.tuning.objective import Objective
+from recray.tuning.store import TrialSpec, trial_config
 
 
-def run_trial(settings: dict[str, Any], base: dict[str, Any], cpus: int) -> None:
-    """Train the Job in `settings`. Reports every epoch's entry of the history, the last with "ended" ("done", or "paused"
-    at a rung) or "failed".
+@dataclass(frozen=True)
+class Sweep:
+    """What all trials have in common."""
 
-    A failure is reported, not raised: the process lives on for the next trial.
+    config: dict[str, Any]  # of the sweep, without defaults
+    uri: str
+    dataset_uri: str
+    cpus: int
+
+
+def run_trial(settings: dict[str, Any], sweep: Sweep) -> None:
+    """Train the TrialSpec in `settings`.
+
+    Reports the history entry of every epoch; the last report has "ended" ("done", or "paused" at a rung) or "failed".
+    A failure is reported and not raised, because the process is reused for the next trial.
     """
-    from ray import tune
-
-    torch.set_num_threads(cpus)
-    # Ray reads it when this process is to get another trial: the threads of the one before may take that long to end.
+    torch.set_num_threads(sweep.cpus)
+    logging.getLogger("recray").setLevel(logging.ERROR)  # progress is shown where the sweep was started
+    # Before it resets this process for another trial, Ray waits this long for the last one's threads.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
-    started = Config.model_validate(base)
-    last: dict[str, Any] = {"epoch": 0.0, started.training.metric: float("nan")}
+    config = Config.model_validate(sweep.config)
+    last: dict[str, Any] = {"epoch": 0.0, Objective.of(config).metric: float("nan")}
     try:
-        job = Job.of(tune.get_context().get_trial_name(), settings)
-        config = on_this_node(trial_config(started, job))
-        reporter = _Reporter(config, last, job.until, started.tune.search == "pbt")
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            reporter.go_on()
-            train(config, on_epoch=reporter.epoch, callback=_callback(config), until=job.until)
-        reporter.end()
+        spec = TrialSpec.of(tune.get_context().get_trial_name(), settings)
+        population = config.tune.search == "pbt"
+        config = trial_config(config, spec, sweep.uri, sweep.dataset_uri)
+        # Several workers read from any node, so they read the dataset itself.
+        open_dataset = PreparedDataset.open if config.scaling.num_workers else on_this_node
+        dataset = open_dataset(sweep.dataset_uri)
+        reporter = _Reporter(config, dataset, spec.until, last, population)
+        reporter.report_earlier_epochs()
+        train(config, reporter.on_epoch, _worker_callback(config), spec.until, dataset)
+        reporter.report_end()
     except Exception as error:
         lines = f"{type(error).__name__}: {error}".strip().splitlines()
         error.__traceback__ = None  # its frames hold the model, and the next trial needs the memory
@@ -49,97 +65,94 @@ def run_trial(settings: dict[str, Any], base: dict[str, Any], cpus: int) -> None
         tune.report({**last, "failed": lines[0]})
 
 
-def on_this_node(config: Config) -> Config:
-    """A dataset on an object store is fetched once for all trials of a node, without its test split."""
-    if "://" not in config.dataset_uri or config.scaling.num_workers:
-        return config
-    dataset = PreparedDataset.open(config.dataset_uri)
-    here = os.path.join(tempfile.gettempdir(), f"recray-{dataset.record.id}")
-    with open(f"{here}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not storage.exists(storage.join(here, DatasetRecord.file_name())):
+def on_this_node(uri: str) -> PreparedDataset:
+    """A prepared dataset; of one in an object store a local copy, made once per node, without the test split."""
+    dataset = PreparedDataset.open(uri)
+    if "://" not in uri:
+        return dataset
+    local = os.path.join(tempfile.gettempdir(), f"recray-{dataset.record.id}")
+    with open(f"{local}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # trials start at the same time
+        if not storage.exists(storage.join(local, DatasetRecord.file_name())):
             shards = dataset.record.shards
             for file in ("items.parquet", *(shard.file for split in ("train", "valid") for shard in shards[split])):
-                storage.write_bytes(storage.join(here, file), storage.read_bytes(dataset.file_uri(file)))
-            storage.write_json(storage.join(here, DatasetRecord.file_name()), dataset.record.model_dump(mode="json"))
-    return config.model_copy(update={"run": config.run.model_copy(update={"dataset": here})})
+                storage.copy_file(dataset.file_uri(file), storage.join(local, file))
+            storage.write_json(storage.join(local, DatasetRecord.file_name()), dataset.record.model_dump(mode="json"))
+    return PreparedDataset.open(local)
 
 
 class _Reporter:
-    """Passes epochs to Tune. The last one goes with the news that the trial ended, so that nobody stops it before."""
+    """Reports epochs to Ray Tune.
 
-    def __init__(self, config: Config, last: dict[str, Any], until: int | None, population: bool) -> None:
+    The last epoch is reported together with the end of the trial: reported before, a rule could still stop the trial
+    that is complete. `last` is updated in place, so that a failure is reported with the last epoch.
+    """
+
+    def __init__(
+        self, config: Config, dataset: PreparedDataset, until: int | None, last: dict[str, Any], population: bool
+    ) -> None:
         self._config, self._last, self._population = config, last, population
         self._until = min(until or config.training.epochs, config.training.epochs)
-        self._dataset = PreparedDataset.open(config.dataset_uri)
-        self._select = selection(config)
+        self._artifact = Run(config).artifact(CHECKPOINT, [dataset.record.id])
+        self._phase = selection(config, self._artifact.uri)
 
-    def go_on(self) -> None:
-        """Take over another's weights where Tune says so; else report what an interrupted trial has on disk already."""
-        from ray import tune
-
+    def report_earlier_epochs(self) -> None:
+        """What a resumed trial has on disk, marked "again"; with PBT, first copy the weights that Ray Tune chose."""
         checkpoint = tune.get_checkpoint() if self._population else None
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
-                self._take_over(folder)
+                self._copy_member(folder)
             return
-        done = last_epoch(self._config, self._select, self._dataset)
-        published = storage.join(self._config.run_uri, "checkpoint")
+        done = self._phase.last_epoch()
         if done:
-            self._again(CheckpointRecord.read(self._select.folder(done)))
-        elif storage.exists(storage.join(published, CheckpointRecord.file_name())):
-            self._again(CheckpointRecord.read(published))
-
-    def _again(self, record: CheckpointRecord) -> None:
+            record = CheckpointRecord.read(self._phase.folder(done))
+        elif self._artifact.complete():
+            record = CheckpointRecord.read(self._artifact.uri)
+        else:
+            return
         for entry in record.history:
             self._report(entry, again=True)
 
-    def epoch(self, entry: dict[str, float]) -> None:
+    def on_epoch(self, entry: dict[str, float]) -> None:
         self._last.update(entry)
         if int(entry["epoch"]) < self._until:
             self._report(entry)
 
-    def _report(self, entry: dict[str, float], again: bool = False) -> None:
-        from ray import tune
+    def report_end(self) -> None:
+        done = self._artifact.complete()
+        record = CheckpointRecord.read(self._artifact.uri if done else self._phase.folder(self._until))
+        # With several workers the epochs were reported by them, not by on_epoch, and the record has the last known one.
+        entry = self._last if self._last["epoch"] else record.history[-1]
+        tune.report({**entry, "ended": "done" if done else "paused"})
 
+    def _report(self, entry: dict[str, float], again: bool = False) -> None:
         self._last.update(entry)
         if not self._population:
             tune.report({**entry, "again": again})
             return
+        # Any member may be copied by another one: its last epoch to resume from, its best one to publish in the end.
         with tempfile.TemporaryDirectory() as folder:
             last = int(entry["epoch"])
-            best = CheckpointRecord.read(self._select.folder(last)).best_epoch
-            for number in {last, best} - {0}:
-                name = f"epoch-{number:04d}"
-                storage.download_folder(self._select.folder(number), os.path.join(folder, name))
+            best = CheckpointRecord.read(self._phase.folder(last)).best_epoch
+            for epoch in {last, best} - {0}:
+                storage.download_folder(self._phase.folder(epoch), os.path.join(folder, f"epoch-{epoch:04d}"))
             tune.report({**entry, "again": again}, checkpoint=tune.Checkpoint.from_directory(folder))
 
-    def end(self) -> None:
-        from ray import tune
-
-        folder, ended = storage.join(self._config.run_uri, "checkpoint"), "done"
-        if not storage.exists(storage.join(folder, CheckpointRecord.file_name())):
-            folder, ended = self._select.folder(self._until), "paused"
-        # A checkpoint's own history ends at its best epoch; workers of a trainer reported the others themselves.
-        history = CheckpointRecord.read(folder).history
-        tune.report({**(self._last if self._last["epoch"] else history[-1]), "ended": ended})
-
-    def _take_over(self, folder: str) -> None:
-        """Epochs of the member that Tune chose become this trial's own, under this trial's configuration."""
+    def _copy_member(self, folder: str) -> None:
+        """Replace this trial's epochs by those in `folder`, under this trial's own configuration."""
         names = sorted(os.listdir(folder))
-        epoch = int(names[-1].removeprefix("epoch-"))
-        if last_epoch(self._config, self._select, self._dataset) == epoch:
-            return  # it was only paused
-        storage.delete_folder(self._select.root)
+        if self._phase.last_epoch() == int(names[-1].removeprefix("epoch-")):
+            return  # its own epochs: Ray Tune only paused it
+        storage.delete_folder(self._phase.root)
         for name in names:
-            target = storage.join(self._select.root, name)
+            target = storage.join(self._phase.root, name)
             storage.upload_folder(os.path.join(folder, name), target)
             record = CheckpointRecord.read(target)
             record.model_copy(update={"config": self._config.model_dump(mode="json")}).write(target)
 
 
-def _callback(config: Config) -> Any:
-    """What carries the epochs of a trainer's workers here; none where training is in this process."""
+def _worker_callback(config: Config) -> Any:
+    """Passes the reports of a trainer's workers on to Ray Tune; None when training runs in this process."""
     if config.scaling.num_workers == 0:
         return None
     from ray.tune.integration.ray_train import TuneReportCallback

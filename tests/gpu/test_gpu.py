@@ -9,12 +9,11 @@ import torch.distributed as dist
 
 from helpers.collectives import OneProcess
 from recray import registry
-from recray.config import LossConfig, OptimConfig
+from recray.config import OptimConfig
+from recray.kernels import chunked_softmax
 from recray.layers import transformer
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.losses import retrieval
-from recray.losses.click import ClickObjective
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.models import Examples, Ranker
 from recray.records import DatasetRecord
 from recray.retrieval import exact
@@ -51,9 +50,9 @@ def _objective(name: str, device: str) -> torch.nn.Module:
     module = registry.load("model", name)
     model = module.build(module.Options(dim=32, history_length=20, dropout=0.0), RECORD, items).to(device)
     if isinstance(model, Ranker):
-        return ClickObjective(model, LossConfig(name="bce"))
+        return Objective(model, registry.options("loss", "bce")(), items, OneProcess())
     items = ItemTable(items.counts_N.to(device))
-    return RetrievalObjective(model, LossConfig(name="softmax"), items, OneProcess())
+    return Objective(model, registry.options("loss", "softmax")(), items, OneProcess())
 
 
 def _losses(name: str, device: str, dtype: torch.dtype = torch.float32, steps: int = 8) -> list[float]:
@@ -81,7 +80,7 @@ def test_steps_on_the_gpu_are_those_of_the_cpu(name: str) -> None:
 def test_parts_of_a_batch_on_the_gpu_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As large batches have them: several groups of rows, several chunks of logits, the last one shorter."""
     monkeypatch.setattr(transformer, "_FEW", 0)
-    monkeypatch.setattr(retrieval, "_LOGITS", 100 * ITEMS)
+    monkeypatch.setattr(chunked_softmax, "_LOGITS", 100 * ITEMS)
     assert _losses("sasrec", "cuda") == pytest.approx(_losses("sasrec", "cpu"), rel=2e-3)
 
 

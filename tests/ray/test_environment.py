@@ -1,4 +1,4 @@
-"""What `recray doctor --env` inspects. It imports Ray, so it is not a unit test; judging the findings is."""
+"""What `recray doctor` inspects. It imports Ray, so it is not a unit test; judging the findings is."""
 
 from importlib import metadata
 

@@ -1,9 +1,8 @@
-"""The sources simulated and movielens through Ray Data, and `recray init`."""
+"""The source simulated through Ray Data, and `recray init`."""
 
 from __future__ import annotations
 
 import tomllib
-import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import pytest
 
 from recray.config import DataConfig, parse_config
 from recray.data.infer import infer
-from recray.data.sources import movielens, simulated
+from recray.data.sources import simulated
 from recray.data.sources.base import Source
-from recray.errors import ConfigError, DataError, StorageError
-
-RATINGS = [(1, 10, 5, 978300760), (1, 20, 3, 978300761), (2, 10, 4, 978300762)]
+from recray.errors import DataError
 
 
 def _collected(source: Source) -> pa.Table:
@@ -28,103 +25,6 @@ def _collected(source: Source) -> pa.Table:
     return pa.concat_tables(tables).sort_by("order")
 
 
-def _archive(folder: Path, name: str) -> DataConfig:
-    """A made-up archive in the format of `name`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if name == "ml-100k":
-        flags = "|".join("1" if i in (1, 3) else "0" for i in range(19))
-        (folder / "u.data").write_text("".join("\t".join(map(str, r)) + "\n" for r in RATINGS))
-        items = f"10|Caf\xe9 Story (1995)|01-Jan-1995||http://x|{flags}\n20|Untitled|||http://y|{flags}\n"
-        (folder / "u.item").write_bytes(items.encode("latin-1"))
-        (folder / "u.user").write_text("1|24|M|technician|85711\n2|53|F|other|94043\n")
-    elif name in ("ml-1m", "ml-10m"):
-        encoding = "latin-1" if name == "ml-1m" else "utf-8"
-        (folder / "ratings.dat").write_text("".join("::".join(map(str, r)) + "\n" for r in RATINGS))
-        items = "10::Caf\xe9 Story (1995)::Animation|Action\n20::Untitled::Action\n"
-        (folder / "movies.dat").write_bytes(items.encode(encoding))
-        if name == "ml-1m":
-            (folder / "users.dat").write_text("1::M::24::12::85711\n2::F::53::0::94043\n")
-    else:
-        (folder / "ratings.csv").write_text(
-            "userId,movieId,rating,timestamp\n" + "".join(",".join(map(str, r)) + "\n" for r in RATINGS)
-        )
-        items = (
-            'movieId,title,genres\n10,"Caf\xe9 Story, The (1995)",Animation|Action\n20,Untitled,(no genres listed)\n'
-        )
-        (folder / "movies.csv").write_text(items, encoding="utf-8")
-    return DataConfig.model_validate({"source": "movielens", "path": str(folder), "movielens": {"name": name}})
-
-
-@pytest.mark.parametrize("name", ["ml-100k", "ml-1m", "ml-10m", "ml-25m"])
-@pytest.mark.usefixtures("ray_local")
-def test_movielens(tmp_path: Path, name: str) -> None:
-    source = movielens.read(_archive(tmp_path, name), 1)
-    table = _collected(source)
-    assert table["user"].to_pylist() == [1, 1, 2]
-    assert table["item"].to_pylist() == [10, 20, 10]
-    assert table["time"].to_pylist() == [r[3] * 1_000_000 for r in RATINGS]
-    assert source.items is not None
-    assert source.items["item"].to_pylist() == [10, 20]
-    assert source.items["title"][0].as_py().startswith("Caf\xe9 Story")
-    assert source.items["year"].to_pylist() == [1995, None]
-    assert sorted(source.items["genres"][0].as_py()) == ["Action", "Animation"] or name == "ml-100k"
-    if name in ("ml-100k", "ml-1m"):
-        assert source.users is not None
-        assert source.users["age"].to_pylist() == [24, 53]
-        assert source.users["gender"].to_pylist() == ["M", "F"]
-
-
-@pytest.mark.usefixtures("ray_local")
-def test_movielens_ratings_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _archive(tmp_path, "ml-1m")
-    changed = {"movielens": {"name": "ml-1m", "min_rating": 4}, "columns": {"weight": "rating", "context": ["rating"]}}
-    config = DataConfig.model_validate({**config.model_dump(), **changed})
-    table = _collected(movielens.read(config, 1))
-    assert table["weight"].to_pylist() == table["rating"].to_pylist() == [5.0, 4.0]
-    monkeypatch.setattr(movielens, "_CHUNK_BYTES", 7)
-    uri = str(tmp_path / "ratings.dat")
-    small = list(movielens._ratings(uri, movielens._FORMATS["ml-1m"]))
-    assert len(small) > 1 and pa.concat_tables(small)["item"].to_pylist() == [10, 20, 10]
-
-
-def test_movielens_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _archive(tmp_path / "a", "ml-1m")
-    (tmp_path / "a" / "movies.dat").write_text("10::Only a title\n")
-    with pytest.raises(DataError, match=r"movies\.dat, line 1"):
-        movielens.read(config, 1)
-    wrong = DataConfig.model_validate({**config.model_dump(), "movielens": {"name": "ml-100k"}})
-    with pytest.raises(DataError, match=r"has no file 'u\.data', which ml-100k has"):
-        movielens.read(wrong, 1)
-    with pytest.raises(ConfigError, match="no column 'device'"):
-        columns = {"context": ["device"]}
-        movielens.read(DataConfig.model_validate({**config.model_dump(), "columns": columns}), 1)
-
-
-def test_movielens_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-    import zipfile
-
-    monkeypatch.setenv("RECRAY_CACHE", str(tmp_path / "cache"))
-
-    def offline(*_: Any, **__: Any) -> Any:
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(movielens.urllib.request, "urlopen", offline)
-    with pytest.raises(StorageError, match=r"ml-1m\.zip cannot be downloaded .*set data\.path"):
-        movielens.fetch("ml-1m")
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w") as archive:
-        archive.writestr("ml-1m/ratings.dat", "1::2::3::4\n")
-    monkeypatch.setattr(movielens.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(held.getvalue()))
-    with pytest.raises(DataError, match="published is c4d9eecf"):
-        movielens.fetch("ml-1m")
-    monkeypatch.setattr(movielens, "_MD5", {})
-    folder = movielens.fetch("ml-1m")
-    assert folder == str(tmp_path / "cache" / "ml-1m" / "ml-1m")
-    monkeypatch.setattr(movielens.urllib.request, "urlopen", offline)
-    assert movielens.fetch("ml-1m") == folder
-
-
 @pytest.mark.usefixtures("ray_local")
 def test_simulated_through_ray() -> None:
     config = DataConfig.model_validate(
@@ -132,10 +32,9 @@ def test_simulated_through_ray() -> None:
     )
     source = simulated.read(config, 5)
     table = _collected(source)
-    world = simulated.World.build(config.simulated, 5)
+    world = simulated.World.build(config.options, 5)
     assert table.combine_chunks().equals(simulated.simulate(world, np.arange(1_000)).combine_chunks())
     assert source.items is not None and len(source.items) == 500
-    assert source.oracle is not None
     assert simulated.read(config, 6).fingerprint != source.fingerprint
 
 

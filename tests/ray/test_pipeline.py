@@ -11,15 +11,16 @@ import torch
 
 import recray
 from helpers.configs import simulated_table
-from helpers.runs import checkpoint_folder, selection
+from helpers.runs import selection
 from recray import storage
+from recray.artifacts import Run
 from recray.cluster import runtime
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord
 from recray.retrieval.faiss_index import ItemIndex
-from recray.training import launch
+from recray.training import checkpoint, launch
 
 pytest.importorskip("faiss")
 
@@ -81,7 +82,7 @@ def test_stages_that_are_complete_are_reused(
         assert f"{verb}: up to date" in caplog.text
     caplog.clear()
     folder = Path(run.run.output)
-    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.filter_weight=0.5"))  # orders what is found
+    recray.index(_config(folder, "scaling.num_workers=0", "retrieval.item_knn_weight=0.5"))  # orders what is found
     assert "index: up to date" in caplog.text
     assert capfd.readouterr().out == ""  # a library is silent
 
@@ -213,12 +214,13 @@ def test_every_event_asked_for(run: Config, tmp_path: Path) -> None:
 def test_vectors_exported_in_parallel_are_the_same(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     from recray.retrieval import embed
 
-    uri, items = checkpoint_folder(run), recray.prepare(run).num_items
-    alone = embed.item_vectors(uri, items, parallel=False)
+    source, items = Run(run).checkpoint(), recray.prepare(run).num_items
+    model, _ = checkpoint.load_model(source.uri)
+    alone = embed.item_vectors(source, model, items)
     monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)
     monkeypatch.setattr(embed, "_CHUNK", 64)
     assert len(alone) == items
-    np.testing.assert_allclose(embed.item_vectors(uri, items, parallel=True), alone, rtol=1e-6)
+    np.testing.assert_allclose(embed.item_vectors(source, model, items, run.scaling), alone, rtol=1e-6)
 
 
 def test_a_killed_run_goes_on(run: Config, tmp_path: Path) -> None:

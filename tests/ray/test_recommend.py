@@ -60,7 +60,7 @@ def test_the_report_says_what_ranking_adds_and_costs(run: Config) -> None:
 
 
 def test_the_item_filter_stands_between_search_and_ranker(run: Config) -> None:
-    config = parse_config(run.model_dump(mode="json"), ["retrieval.filter_weight=1", "evaluation.k=[10,40]"])
+    config = parse_config(run.model_dump(mode="json"), ["retrieval.item_knn_weight=1", "evaluation.k=[10,40]"])
     report = recray.evaluate(config)
     assert list(report.metrics) == ["model", "index", "blended", "reranked", "popularity"]
     assert "model with item filter" in render(report)
@@ -76,7 +76,7 @@ def test_the_item_filter_stands_between_search_and_ranker(run: Config) -> None:
 @pytest.mark.parametrize("weight", [0, 1])
 @pytest.mark.parametrize("ranker", [False, True])
 def test_lists_of_all_users(run: Config, tmp_path: Path, workers: int, ranker: bool, weight: int) -> None:
-    overrides = [f"scaling.num_workers={workers}", f"retrieval.filter_weight={weight}"]
+    overrides = [f"scaling.num_workers={workers}", f"retrieval.item_knn_weight={weight}"]
     config = parse_config(run.model_dump(mode="json"), overrides)
     if not ranker:
         config = config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"ranker": None})})
@@ -125,13 +125,13 @@ def test_some_users_and_one_never_seen(run: Config, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused(run: Config, tmp_path: Path) -> None:
     pq.write_table(pa.table({"customer": [1]}), tmp_path / "users.parquet")
-    with pytest.raises(DataError, match=r"has no column 'user_id'; columns there: customer"):
+    with pytest.raises(DataError, match=r"has no column 'user_id'; its columns are customer"):
         recray.recommend(run, str(tmp_path / "lists"), str(tmp_path / "users.parquet"))
     pq.write_table(pa.table({"user_id": ["a"]}), tmp_path / "users.parquet")
     with pytest.raises(DataError, match="is string, but users of the dataset are int64"):
         recray.recommend(run, str(tmp_path / "lists"), str(tmp_path / "users.parquet"))
     itself = parse_config(run.model_dump(mode="json"), [f"retrieval.ranker={run.run_uri}"])
-    with pytest.raises(ConfigError, match="holds 'two_tower', which is no ranker"):
+    with pytest.raises(ConfigError, match="holds 'two_tower', which is a retriever: name the run"):
         recray.evaluate(itself)
     other = _config(tmp_path, "dlrm", "run.seed=2")
     recray.prepare(other)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused(run: Config, tmp_path: Path) -> None:
 def test_a_folder_of_the_users_is_never_emptied(run: Config, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(DataError, match="is there and holds no lists of recray"):
+    with pytest.raises(DataError, match="exists and holds no lists of recray"):
         recray.recommend(run, str(tmp_path / "thesis"))
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
     for _ in range(2):  # lists of an earlier call make room

@@ -119,12 +119,14 @@ def test_a_local_ray_that_does_not_start_says_what_to_do(monkeypatch: pytest.Mon
     def time_out(**options: Any) -> None:
         raise Exception("The current node timed out during startup.")
 
+    shutdowns: list[bool] = []
     monkeypatch.setattr(ray, "init", time_out)
+    monkeypatch.setattr(ray, "shutdown", lambda: shutdowns.append(True))  # what did start is stopped again
     with pytest.raises(
         ClusterError, match=r"Ray did not start on this machine: .* timed out .*scaling.num_workers = 0"
     ):
         runtime.connect()
-    assert not runtime.is_own()
+    assert not runtime.is_own() and shutdowns == [True]
 
 
 @pytest.mark.usefixtures("started")
@@ -133,14 +135,14 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -
         runtime.start(ScalingConfig(use_gpu=True))
     monkeypatch.setattr(resources, "_nodes", lambda: [{"CPU": 2.0, "GPU": 1.0}])
     runtime.start(ScalingConfig(use_gpu=True))
-    with pytest.raises(ResourceError, match=r"num_workers = 2 with one GPU each, but this Ray cluster has 1"):
+    with pytest.raises(ResourceError, match=r"num_workers = 2 with 1 GPU and 1 CPU each, but only 1 of them"):
         runtime.start(ScalingConfig(use_gpu=True, num_workers=2))
 
 
 @pytest.mark.usefixtures("started", "head")
 def test_more_workers_than_a_cluster_has_cpus_are_refused() -> None:
     with pytest.raises(
-        ResourceError, match=r"\(3\) x scaling.cpus_per_worker \(2\) = 6 CPUs, but this Ray cluster has 2"
+        ResourceError, match=r"num_workers = 3 with 2 CPUs each, but only 1 .* \(2 CPUs, 0 GPUs, 1 node;"
     ):
         runtime.start(ScalingConfig(num_workers=3, cpus_per_worker=2))
     runtime.start(ScalingConfig(num_workers=0, cpus_per_worker=2))
@@ -150,7 +152,9 @@ def test_more_workers_than_a_cluster_has_cpus_are_refused() -> None:
 def test_workers_that_fit_on_no_node_are_refused_unless_the_cluster_autoscales(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_nodes", lambda: [{"CPU": 3.0}, {"CPU": 3.0}])
     runtime.start(ScalingConfig(num_workers=2, cpus_per_worker=3))
-    with pytest.raises(ResourceError, match=r"num_workers = 3 with 2 CPUs each, but only 2 of them fit on the 2 nodes"):
+    with pytest.raises(
+        ResourceError, match=r"num_workers = 3 with 2 CPUs each, but only 2 of them .*6 CPUs, 0 GPUs, 2 nodes;"
+    ):
         runtime.start(ScalingConfig(num_workers=3, cpus_per_worker=2))
     monkeypatch.setattr(resources, "autoscales", lambda: True)
     runtime.start(ScalingConfig(num_workers=3, cpus_per_worker=2, use_gpu=True))

@@ -79,7 +79,7 @@ def test_a_job_that_does_not_succeed(status: str, code: int, caplog: pytest.LogC
 def test_run_prints_the_report_as_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The two ends fit: what `recray run --report -` prints is what `wait` looks for."""
     record = ReportRecord(split="test", metrics={}, counts={})
-    monkeypatch.setattr("recray.pipeline.run_all", lambda config: record)
+    monkeypatch.setattr("recray.run", lambda config: record)
     monkeypatch.setattr("recray.report.text.render", lambda record: "a table")
     config = tmp_path / "my.toml"
     config.write_text("")

@@ -8,6 +8,7 @@ import torch
 
 import recray
 from helpers.configs import simulated_table
+from recray.artifacts import Run
 from recray.config import Config, parse_config
 from recray.retrieval import embed
 from recray.training import checkpoint
@@ -51,14 +52,17 @@ def test_two_workers_then_one(name: str, ray_local: None, tmp_path: Path, monkey
 
 def _index_is_of_all_pieces(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recray.index(config).recall == pytest.approx(1.0)
-    uri, items = f"{config.run_uri}/checkpoint/current", recray.prepare(config).num_items
-    model, _ = checkpoint.load_model(uri)
+    source, items = Run(config).checkpoint(), recray.prepare(config).num_items
+    model, _ = checkpoint.load_model(source.uri)
     with torch.inference_mode():
         vectors = model.item_vectors(torch.arange(items)).numpy()  # type: ignore[operator]
     # Products of other numbers of rows add in another order: the last bit of vectors of length about 1.
-    np.testing.assert_allclose(embed.load_vectors(f"{config.run_uri}/index/current"), vectors, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        embed.load_vectors(f"{config.run_uri}/index/current", items), vectors, rtol=1e-5, atol=1e-6
+    )
     monkeypatch.setattr(embed, "_CHUNK", 30)
     monkeypatch.setattr(embed, "_TASK", 50)
     monkeypatch.setattr(embed, "_PARALLEL_ABOVE", 0)
     monkeypatch.setattr(embed, "_MAPPED_ABOVE", 0)
-    np.testing.assert_allclose(embed.item_vectors(uri, items, parallel=True), vectors, rtol=1e-5, atol=1e-6)
+    found = embed.item_vectors(source, model, items, config.scaling)
+    np.testing.assert_allclose(found, vectors, rtol=1e-5, atol=1e-6)

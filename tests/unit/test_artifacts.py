@@ -39,6 +39,7 @@ TABLE = {
     "run.output": "-",
     "run.dataset": "-",
     "run.keep": "-",
+    "run.plugins": "-",
     "run.seed": f"dataset index {_EVALUATION} {_TRAINING}",
     "data": "dataset",
     "model": _TRAINING,
@@ -53,7 +54,7 @@ TABLE = {
     "retrieval": "index",
     "retrieval.k": f"index {_EVALUATION}",
     "retrieval.ranker": _EVALUATION,
-    "retrieval.filter_weight": _EVALUATION,
+    "retrieval.item_knn_weight": _EVALUATION,
     "evaluation": _EVALUATION,
     "evaluation.batch_size": "-",
     "evaluation.filter_seen": f"{_EVALUATION} {_TRAINING}",
@@ -98,7 +99,7 @@ def _alternatives(config: Config, key: str) -> Iterator[Any]:
     section: BaseModel = config
     *path, name = key.split(".")
     for part in path:
-        section = getattr(section, part)
+        section = section.options if part == config.data.source else getattr(section, part)
     value, kind = getattr(section, name), type(section).model_fields[name].annotation
     kinds = [kind, *get_args(kind)]
     yield from (choice for k in kinds if get_origin(k) is Literal for choice in get_args(k) if choice != value)
@@ -109,9 +110,13 @@ def _alternatives(config: Config, key: str) -> Iterator[Any]:
     elif isinstance(value, str):
         yield from ("two", "12h", "ndcg@20", "log_loss", "recall@20", "2", "other")
     elif isinstance(value, list):
-        yield from ([], [16], [7, 8], ["other"], ["popularity"])
+        yield from ([], [16], [7, 8], ["other"], ["popularity"], ["recall"], ["auc"])
     elif isinstance(value, dict):
-        yield from ({"x": {"kind": "numeric"}}, {"optim.learning_rate": {"choices": [1e-3]}})
+        yield from (
+            {"recent_popularity": {"window": "2h"}},
+            {"x": {"kind": "numeric"}},
+            {"optim.learning_rate": {"choices": [1e-3]}},
+        )
     yield from ({"x": 4}, 4, 0.25, "12h", "2017-10-08T03:00:00Z", ["a"], {}, {"per_positive": 2}, True)
 
 
@@ -123,7 +128,8 @@ def _keys(config: Config) -> list[str]:
         for name in type(section).model_fields:
             value = getattr(section, name)
             if isinstance(value, BaseModel):
-                walk(value, f"{prefix}{name}.")
+                # A source's options are the table with the source's name.
+                walk(value, f"{prefix}{config.data.source if name == 'options' else name}.")
             else:
                 found.append(f"{prefix}{name}")
 

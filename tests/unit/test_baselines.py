@@ -14,7 +14,7 @@ from recray.loading.collate import eval_queries
 from recray.records import DatasetRecord, Shard
 from recray.retrieval import baselines, item_knn
 from recray.retrieval.blend import Blended
-from recray.retrieval.recommenders import ExactSearch
+from recray.retrieval.exact import ExactSearch
 
 N = 12  # item ids 2..11
 
@@ -63,7 +63,7 @@ def test_popularity_leaves_out_what_was_seen(dataset: PreparedDataset, filter_se
     counts = dataset.item_counts()
     (table,) = dataset.iter_tables("test")
     (question,) = eval_queries(table, 8, 5, "user")
-    found = baselines.Popularity(counts)(question, k, filter_seen)
+    found = baselines.Popularity(counts).recommend(question, k, filter_seen)[0]
     seen = [[2, 3, 4], [8], [4, 9, 10]]
     assert found.tolist() == [_brute(counts, one if filter_seen else [], k) for one in seen]
 
@@ -73,7 +73,7 @@ def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedD
     (question,) = eval_queries(table, 8, 5, "user")
     # Targets before 5 and from 3 on: 7 (train) and 11, 10 (valid); then by train count.
     recent = dataset.item_counts() / 100 + np.isin(np.arange(N), [7, 10, 11])
-    found = baselines.recent_popularity(dataset, "test", 2)(question, 5, False)
+    found = baselines.recent_popularity(dataset, "test", 2).recommend(question, 5, False)[0]
     assert found[0].tolist() == _brute(recent, [], 5)
 
 
@@ -81,7 +81,7 @@ def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedD
 def test_hindsight_counts_the_split_itself(dataset: PreparedDataset, split: str, chosen: list[int]) -> None:
     (table,) = dataset.iter_tables("test")
     (question,) = eval_queries(table, 8, 5, "user")
-    found = baselines.hindsight(dataset, split)(question, 6, True)
+    found = baselines.hindsight(dataset, split).recommend(question, 6, True)[0]
     counts = np.bincount(chosen, minlength=N).astype(float)
     assert found.tolist() == [_brute(counts, seen, 6) for seen in ([2, 3, 4], [8], [4, 9, 10])]
 
@@ -105,7 +105,7 @@ def _filter(split: str, seen: list[list[int]]) -> np.ndarray:
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("entries", [1, 1 << 25])  # one query at a time, and all of them
-def test_item_filter_is_its_formula(
+def test_item_knn_is_its_formula(
     dataset: PreparedDataset, split: str, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(item_knn, "_ENTRIES", entries)
@@ -116,10 +116,11 @@ def test_item_filter_is_its_formula(
     built = item_knn.ItemKNN(dataset, ("train",) if split == "valid" else ("train", "valid"))
     found = np.concatenate([block.numpy() for _, block in built.blocks(question)])
     assert np.allclose(found, scores, atol=1e-6)
-    lists = built(question, 4, True)
+    lists, best_scores = built.recommend(question, 4, True)
     for row, had in enumerate(seen):
         best = [i for i in _brute(scores[row], had, 4) if scores[row, i] > 1e-9]
         assert lists[row].tolist()[: len(best)] == best
+        assert np.allclose(best_scores[row, : len(best)], scores[row, best], atol=1e-6)
 
 
 class _Fixed(torch.nn.Module):
@@ -141,8 +142,8 @@ def test_blend_orders_what_both_find_by_both_scores(
     (question,) = eval_queries(table, 8, 5, "user")
     exact = ExactSearch(model, vectors)
     built = item_knn.ItemKNN(dataset, ("train", "valid"))
-    blend = Blended(exact, model, vectors, built, weight, temperature, candidates)
-    ids, scores = blend.scored(question, 4, filter_seen)
+    blend = Blended(exact, exact, built, weight, temperature, candidates)
+    ids, scores = blend.recommend(question, 4, filter_seen)
     by_filter = _filter("test", seen)
     by_model = (vectors @ torch.tensor([1.0, 0.5])).double().numpy()
     total = by_model / temperature + weight * np.log(by_filter / by_filter.sum(1, keepdims=True) + 1e-5)

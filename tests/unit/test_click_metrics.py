@@ -5,7 +5,7 @@ import pytest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
-from recray.metrics.clicks import BINS, NAMES, Clicks
+from recray.metrics.clicks import BINS, METRICS, Clicks
 
 
 def _scored(seed: int, n: int = 3000, users: int = 80) -> tuple[np.ndarray, ...]:
@@ -69,7 +69,7 @@ def test_resampled_users_count_as_often_as_they_were_drawn() -> None:
 def test_intervals_hold_the_value() -> None:
     clicks = Clicks(*_scored(2))
     values, bounds = clicks.metrics(), clicks.bootstrap(200, seed=1)
-    for name in set(NAMES) - {"ece"}:  # ECE is a mean of absolute values: resampling adds to it
+    for name in set(METRICS) - {"ece"}:  # ECE is a mean of absolute values: resampling adds to it
         low, high = bounds[name]
         assert low < values[name] < high
 

@@ -42,7 +42,7 @@ def test_every_problem_is_reported_at_once() -> None:
 
 
 def test_a_batch_that_does_not_divide_shows_the_arithmetic() -> None:
-    with pytest.raises(ConfigError, match=r"1000 does not divide .* = 3: the remainder is 1; use 999 or 1002"):
+    with pytest.raises(ConfigError, match=r"1000 is not divisible .* = 3: the remainder is 1; use 999 or 1002"):
         parse_config({"training": {"global_batch_size": 1000}, "scaling": {"num_workers": 3}})
 
 

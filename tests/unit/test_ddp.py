@@ -15,15 +15,14 @@ from torch import nn
 from helpers.collectives import OneProcess
 from helpers.ranks import run_ranks
 from recray import registry
-from recray.config import LossConfig, OptimConfig
+from recray.config import OptimConfig
 from recray.layers import collectives
 from recray.layers.embedding import Mode, Table, TablePlan, use_plan
 from recray.layers.feature_encoder import mean_pool
 from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.loading.collate import padding_like
-from recray.losses.click import ClickObjective
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.models import Ranker
 from recray.records import DatasetRecord, Feature
 from recray.training import fsdp
@@ -141,8 +140,8 @@ def _objective(name: str, mode: Mode, rank: int, world_size: int) -> nn.Module:
     if name == "exact":
         return _Objective(model)
     if isinstance(model, Ranker):
-        return ClickObjective(model, LossConfig(name="bce"))
-    return RetrievalObjective(model, LossConfig(name="softmax"), TABLE, OneProcess())
+        return Objective(model, registry.options("loss", "bce")(), TABLE, OneProcess())
+    return Objective(model, registry.options("loss", "softmax")(), TABLE, OneProcess())
 
 
 def _steps(name: str, mode: Mode, case: str, rank: int, world_size: int, of: int) -> dict[str, torch.Tensor]:

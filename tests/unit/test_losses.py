@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from helpers.collectives import OneProcess
-from recray.config import LossConfig
-from recray.kernels import matmul
+from recray import registry
+from recray.config import LossOptions
+from recray.kernels import chunked_softmax, matmul
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.losses import retrieval
-from recray.losses.retrieval import retrieval_loss
 
 Q, N, D = 7, 30, 5
+
+
+def _loss(config: LossOptions, *arguments: Any) -> torch.Tensor:
+    total: torch.Tensor = registry.load("loss", config.name).loss(config, *arguments)
+    return total
 
 
 class _Vectors:
@@ -41,15 +45,15 @@ def _batch() -> Batch:
     return Batch(torch.arange(Q), empty, torch.tensor([2, 3, 3, 9, 29, 15, 2]), torch.ones(Q))
 
 
-def _each(config: LossConfig, model: _Vectors, batch: Batch, table: ItemTable) -> torch.Tensor:
+def _each(config: LossOptions, model: _Vectors, batch: Batch, table: ItemTable) -> torch.Tensor:
     """The loss of every query: of the same draws, with all weight on one query after another."""
     state, each = torch.random.get_rng_state(), []
     for one in torch.eye(Q):
         torch.random.set_rng_state(state)
         # A weight of 0 would take the query's positive from the candidates.
-        both = retrieval_loss(config, model, replace(batch, weight_Q=1 + one), table, OneProcess())
+        both = _loss(config, model, replace(batch, weight_Q=1 + one), table, OneProcess())
         torch.random.set_rng_state(state)
-        each.append(both - retrieval_loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, OneProcess()))
+        each.append(both - _loss(config, model, replace(batch, weight_Q=torch.ones(Q)), table, OneProcess()))
     return torch.stack(each)
 
 
@@ -64,23 +68,25 @@ def test_chunked_softmax_equals_cross_entropy_with_gradients(
     chunk: int, size: float, way: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way != "oneDNN":  # as on a GPU and over many items
-        for module in (retrieval, matmul):
+        for module in (chunked_softmax, matmul):
             monkeypatch.setattr(module, "fits", lambda a, b: False)
     model = _Vectors()
     batch = replace(_batch(), weight_Q=torch.rand(Q))
     with torch.no_grad():
         model.q *= size
-    config = LossConfig(name="softmax", temperature=0.7, chunk_size=chunk)
+    config = registry.options("loss", "softmax")(temperature=0.7, chunk_size=chunk)
     with torch.autocast("cpu", way) if isinstance(way, torch.dtype) else contextlib.nullcontext():
-        ours = retrieval_loss(config, model, batch, TABLE, OneProcess())
+        ours = _loss(config, model, batch, TABLE, OneProcess())
     (ours * 3).backward()
     q, v = model.q.detach().double().requires_grad_(), model.v.detach().double().requires_grad_()
     assert batch.target_Q is not None and batch.weight_Q is not None
     each = F.cross_entropy(q @ v[2:].T / 0.7, batch.target_Q - 2, reduction="none")
+    plain = chunked_softmax.reference(q, v[2:], batch.target_Q - 2, batch.weight_Q.double(), 0.7)
     assert torch.allclose(_each(config, model, batch, TABLE).detach().double(), each.detach(), atol=1e-5 * size)
     theirs = (each * batch.weight_Q).sum()
     (theirs * 3).backward()
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert float(plain.detach()) == pytest.approx(float(theirs.detach()), rel=1e-12)
     assert q.grad is not None and v.grad is not None and model.q.grad is not None and model.v.grad is not None
     assert torch.allclose(model.q.grad.double(), q.grad, atol=1e-5)
     assert torch.allclose(model.v.grad.double(), v.grad, atol=1e-5 * size)
@@ -93,7 +99,7 @@ def test_a_query_that_weighs_nothing_may_hold_anything(name: Any) -> None:
         model.q[2] = math.nan
     weight = torch.ones(Q)
     weight[2] = 0
-    loss = retrieval_loss(LossConfig(name=name), model, replace(_batch(), weight_Q=weight), TABLE, OneProcess())
+    loss = _loss(registry.options("loss", name)(), model, replace(_batch(), weight_Q=weight), TABLE, OneProcess())
     assert math.isfinite(float(loss.detach()))
     loss.backward()
     if name == "softmax":
@@ -102,7 +108,7 @@ def test_a_query_that_weighs_nothing_may_hold_anything(name: Any) -> None:
 
 def test_sampled_softmax_with_many_negatives_comes_near_the_full_one() -> None:
     model, batch = _Vectors(), _batch()
-    config = LossConfig(name="sampled_softmax", negatives=200_000, in_batch=False)
+    config = registry.options("loss", "sampled_softmax")(negatives=200_000, in_batch=False)
     torch.manual_seed(1)
     assert batch.target_Q is not None
     full = F.cross_entropy(model.q @ model.v[2:].T, batch.target_Q - 2, reduction="none")
@@ -115,13 +121,13 @@ def test_the_positive_is_never_a_negative() -> None:
     two = ItemTable(torch.tensor([0.0, 0.0, 5.0]))
     same = Batch(batch.user_B, batch.history, torch.full((Q,), 2), torch.ones(Q))
     for name in ("sampled_softmax", "bpr"):
-        loss = retrieval_loss(LossConfig(name=name, negatives=8), model, same, two, OneProcess())
+        loss = _loss(registry.options("loss", name)(negatives=8), model, same, two, OneProcess())
         assert float(loss.detach()) == pytest.approx(0, abs=Q * 1e-6)
 
 
 def test_gbce_beta_by_hand() -> None:
     model, batch = _Vectors(), _batch()
-    config = LossConfig(name="gbce", negatives=9, calibration=0.5)
+    config = registry.options("loss", "gbce")(negatives=9, calibration=0.5)
     torch.manual_seed(3)
     loss = _each(config, model, batch, TABLE)
     torch.manual_seed(3)
@@ -141,7 +147,7 @@ def test_gbce_beta_by_hand() -> None:
 def test_an_item_that_is_sampled_in_two_ways_is_corrected_by_both() -> None:
     """log expected count of a candidate = log(P f + M / N), whichever draw it came from."""
     model, batch = _Vectors(), _batch()
-    config = LossConfig(name="sampled_softmax", negatives=6)
+    config = registry.options("loss", "sampled_softmax")(negatives=6)
     torch.manual_seed(4)
     loss = _each(config, model, batch, TABLE)
     torch.manual_seed(4)
@@ -156,3 +162,32 @@ def test_an_item_that_is_sampled_in_two_ways_is_corrected_by_both() -> None:
                 logits.append(float(model.q[i] @ model.v[c]) - math.log(Q * float(share[c]) + 6 / (N - 2)))
         expected = torch.logsumexp(torch.tensor(logits), 0) - logits[0]
         assert float(loss[i]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_sampled_softmax_without_correction_is_a_softmax_over_the_candidates() -> None:
+    model, batch = _Vectors(), _batch()
+    config = registry.options("loss", "sampled_softmax")(negatives=6, in_batch=False, logq=False, temperature=0.5)
+    torch.manual_seed(5)
+    loss = _each(config, model, batch, TABLE)
+    torch.manual_seed(5)
+    negative = torch.randint(2, N, (6,))
+    assert batch.target_Q is not None
+    for i, target in enumerate(batch.target_Q.tolist()):
+        candidates = torch.tensor([target, *(n for n in negative.tolist() if n != target)])
+        expected = -torch.log_softmax(model.q[i] @ model.v[candidates].T / 0.5, 0)[0]
+        assert float(loss[i].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+def test_cosine_contrastive_by_hand() -> None:
+    model, batch = _Vectors(), _batch()
+    config = registry.options("loss", "cosine_contrastive")(negatives=8, margin=0.1, negative_weight=3.0)
+    torch.manual_seed(6)
+    loss = _each(config, model, batch, TABLE)
+    torch.manual_seed(6)
+    negative = torch.randint(2, N, (8,)).tolist()
+    assert batch.target_Q is not None
+    cos = F.normalize(model.q.detach(), dim=1) @ F.normalize(model.v.detach(), dim=1).T
+    for i, target in enumerate(batch.target_Q.tolist()):
+        over = [max(0.0, float(cos[i, n]) - 0.1) for n in negative if n != target]
+        expected = 1 - float(cos[i, target]) + 3.0 * sum(over) / len(over)
+        assert float(loss[i].detach()) == pytest.approx(expected, rel=1e-4)

@@ -7,10 +7,10 @@ import torch
 
 from helpers.collectives import OneProcess
 from recray import registry
-from recray.config import LossConfig
+from recray.config import parse_config
 from recray.errors import ConfigError
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.models import Ranker, Retriever, build_model
 from recray.records import DatasetRecord, Feature
 
@@ -53,7 +53,8 @@ def test_shapes_and_protocol(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
     model = _model(name, **({"dropout": 0.0}))
-    objective = RetrievalObjective(model, LossConfig(name=loss, negatives=30), TABLE, OneProcess())
+    options = registry.options("loss", loss)(**({} if loss == "softmax" else {"negatives": 30}))
+    objective = Objective(model, options, TABLE, OneProcess())
     batch = _batch(model.examples)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
@@ -71,7 +72,7 @@ def test_overfits_a_small_set_with_every_loss(name: str, loss: str) -> None:
 def test_the_loss_is_the_weighted_sum_over_queries(name: str) -> None:
     """A query of weight 0 adds nothing and changes no other query's loss; each one's loss is checked in float64."""
     model = _model(name).eval().double()
-    objective = RetrievalObjective(model, LossConfig(name="softmax", temperature=0.5), TABLE, OneProcess())
+    objective = Objective(model, registry.options("loss", "softmax")(temperature=0.5), TABLE, OneProcess())
     batch = _batch(model.examples)
     assert batch.weight_Q is not None and batch.target_Q is not None
     logits_QN = model.query_vectors(batch) @ model.item_vectors(torch.arange(ITEMS)).T  # type: ignore[operator]
@@ -121,12 +122,13 @@ class _Neither(torch.nn.Module):
 
 def test_a_plug_in_extends_the_class_of_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
     module = registry.load("model", "two_tower")
-    assert isinstance(build_model(module.Options(), RECORD, TABLE), Retriever)
+    config = parse_config({"model": {"name": "two_tower"}})
+    assert isinstance(build_model(config, RECORD, TABLE), Retriever)
     monkeypatch.setattr(module, "build", lambda *_: _Neither())
     with pytest.raises(
         ConfigError, match=r"build\(\) returned a _Neither, but .* is 'retriever': .* extends recray.models.Retriever"
     ):
-        build_model(module.Options(), RECORD, TABLE)
+        build_model(config, RECORD, TABLE)
     with pytest.raises(TypeError, match="abstract method"):
 
         class Half(Retriever):
@@ -175,7 +177,7 @@ def test_users_with_one_event_ask_nothing_and_train(lengths: list[int]) -> None:
     )
     (batch,) = iter_batches([(ShardSlice(0, 0, 0, 2), table)], 2, "sequences", 4, seed=0)
     model = _model("sasrec")
-    loss, weight = RetrievalObjective(model, LossConfig(name="softmax"), TABLE, OneProcess())(batch)
+    loss, weight = Objective(model, registry.options("loss", "softmax")(), TABLE, OneProcess())(batch)
     loss.backward()
     assert torch.isfinite(loss) and float(weight) == sum(n - 1 for n in lengths)
     assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them

@@ -12,6 +12,7 @@ from recray.errors import LineageError
 from recray.layers import embedding
 from recray.layers.embedding import Mode, TablePlan, use_plan
 from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.metrics import higher_is_better
 from recray.models.two_tower import Options, build
 from recray.records import CheckpointRecord, DatasetRecord
 from recray.training import checkpoint, sharded_tables
@@ -180,7 +181,7 @@ def test_progress_remembers_the_best_epoch() -> None:
     for metric, values, best in (("ndcg@10", [0.1, 0.3, 0.3, 0.2], 2), ("log_loss", [0.5, 0.6, 0.4, 0.4], 3)):
         progress = TrainProgress()
         for value in values:
-            progress.end_epoch({metric: value}, 10, metric)
+            progress.end_epoch({metric: value}, 10, metric, higher_is_better(metric))
         progress.end_epoch({}, 10, metric)  # not validated: neither better nor worse
         assert (progress.best_epoch, progress.best_value) == (best, values[best - 1])
         assert (progress.epoch, progress.rows, progress.epochs_without_improvement) == (5, 50, 4 - best)

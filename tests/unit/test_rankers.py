@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.collectives import OneProcess
 from recray import registry
-from recray.config import LossConfig, OptimConfig, parse_config
+from recray.config import OptimConfig, parse_config
 from recray.errors import ConfigError
 from recray.layers.dice import Dice
 from recray.layers.embedding import Mode, Table, TablePlan, use_plan
 from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Batch, ItemTable, Jagged, select
-from recray.losses.click import ClickObjective, click_loss
+from recray.losses.base import Objective
+from recray.losses.bce import per_impression
 from recray.models import Ranker
 from recray.records import CheckpointRecord, DatasetRecord, Feature
 from recray.training import checkpoint
@@ -101,6 +103,10 @@ def _sync(model: torch.nn.Module) -> None:
     run_hooks(step_hooks(model), lambda total: total, False)
 
 
+def _objective(model: torch.nn.Module) -> Objective:
+    return Objective(model, registry.options("loss", "bce")(), ItemTable(torch.ones(ITEMS)), OneProcess())
+
+
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_and_protocol(name: str, features: bool) -> None:
@@ -116,7 +122,7 @@ def test_shapes_and_protocol(name: str, features: bool) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_overfits_a_small_set(name: str, mode: Mode) -> None:
     model = _model(name, mode=mode, user_embedding=True)
-    objective, batch = ClickObjective(model, LossConfig(name="bce")), _batch(True)
+    objective, batch = _objective(model), _batch(True)
     optimizer = Optimizers(OptimConfig(learning_rate=0.02), model)
     optimizer.set_learning_rate(0.02)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -217,7 +223,7 @@ def test_only_touched_rows_move(mode: Mode) -> None:
     before, batch = table.weight.detach().clone(), _batch(True)
     optimizer = Optimizers(OptimConfig(embedding_decay=0.1), model)
     optimizer.set_learning_rate(0.1)
-    loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
+    loss, _ = _objective(model)(batch)
     loss.backward()
     _sync(model)
     optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
@@ -227,12 +233,12 @@ def test_only_touched_rows_move(mode: Mode) -> None:
 
 def test_click_loss_by_hand() -> None:
     z, y, one = torch.tensor([0.3, -1.0]), torch.tensor([1.0, 0.0]), torch.ones(2)
-    plain = click_loss(LossConfig(name="bce"), z, y, one)
+    plain = per_impression(registry.options("loss", "bce")(), z, y, one)
     assert plain.tolist() == pytest.approx([0.5543552, 0.3132617], rel=1e-6)
-    smooth = click_loss(LossConfig(name="bce", label_smoothing=0.2, positive_weight=3.0), z, y, one)
+    smooth = per_impression(registry.options("loss", "bce")(label_smoothing=0.2, positive_weight=3.0), z, y, one)
     assert smooth.tolist() == pytest.approx([3 * (0.5543552 + 0.1 * 0.3), 0.3132617 + 0.1 * 1.0], rel=1e-5)
     torch.manual_seed(0)
-    pairs = [click_loss(LossConfig(name="bce", pairwise_weight=2.0), z, y, one) - plain for _ in range(20)]
+    pairs = [per_impression(registry.options("loss", "bce")(pairwise_weight=2.0), z, y, one) - plain for _ in range(20)]
     for pair in pairs:  # the rows are paired with each other or with themselves
         assert pair.tolist() == pytest.approx([2 * 0.2410084] * 2, rel=1e-4) or not pair.any()
     assert any(pair.any() for pair in pairs)
@@ -241,7 +247,7 @@ def test_click_loss_by_hand() -> None:
 @pytest.mark.parametrize("mode", ["dense", "sparse_replicated", "row_sharded"])
 def test_clipping_equals_torchs_on_dense_gradients(mode: Mode) -> None:
     model, batch = _model("dcn_v2", mode=mode), _batch(True)
-    loss, _ = ClickObjective(model, LossConfig(name="bce"))(batch)
+    loss, _ = _objective(model)(batch)
     loss.backward()
     _sync(model)
     dense = [parameter.grad.to_dense().clone() for parameter in model.parameters() if parameter.grad is not None]

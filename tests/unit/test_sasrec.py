@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.collectives import OneProcess
-from recray.config import LossConfig
+from recray import registry
 from recray.ids import FIRST_ITEM
 from recray.layers import transformer
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.models import sasrec
 from recray.records import DatasetRecord
 
@@ -74,7 +74,7 @@ def test_the_loss_curve_is_that_of_the_plain_implementation(
     options = sasrec.Options(dim=DIM, history_length=LENGTH, layers=LAYERS, heads=heads, dropout=0.0)
     model = sasrec.build(options, RECORD, TABLE)
     plain = _Plain(model, heads)
-    objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=50), TABLE, OneProcess())
+    objective = Objective(model, registry.options("loss", "softmax")(chunk_size=50), TABLE, OneProcess())
     optimizers = [torch.optim.Adam(one.parameters(), 2e-3) for one in (model, plain)]
     curve: tuple[list[float], list[float]] = ([], [])
     for step in range(30):
@@ -129,17 +129,17 @@ def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     """Every batch has another number of tokens, and oneDNN keeps code for every shape that it is given."""
     script = """
 import resource, torch
-from recray.config import LossConfig
+from recray import registry
 from recray.models import sasrec
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.losses.retrieval import RetrievalObjective
+from recray.losses.base import Objective
 from recray.records import DatasetRecord
 class Alone:
     def all_gather(self, x): return x
 items = ItemTable(torch.ones(300))
 record = DatasetRecord(fingerprint="", num_items=300, num_users=2, counts={}, shards={}, seed=0)
 model = sasrec.build(sasrec.Options(dim=32, history_length=50), record, items)
-objective = RetrievalObjective(model, LossConfig(name="softmax", chunk_size=64), items, Alone())
+objective = Objective(model, registry.options("loss", "softmax")(chunk_size=64), items, Alone())
 def peak(lengths):
     for n in lengths:
         ids = torch.randint(2, 300, (20 * n,))

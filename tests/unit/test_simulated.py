@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recray.config import SimulatedConfig
+from recray.config import SimulatedOptions
 from recray.data.sources import simulated
 from recray.data.sources.simulated import SimulatedOracle, World
 
-SMALL = SimulatedConfig(events=40_000, users=800, items=2_000)
+SMALL = SimulatedOptions(events=40_000, users=800, items=2_000)
 
 
-def _log(options: SimulatedConfig, seed: int, block: int) -> pa.Table:
+def _log(options: SimulatedOptions, seed: int, block: int) -> pa.Table:
     world = World.build(options, seed)
     starts = range(0, options.users, block)
     return pa.concat_tables(
@@ -120,12 +120,12 @@ def test_oracle_is_far_above_popularity(log: pa.Table) -> None:
 
 
 def test_oracle_with_fewer_items_than_k() -> None:
-    options = SimulatedConfig(events=1_000, users=20, items=12, categories=3)
+    options = SimulatedOptions(events=1_000, users=20, items=12, categories=3)
     (top,) = SimulatedOracle(options, 1)([5], simulated.START_US, 50, [np.array([0, 3])])
     assert sorted(top.tolist()) == [i for i in range(12) if i not in (0, 3)]
 
 
 @pytest.mark.parametrize("options", [{"items": 10, "categories": 40}, {"items": 5_000, "zipf": 0.0}, {"drift": 1.0}])
 def test_odd_options(options: dict[str, Any]) -> None:
-    made = _log(SimulatedConfig(**{"events": 2_000, "users": 50, "items": 100, **options}), 1, 50)
+    made = _log(SimulatedOptions(**{"events": 2_000, "users": 50, "items": 100, **options}), 1, 50)
     assert len(made) > 1_000

@@ -1,17 +1,24 @@
-"""Sweeps without Ray: what is refused, what is drawn, how many fit, and what explains the outcome."""
+"""Sweeps without Ray: checks, points, resources, comparability, importance, the log and the page."""
 
+import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from recray.artifacts import TUNE, Run
 from recray.config import Config, parse_config
 from recray.errors import ConfigError
-from recray.records import Trial, TrialEpoch, TuneRecord
-from recray.tuning import resources, search
+from recray.records import Finalist, Trial, TrialEpoch, TuneRecord
+from recray.tuning import page, study
 from recray.tuning.check import check
+from recray.tuning.console import Board, summary
 from recray.tuning.importance import importance
-from recray.tuning.page import render
+from recray.tuning.objective import Objective
+from recray.tuning.search import make_search
+from recray.tuning.trial_resources import TrialResources, plan_resources
 
 
 def _config(space: dict[str, Any], *overrides: str, **tune: Any) -> Config:
@@ -35,12 +42,12 @@ def _config(space: dict[str, Any], *overrides: str, **tune: Any) -> Config:
         ({"model.dim": {"low": 1, "high": 8, "choices": [2]}}, "leave one or the other out"),
         ({"loss.temperature": {"low": 0, "high": 1, "log": True}}, "log = true needs low above 0"),
         ({"loss.temperature": {"low": -1, "high": 1}}, r"loss.temperature: Input should be greater than 0 \(given: -1"),
-        ({"model.dim": {"low": 4, "high": 9, "step": 1.5}}, "takes whole numbers, and step = 1.5"),
+        ({"model.dim": {"low": 4, "high": 9, "step": 1.5}}, "takes integers, and step = 1.5"),
         ({"loss.name": {"choices": ["softmax", "sofmax"]}}, r"loss.name: .*given: 'sofmax'"),
         ({"optim.schedule": {"low": 0, "high": 1}}, r"optim.schedule: "),
-        ({"training.compile": {"low": 0, "high": 1}}, "is no number, so it has no range"),
+        ({"training.compile": {"low": 0, "high": 1}}, "is not a number and has no range"),
         ({"data.min_user_events": {"choices": [1, 5]}}, "the dataset is prepared once for all trials"),
-        ({"run.seed": {"choices": [1, 2]}}, "seeds are what tune.seeds is for"),
+        ({"run.seed": {"choices": [1, 2]}}, "tune.seeds repeats the best trials on other seeds"),
         ({"training.metric": {"choices": ["ndcg@5"]}}, "trials are compared by it"),
         ({"model.name": {"choices": ["two_tower", "din"]}}, "reports auc, and the sweep compares ndcg@10"),
         ({"model.dim": {"choices": [8], "when": {"model.nam": "x"}}}, "names 'model.nam', which is no key"),
@@ -56,11 +63,11 @@ def _config(space: dict[str, Any], *overrides: str, **tune: Any) -> Config:
                 "model.dim": {"choices": [8], "when": {"optim.name": "sgd"}},
                 "optim.name": {"choices": ["sgd"], "when": {"model.dim": 8}},
             },
-            "conditions of model.dim, optim.name ask for each other",
+            "conditions of model.dim, optim.name refer to each other",
         ),
     ],
 )
-def test_a_space_that_cannot_be_is_refused_by_name(space: dict[str, Any], message: str) -> None:
+def test_an_invalid_space_is_refused_with_its_key(space: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(_config(space), [])
 
@@ -69,12 +76,12 @@ def test_a_space_that_cannot_be_is_refused_by_name(space: dict[str, Any], messag
     ("tune", "message"),
     [
         ({"metric": "recall@20"}, r"tune.metric = 'recall@20' is never reported: an epoch reports ndcg@10"),
-        ({"grace_epochs": 10}, r"tune.grace_epochs = 10 with training.epochs = 10: no trial could be ended early"),
+        ({"grace_epochs": 10}, r"tune.grace_epochs = 10 with training.epochs = 10: no trial could be stopped early"),
         ({"search": "grid"}, r'"optim.learning_rate": a grid needs choices, or low and high with step'),
         ({"search": "pbt"}, r'"model.dim": cannot change while a member of search = .pbt. trains'),
     ],
 )
-def test_a_search_that_cannot_be_is_refused_by_name(tune: dict[str, Any], message: str) -> None:
+def test_an_invalid_search_is_refused_with_its_key(tune: dict[str, Any], message: str) -> None:
     space = {"optim.learning_rate": {"low": 1e-4, "high": 1e-2}, "model.dim": {"choices": [8, 16]}}
     with pytest.raises(ConfigError, match=message):
         check(_config(space, **tune), [])
@@ -84,13 +91,13 @@ def test_every_problem_is_reported_at_once() -> None:
     space = {"model.dim": {"low": 2, "high": 1}, "loss.nam": {"choices": ["bpr"]}}
     config = _config(space, metric="map@3", cpus_per_trial=64)
     with pytest.raises(ConfigError) as caught:
-        check(config, resources.share(config, [{"CPU": 2.0}])[1])
+        check(config, plan_resources(config, [{"CPU": 2.0}])[1])
     assert "4 problems" in str(caught.value)
     for expected in ("'map@3'", "a trial needs 64 CPUs", "model.dim", "loss.nam"):
         assert expected in str(caught.value)
 
 
-def test_a_condition_holds_or_the_key_is_left_out() -> None:
+def test_a_key_is_drawn_if_its_condition_holds() -> None:
     space = {
         "loss.calibration": {"low": 0.5, "high": 1.0, "when": {"loss.name": "gbce"}},
         "loss.name": {"choices": ["gbce", "bpr"]},
@@ -101,7 +108,7 @@ def test_a_condition_holds_or_the_key_is_left_out() -> None:
     points = [drawn.draw(np.random.default_rng(seed)) for seed in range(400)]
     assert all(("loss.calibration" in point) == (point["loss.name"] == "gbce") for point in points)
     assert {point["model.dim"] for point in points} == {8, 9, 10, 11, 12}
-    # log: as many below 10^-2.5, the middle of the exponents, as above; 400 coins, four standard deviations
+    # log: half of the draws are below 10^-2.5, the middle of the exponents; 40 of 400 is four standard deviations
     assert abs(sum(point["optim.learning_rate"] < 10**-2.5 for point in points) - 200) < 40
 
 
@@ -118,11 +125,11 @@ def test_a_grid_has_every_combination_once() -> None:
         check(_config(space, search="grid", trials=5), [])
 
 
-def test_a_grid_is_in_its_own_order_unless_trials_are_ended_early() -> None:
+def test_a_grid_is_in_its_own_order_unless_trials_are_stopped_early() -> None:
     space = {"model.dim": {"low": 1, "high": 20, "step": 1}}
 
     def dims(**table: Any) -> list[int]:
-        found = search.make(check(_config(space, search="grid", **table), []), "max", [])
+        found = make_search(check(_config(space, search="grid", **table), []), [])
         points = [found.point(number) for number in range(1, 22)]
         assert points.pop() is None
         return [point["model.dim"] for point in points if point is not None]
@@ -135,7 +142,7 @@ def test_a_grid_is_in_its_own_order_unless_trials_are_ended_early() -> None:
 
 def test_random_search_gives_the_same_points_again_and_none_twice() -> None:
     space = check(_config({"model.dim": {"low": 1, "high": 6}}), [])
-    first, second = search.make(space, "max", []), search.make(space, "max", [])
+    first, second = make_search(space, []), make_search(space, [])
     points = [first.point(number) for number in range(1, 7)]
     assert [second.point(number) for number in (6, 1)] == [points[5], points[0]]
     assert sorted(point["model.dim"] for point in points if point) == [1, 2, 3, 4, 5, 6]
@@ -151,26 +158,29 @@ def _trial(number: int, values: dict[str, Any], best: float | None, status: Any 
 def test_tpe_learns_from_records_where_the_best_is(mode: str) -> None:
     pytest.importorskip("optuna")
     space = check(
-        _config({"loss.temperature": {"low": 0.1, "high": 10}, "model.dim": {"choices": [8, 16]}}, search="tpe"), []
+        _config(
+            {"loss.temperature": {"low": 0.1, "high": 10}, "model.dim": {"choices": [8, 16]}}, search="tpe", mode=mode
+        ),
+        [],
     )
     sign = 1 if mode == "max" else -1
-    begin, past = search.make(space, mode, []), []
+    first, past = make_search(space, []), []
     for number in range(1, 31):
-        values = begin.point(number)
+        values = first.point(number)
         assert values is not None
         past.append(_trial(number, values, -sign * abs(values["loss.temperature"] - 8)))
     past.append(_trial(31, {"loss.temperature": 8.0, "model.dim": 8}, None, "failed"))
-    learned = search.make(space, mode, past)
+    learned = make_search(space, past)
     points = [learned.point(number) for number in range(32, 42)]
     assert np.median([point["loss.temperature"] for point in points if point]) > 6
     known = {"loss.temperature": 0.5, "model.dim": 16}
     assert learned.point(42, known) == known
 
 
-def test_tpe_counts_a_trial_that_had_waited_once() -> None:
+def test_tpe_counts_a_promoted_trial_once() -> None:
     optuna = pytest.importorskip("optuna")
     space = check(_config({"loss.temperature": {"low": 0.1, "high": 10}}, search="tpe"), [])
-    tpe = search.make(space, "max", [])
+    tpe = make_search(space, [])
     points = [tpe.point(number) for number in (1, 2, 3)]
     assert points[0] is not None and points[1] is not None
     for value, status in ((0.1, "paused"), (0.2, "paused"), (0.3, "done")):
@@ -183,18 +193,18 @@ def test_tpe_counts_a_trial_that_had_waited_once() -> None:
     assert best.value == 0.3 and best.params == points[0]
 
 
-def _share(nodes: list[dict[str, float]], *overrides: str, **tune: Any) -> tuple[resources.Share, list[str]]:
-    return resources.share(_config({"model.dim": {"choices": [8]}}, *overrides, **tune), nodes)
+def _resources(nodes: list[dict[str, float]], *overrides: str, **tune: Any) -> tuple[TrialResources, list[str]]:
+    return plan_resources(_config({"model.dim": {"choices": [8]}}, *overrides, **tune), nodes)
 
 
 def test_as_many_trials_run_as_fit() -> None:
     two = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
-    assert _share(two)[0] == resources.Share(1, 0.0, 7)
-    assert _share(two, cpus_per_trial=2)[0].concurrent == 3
-    assert _share(two, "scaling.use_gpu=true", gpus_per_trial=0.5)[0] == resources.Share(1, 0.5, 4)
-    assert _share(two, "scaling.use_gpu=true")[0].concurrent == 2
-    # Two workers and the trial's own process each, one CPU left for reading: (7 - 1) / 3.
-    assert _share(two, "scaling.num_workers=2")[0].concurrent == 2
+    assert _resources(two)[0] == TrialResources(1, 0.0, 7)
+    assert _resources(two, cpus_per_trial=2)[0].concurrent == 3
+    assert _resources(two, "scaling.use_gpu=true", gpus_per_trial=0.5)[0] == TrialResources(1, 0.5, 4)
+    assert _resources(two, "scaling.use_gpu=true")[0].concurrent == 2
+    # Two workers and the trial's own process each, one CPU for reading: (7 - 1) / 3.
+    assert _resources(two, "scaling.num_workers=2")[0].concurrent == 2
 
 
 @pytest.mark.parametrize(
@@ -202,17 +212,17 @@ def test_as_many_trials_run_as_fit() -> None:
     [
         ([], {"cpus_per_trial": 3}, r"a trial needs 3 CPUs \(tune.cpus_per_trial\), but this machine has 2"),
         (["scaling.cpus_per_worker=4"], {}, r"a trial needs 4 CPUs \(scaling.cpus_per_worker\)"),
-        ([], {"concurrent": 3}, "tune.concurrent = 3, but 2 such trials fit here"),
+        ([], {"concurrent": 3}, "tune.concurrent = 3, but only 2 such trials fit"),
         (["scaling.use_gpu=true"], {}, "a trial needs a GPU"),
         ([], {"gpus_per_trial": 0.5}, "set scaling.use_gpu = true"),
         (["scaling.num_workers=2"], {}, r"\(2\) x scaling.cpus_per_worker \(1\) \+ 1 .* = 4 CPUs, but there are 2"),
         (["scaling.num_workers=2"], {"cpus_per_trial": 1}, "tune.cpus_per_trial is for trials of one worker"),
     ],
 )
-def test_what_would_wait_for_ever_is_refused(overrides: list[str], tune: dict[str, Any], message: str) -> None:
+def test_trials_that_no_node_can_hold_are_refused(overrides: list[str], tune: dict[str, Any], message: str) -> None:
     config = _config({"model.dim": {"choices": [8]}}, *overrides, **tune)
     with pytest.raises(ConfigError, match=message):
-        check(config, resources.share(config, [{"CPU": 2.0}])[1])
+        check(config, plan_resources(config, [{"CPU": 2.0}])[1])
 
 
 def test_importance_is_the_adjusted_r_squared_of_a_model_with_one_mean_a_value() -> None:
@@ -234,23 +244,103 @@ def test_importance_is_the_adjusted_r_squared_of_a_model_with_one_mean_a_value()
     assert found["model.dim"] < 0.2
 
 
-def test_the_page_stands_alone_and_shows_every_trial() -> None:
+def _record(finalists: bool = True) -> TuneRecord:
+    space = {"model.dim": {"low": 1, "high": 64, "log": True}, "loss.name": {"choices": ["<bpr>", "gbce"]}}
     trials = [_trial(n, {"loss.name": "<bpr>" if n % 2 else "gbce", "model.dim": n}, n / 10) for n in range(1, 9)]
     trials += [_trial(9, {"model.dim": 3}, None, "failed"), _trial(10, {"model.dim": 3}, 0.2, "pruned")]
-    config = {"run": {"name": "x"}, "tune": {"search": "random", "scheduler": "asha", "space": {}}}
-    record = TuneRecord(
-        config=config,
+    finalist = Finalist(number=8, values=trials[7].values, seeds=[2, 3], results=[0.7, 0.72], mean=0.71, std=0.0141)
+    return TuneRecord(
+        config={"run": {"name": "x"}, "tune": {"search": "random", "scheduler": "asha", "space": space}},
         metric="ndcg@10",
         mode="max",
         trials=trials,
+        finalists=[finalist] if finalists else [],
         winner=8,
         importance={"model.dim": 0.5},
         cpu_hours=0.1,
         dataset_uri="x",
     )
-    page = render(record)
-    assert page.count("<svg") == 4
-    assert page.count("<polyline") == 9  # a trial that reported nothing has no line
-    assert page.count("<tr") == 1 + len(trials)
-    assert "&lt;bpr&gt;" in page and "<bpr>" not in page
-    assert "http" not in page and "<script" not in page and "nan" not in page
+
+
+def test_the_page_stands_alone_and_shows_every_trial() -> None:
+    pytest.importorskip("plotly")
+    record = _record()
+    text = page.render(record)
+    figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert figures == [
+        "The search reached ndcg@10 0.8000 in 0.090 CPU hours.",  # 9 of 10 trials reported; each took as long
+        "ndcg@10 after every epoch of 9 trials.",
+        "model.dim: importance 50%.",
+        "loss.name: importance unknown, too few trials.",
+    ]
+    assert text.count('role="img" aria-label=') == len(figures) == text.count("Plotly.newPlot(")
+    own = text[: text.index("<script>")] + text[text.index("<h1>") :]  # without plotly's script
+    assert own.count("<tr") == (1 + 10) + (1 + 1)
+    assert "&lt;bpr&gt;" in own and "<bpr>" not in own
+    assert not re.search(r"""src=|href=|@import|url\(|https?://""", own)
+    assert "default-src 'none'" in own and "prefers-color-scheme: dark" in own
+    assert "0.7100 ± 0.0141" in own and "2: 0.7000 3: 0.7200" in own
+
+
+def test_without_plotly_a_sweep_only_lacks_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    study._write_page(_record(), str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert "tune.html was not written: it needs plotly. pip install 'recray[tune]'" in caplog.text
+
+
+def test_the_summary_names_finalists_importance_and_the_next_command(tmp_path: Path) -> None:
+    record = _record()
+    lines = summary(record, str(tmp_path)).splitlines()
+    assert lines[0] == "10 trials (8 done, 1 failed, 1 pruned), 0.100 CPU hours"
+    assert lines[3].split() == ["8", "0.8000", "0.7100", "+-", "0.0141", "loss.name=gbce", "model.dim=8"]
+    assert lines[-1] == f"next: recray run {tmp_path}/best.toml" and "tune.html" not in lines[-2]
+    (tmp_path / "tune.html").write_text("")
+    assert summary(record, str(tmp_path)).splitlines()[-2] == f"{tmp_path}/tune.html"
+    assert "best: trial 8, ndcg@10 0.8000 on one seed" in summary(_record(finalists=False), str(tmp_path))
+
+
+def test_a_trial_is_one_log_record(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "recray")
+    with Board("search", Objective("ndcg@10", "max"), 3, [_trial(1, {"model.dim": 8}, 0.5)]) as board:
+        board.running(_trial(2, {"model.dim": 16}, None))
+        board.stopped(_trial(2, {"model.dim": 16}, 0.4))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "tune: search 2/3: trial 2 done, 1 epochs in 2.0 s  ndcg@10 0.4000  best 0.5000 of trial 1  model.dim=16"
+    )
+    assert record.recray_event == "trial" and record.recray_values["best"] == 0.4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("override", "another"),
+    [
+        ("evaluation.filter_seen=false", True),
+        ("evaluation.queries='event'", True),
+        ("training.metric='recall@20'", True),
+        ("run.seed=2", True),
+        ("tune.scheduler='none'", True),
+        ('tune.space={"model.dim" = {choices = [8, 16]}}', True),
+        ("tune.trials=99", False),
+        ("tune.cpus_per_trial=2", False),
+        ("loss.chunk_size=64", False),
+        ("retrieval.k=10", False),
+    ],
+)
+def test_only_comparable_trials_share_a_sweep(tmp_path: Path, override: str, another: bool) -> None:
+    space = {"model.dim": {"choices": [8]}}
+    configs = [_config(space, f"run.output={tmp_path}", *more) for more in ([], [override])]
+    first, second = (Run(config).artifact(TUNE, ["dataset-1"]).uri for config in configs)
+    assert (first != second) is another
+    assert Run(configs[0]).artifact(TUNE, ["dataset-2"]).uri != first
+
+
+def test_without_a_cluster_the_resources_are_this_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ray is looked for or started, as another one may run on this machine."""
+    monkeypatch.setattr(study.runtime, "is_own", lambda: False)
+    monkeypatch.setattr(study.runtime, "is_shared", lambda: False)
+    monkeypatch.setattr(study.runtime, "start", lambda scaling: pytest.fail("must not start Ray"))
+    (node,) = study._nodes(_config({"model.dim": {"choices": [8]}}, "scaling.num_workers=64"))
+    assert node == {"CPU": 64 * 1 + 2, "GPU": 0.0}

@@ -14,9 +14,8 @@ Standard columns of `Source.events`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -35,14 +34,6 @@ _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _YEAR_SECONDS = 365.2425 * 86_400
 
 
-class Oracle(Protocol):
-    """The true model of made data: top-k item keys per user at a time, likeliest first, without `exclude`."""
-
-    def __call__(
-        self, user_keys: Sequence[Any], at_time_us: int, k: int, exclude: Sequence[np.ndarray]
-    ) -> list[np.ndarray]: ...
-
-
 @dataclass(frozen=True)
 class Source:
     events: ray.data.Dataset
@@ -51,11 +42,6 @@ class Source:
     has_time: bool = True
     items: pa.Table | None = None  # column `item` and features
     users: pa.Table | None = None  # column `user` and features
-    oracle: Oracle | None = None
-
-    @property
-    def num_events_hint(self) -> int:
-        return self.num_events
 
 
 def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -24,10 +24,12 @@ import pyarrow.parquet as pq
 
 from recray import storage
 from recray.config import ColumnsConfig, DataConfig
+from recray.config.sources import ParquetOptions as Options
 from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.errors import ConfigError, DataError, StorageError
 
+__all__ = ["Options", "read"]
 _TASK_BYTES = 64 << 20
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 

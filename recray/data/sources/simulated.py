@@ -35,7 +35,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray.config import DataConfig, SimulatedConfig
+from recray.config import DataConfig
+from recray.config.sources import SimulatedOptions as Options
 from recray.data.sources.base import Source
 
 START_US = 1_700_006_400_000_000  # a midnight, UTC
@@ -57,10 +58,11 @@ _ACTIVITY, _START, _MIXTURE, _DEVICE, _CLICK, _GAP, _WORLD = range(7)
 
 
 def read(config: DataConfig, seed: int) -> Source:
-    """About `config.simulated.events` events, generated in parallel by Ray Data."""
+    """About [data.simulated] events = ... events, generated in parallel by Ray Data."""
     import ray.data
 
-    options = config.simulated
+    options = config.options
+    assert isinstance(options, Options)
     block = block_users(options)
     starts = range(0, options.users, block)
     work = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
@@ -75,16 +77,15 @@ def read(config: DataConfig, seed: int) -> Source:
         num_events=options.events,
         fingerprint=digest,
         items=World.build(options, seed).item_table(),
-        oracle=SimulatedOracle(options, seed),
     )
 
 
-def block_users(options: SimulatedConfig) -> int:
+def block_users(options: Options) -> int:
     """Users simulated together: about _BLOCK_EVENTS events, whatever the machine."""
     return int(np.clip(_BLOCK_EVENTS * options.users // options.events, 1, 4096))
 
 
-def _generate(batch: pa.Table, options: SimulatedConfig, seed: int, block: int) -> Iterator[pa.Table]:
+def _generate(batch: pa.Table, options: Options, seed: int, block: int) -> Iterator[pa.Table]:
     world = World.build(options, seed)
     for start in batch["start"].to_pylist():
         yield simulate(world, np.arange(start, min(start + block, options.users)))
@@ -109,7 +110,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class World:
     """What all users share. Items are stored by leaf; `key_N` holds their keys."""
 
-    options: SimulatedConfig
+    options: Options
     seed: int
     category_CD: np.ndarray
     leaf_LD: np.ndarray
@@ -122,7 +123,7 @@ class World:
     bound_L: np.ndarray  # sum of the weights of the leaves before l
 
     @staticmethod
-    def build(options: SimulatedConfig, seed: int) -> World:
+    def build(options: Options, seed: int) -> World:
         rng = np.random.default_rng([seed, _WORLD])
         categories = min(options.categories, options.items)
         styles = int(np.clip(options.items // (10 * categories), 1, 16))
@@ -327,7 +328,7 @@ def _without_repeats(candidate_BTR: np.ndarray) -> np.ndarray:
 class SimulatedOracle:
     """The true model: the likeliest next items of a user at a time, rebuilt from the seed."""
 
-    options: SimulatedConfig
+    options: Options
     seed: int
 
     def __call__(
