@@ -1,12 +1,13 @@
-"""The only use of Ray's private modules: two questions that its public API does not answer.
+"""The only use of private parts of Ray, for what its public API does not offer.
 
-Both are asked inside a guard. A Ray version that lacks one of these names costs an early error message and nothing
-else: recray then waits for resources up to `scaling.wait_seconds`, and Ray itself looks for the address.
+Every use has a guard. With a Ray version that lacks one of these names recray works, less comfortably: it waits for
+resources up to `scaling.wait_seconds` instead of refusing them, leaves it to Ray to find a cluster, or logs more.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from recray import log
 
@@ -42,3 +43,16 @@ def find_address() -> str | None:
         return str(get_ray_address_from_environment("auto", None))
     except (ImportError, AttributeError, TypeError, ConnectionError):
         return None
+
+
+def drop_placement_group_cleaner(trainer: Any) -> None:
+    """Make a TorchTrainer on a private local Ray start without the actor that cleans up after a driver that dies.
+
+    The actor polls the dashboard, which a private Ray does not have: where two of them run on a machine it writes a
+    traceback to the terminal. A private Ray ends with its driver, so there is nothing to clean up; and training starts
+    one process sooner.
+    """
+    create = getattr(trainer, "_create_default_callbacks", None)
+    if create is not None:
+        name = "PlacementGroupCleanerCallback"
+        trainer._create_default_callbacks = lambda: [one for one in create() if type(one).__name__ != name]

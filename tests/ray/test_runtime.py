@@ -174,6 +174,27 @@ def test_a_ray_without_the_private_names_waits_instead_of_refusing(monkeypatch: 
     assert private_ray.find_address() is None
 
 
+class PlacementGroupCleanerCallback: ...
+
+
+class _Trainer:
+    def _create_default_callbacks(self) -> list[object]:
+        return [1, PlacementGroupCleanerCallback(), 2]
+
+
+def test_a_local_trainer_starts_without_the_cleaner() -> None:
+    trainer = _Trainer()
+    private_ray.drop_placement_group_cleaner(trainer)
+    assert trainer._create_default_callbacks() == [1, 2]
+    private_ray.drop_placement_group_cleaner(object())  # another version of Ray: nothing to change
+    ray_train = pytest.importorskip("ray.train.torch")
+    real = ray_train.TorchTrainer(lambda: None)
+    before = [type(one).__name__ for one in real._create_default_callbacks()]
+    private_ray.drop_placement_group_cleaner(real)
+    after = [type(one).__name__ for one in real._create_default_callbacks()]
+    assert after == [name for name in before if name != "PlacementGroupCleanerCallback"] and len(after) > 1
+
+
 @pytest.mark.parametrize(
     ("free", "lacking"),
     [
