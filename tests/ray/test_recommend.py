@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +15,7 @@ from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
 from recray.report.text import render
+from recray.retrieval import embed
 from recray.training import checkpoint
 
 pytest.importorskip("faiss")
@@ -57,6 +59,26 @@ def test_the_report_says_what_ranking_adds_and_costs(run: Config) -> None:
     everything = recray.evaluate(parse_config(run.model_dump(mode="json"), ["retrieval.k=200", "evaluation.k=[200]"]))
     # All items as candidates: re-ranking loses none of them.
     assert everything.metrics["reranked"]["recall@200"].value == everything.metrics["model"]["recall@200"].value
+
+
+def test_models_load_once_and_vectors_come_from_the_index(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load, compute = checkpoint.load_model, embed.item_vectors
+
+    def counted(folder: str) -> Any:
+        loaded.append(folder)
+        return load(folder)
+
+    monkeypatch.setattr(checkpoint, "load_model", counted)
+    monkeypatch.setattr(embed, "item_vectors", None)
+    recray.evaluate(parse_config(run.model_dump(mode="json"), ["evaluation.k=[5]"]))
+    assert len(loaded) == 2 == len(set(loaded))  # the retriever and the ranker
+    loaded.clear()
+    monkeypatch.setattr(embed, "item_vectors", compute)
+    other = parse_config(run.model_dump(mode="json"), ["retrieval.sweep_users=50"])
+    recray.index(other)
+    recray.index(other)  # up to date
+    assert len(loaded) == 1
 
 
 def test_the_blend_is_between_search_and_ranker(run: Config) -> None:
