@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from typer.testing import CliRunner
 
 from helpers.configs import SHIPPED, shipped
 from recray.cli import app
-from recray.cluster.submit import Jobs, is_report, portable
-from recray.config import parse_config
+from recray.cluster.submit import Jobs, is_report, portable, write_files
+from recray.config import load_config, parse_config
 from recray.records import ReportRecord
 
 
@@ -38,6 +39,22 @@ def test_a_submitted_configuration_is_the_same_one(path: Path) -> None:
 def test_a_list_of_files_and_a_uri() -> None:
     config = parse_config({"data": {"path": ["a.parquet", "s3://bucket/b.parquet"]}})
     assert portable(config)["data"]["path"] == [os.path.abspath("a.parquet"), "s3://bucket/b.parquet"]
+
+
+def test_plug_ins_next_to_the_toml_are_sent(tmp_path: Path) -> None:
+    """The job's folder has the same files, and the configuration means the same there."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(Path(__file__).parents[2] / "jobs" / "examples", here)
+    there.mkdir()
+    (path,) = here.glob("*.toml")
+    config = load_config(str(path), ["data.path=events.parquet"])
+    write_files(config, there)
+    assert {file.name for file in there.iterdir()} == {"config.toml", *(file.name for file in here.glob("*.py"))}
+    sent = load_config(str(there / "config.toml"))
+    assert sent.run.plugins == str(there)
+    assert sent.model_dump(exclude={"run": {"plugins"}}) == parse_config(
+        portable(config), [f"run.plugins={there}"]
+    ).model_dump(exclude={"run": {"plugins"}})
 
 
 class _Client:
