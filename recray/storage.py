@@ -233,24 +233,6 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
         )
 
 
-def upload_folder(local: str, uri: str) -> None:
-    """Copy the files of a local folder (not recursive) to `uri`, file by file, each whole or not at all."""
-    for name in sorted(os.listdir(local)):
-        with open(os.path.join(local, name), "rb") as file:
-            write_bytes(join(uri, name), file.read())
-
-
-def download_folder(uri: str, local: str) -> None:
-    """Copy the files of a folder (not recursive) into a local folder, each whole or not at all."""
-    os.makedirs(local, exist_ok=True)
-    system, path = resolve(uri)
-    with _errors(uri, "read"):
-        entries = system.get_file_info(pafs.FileSelector(path))
-    for entry in entries:
-        if entry.type == pafs.FileType.File:
-            write_bytes(os.path.join(local, entry.base_name), read_bytes(join(uri, entry.base_name)))
-
-
 def fingerprint(files: Sequence[FileInfo]) -> str:
     """SHA-256 over names, sizes and tails (Parquet footers) of files: changes when any file does."""
     digest = hashlib.sha256()

@@ -85,9 +85,9 @@ def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
     """Train on this worker until the best epoch is known; with training.refit then on train and validation events."""
     keep_memory()
     config, dataset = work.config, PreparedDataset.open(work.dataset_uri)
-    progress = _fit_phase(config, dataset, selection(config, work.folder), context, on_epoch, work.until)
+    progress = _fit_phase(work, dataset, selection(config, work.folder), context, on_epoch)
     if config.training.refit and work.until is None:
-        _fit_phase(config, dataset, refit(work.folder, progress.best_epoch), context)
+        _fit_phase(work, dataset, refit(work.folder, progress.best_epoch), context)
 
 
 def selection(config: Config, folder: str) -> Phase:
@@ -102,18 +102,14 @@ def refit(folder: str, epochs: int) -> Phase:
 
 
 def _fit_phase(
-    config: Config,
-    dataset: PreparedDataset,
-    phase: Phase,
-    context: Context,
-    on_epoch: OnEpoch | None = None,
-    until: int | None = None,
+    work: Work, dataset: PreparedDataset, phase: Phase, context: Context, on_epoch: OnEpoch | None = None
 ) -> TrainProgress:
-    trainer = Trainer(config, dataset, phase, context)
+    """Train or resume one phase. Its model is freed on return, before the next phase builds another."""
+    trainer = Trainer(work.config, dataset, phase, context)
     last = phase.last_epoch()
     if last:
         trainer.state.load(phase.folder(last))
-    return trainer.fit(on_epoch, until)
+    return trainer.fit(on_epoch, work.until)
 
 
 def _resume_or_extend(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) -> None:

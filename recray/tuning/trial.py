@@ -135,18 +135,15 @@ class _Reporter:
             last = int(entry["epoch"])
             best = CheckpointRecord.read(self._phase.folder(last)).best_epoch
             for epoch in {last, best} - {0}:
-                storage.download_folder(self._phase.folder(epoch), os.path.join(folder, f"epoch-{epoch:04d}"))
+                storage.copy_folder(self._phase.folder(epoch), os.path.join(folder, f"epoch-{epoch:04d}"))
             tune.report({**entry, "again": again}, checkpoint=tune.Checkpoint.from_directory(folder))
 
     def _copy_member(self, folder: str) -> None:
-        """Replace this trial's epochs by those in `folder`, under this trial's own configuration."""
-        names = sorted(os.listdir(folder))
-        if self._phase.last_epoch() == int(names[-1].removeprefix("epoch-")):
-            return  # its own epochs: Ray Tune only paused it
+        """Continue from the epochs in `folder`, this trial's own or another member's, under this configuration."""
         storage.delete_folder(self._phase.root)
-        for name in names:
+        for name in os.listdir(folder):
             target = storage.join(self._phase.root, name)
-            storage.upload_folder(os.path.join(folder, name), target)
+            storage.copy_folder(os.path.join(folder, name), target)
             record = CheckpointRecord.read(target)
             record.model_copy(update={"config": self._config.model_dump(mode="json")}).write(target)
 

@@ -153,8 +153,8 @@ def test_folders_are_made_deleted_and_copied(tmp_path: Path) -> None:
     storage.make_folder(source)
     storage.write_bytes(storage.join(source, "a.bin"), b"a")
     storage.write_bytes(storage.join(source, "b.bin"), b"b")
-    storage.upload_folder(source, stored)
-    storage.download_folder(stored, back)
+    storage.copy_folder(source, stored)
+    storage.copy_folder(stored, back)
     assert {name: (tmp_path / "back" / name).read_bytes() for name in os.listdir(back)} == {
         "a.bin": b"a",
         "b.bin": b"b",

@@ -55,8 +55,8 @@ def test_tables_listing_and_globs(bucket: str) -> None:
 
 def test_folders(bucket: str, tmp_path: object) -> None:
     storage.write_bytes(f"{tmp_path}/local/a.bin", b"a")
-    storage.upload_folder(f"{tmp_path}/local", f"{bucket}/checkpoint")
-    storage.download_folder(f"{bucket}/checkpoint", f"{tmp_path}/back")
+    storage.copy_folder(f"{tmp_path}/local", f"{bucket}/checkpoint")
+    storage.copy_folder(f"{bucket}/checkpoint", f"{tmp_path}/back")
     assert storage.read_bytes(f"{tmp_path}/back/a.bin") == b"a"
     storage.delete_folder(f"{bucket}/checkpoint")
     assert not storage.exists(f"{bucket}/checkpoint/a.bin")
