@@ -314,7 +314,6 @@ class Config(Section):
         return f"{self.run.output.rstrip('/')}/{self.run.name}"
 
 
-
 def _default(value: dict[str, Any], section: str, key: str, default: str) -> None:
     """Sets a key of a section that leaves it out; whatever is no table is left to the section's own validation."""
     given = value.get(section, {})
