@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from recray.artifacts import CHECKPOINT, Artifact, Run, in_use
 from recray.config import Config, RetrievalLossOptions
@@ -28,7 +28,7 @@ from recray.ids import FIRST_ITEM, PAD
 from recray.loading.batch import Batch, select
 from recray.loading.collate import EvalQuery
 from recray.loading.jagged import Jagged
-from recray.models import Ranker
+from recray.models import Ranker, Retriever
 from recray.records import CheckpointRecord, IndexRecord
 from recray.retrieval import Recommender, embed
 from recray.retrieval.blend import Blended, check_blend
@@ -44,7 +44,7 @@ _ROWS = 8192  # candidates that a ranker scores at a time
 class IndexSearch:
     """Answers from the index, which may miss some of what exact search finds."""
 
-    model: nn.Module
+    model: Retriever
     index: ItemIndex
 
     def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +160,7 @@ def open_recommenders(
     options, dataset = config.retrieval, artifacts.dataset
     check_blend(config, dataset, splits)
     model, _ = checkpoint.load_model(artifacts.checkpoint.uri)
+    assert isinstance(model, Retriever)
     exact, index = None, None
     if always_exact or artifacts.index is None or options.item_knn_weight:
         exact = ExactSearch(model, torch.from_numpy(_item_vectors(artifacts, model)))
@@ -179,7 +180,7 @@ def open_recommenders(
     return found
 
 
-def _item_vectors(artifacts: RunArtifacts, model: nn.Module) -> np.ndarray:
+def _item_vectors(artifacts: RunArtifacts, model: Retriever) -> np.ndarray:
     """(N, D) vectors of all items: those that the index stage wrote, or computed."""
     num_items = artifacts.dataset.record.num_items
     if artifacts.index is not None:
