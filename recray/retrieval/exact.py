@@ -110,7 +110,8 @@ def _largest(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     width = scores_BN.shape[1]
     tiles = width // _TILE
     if tiles <= 4 * k:
-        return tuple(scores_BN.topk(k, dim=1))  # type: ignore[return-value]
+        best, found = scores_BN.topk(k, dim=1)
+        return best, found
     whole = tiles * _TILE
     _, tile_BK = scores_BN[:, :whole].view(-1, tiles, _TILE).amax(2).topk(k, dim=1, sorted=False)
     column = tile_BK[:, :, None] * _TILE + torch.arange(_TILE, device=tile_BK.device)

@@ -12,6 +12,7 @@ from recray.data.dataset import PreparedDataset
 from recray.ids import PAD, UNKNOWN
 from recray.loading.batch import Batch
 from recray.loading.collate import eval_queries
+from recray.models import Ranker, Retriever
 from recray.records import DatasetRecord, Shard
 from recray.retrieval import Recommender, baselines, embed, item_knn
 from recray.retrieval.blend import Blended
@@ -125,11 +126,14 @@ def test_item_knn_is_its_formula(
         assert np.allclose(best_scores[row, : len(best)], scores[row, best], atol=1e-6)
 
 
-class _Fixed(torch.nn.Module):
+class _Fixed(Retriever):
     """One vector for every query."""
 
     def query_vectors(self, batch: Batch) -> torch.Tensor:
         return torch.tensor([[1.0, 0.5]]).expand(batch.num_rows, 2)
+
+    def item_vectors(self, item_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize("filter_seen", [True, False])
@@ -158,10 +162,8 @@ def test_blend_orders_what_both_find_by_both_scores(
         assert np.allclose(scores[row], total[row, best], atol=1e-4)
 
 
-class _ById(torch.nn.Module):
+class _ById(Ranker):
     """A ranker that prefers large item ids."""
-
-    examples = "impressions"
 
     def logits(self, batch: Batch) -> torch.Tensor:
         assert batch.target_Q is not None
@@ -176,7 +178,7 @@ def recommenders(dataset: PreparedDataset) -> dict[str, Recommender]:
     return {
         "exact": exact,
         "blended": Blended(exact, exact, built, 1.0, 0.5, 5),
-        "reranked": Reranked(exact, _ById(), 5, 2),  # type: ignore[arg-type]
+        "reranked": Reranked(exact, _ById(), 5, 2),
         "popularity": baselines.Popularity(dataset.item_counts()),
         "hindsight": baselines.hindsight(dataset, "test"),
         "item_knn": built,
