@@ -41,7 +41,7 @@ class RowGroup:
     def pad(self, x_TD: Tensor) -> Tensor:
         """(R, L, D): rows start at the left, so that a causal mask alone hides the padding from real tokens."""
         if self.padded:
-            x_TD = x_TD.new_zeros(self.rows * self.length, x_TD.shape[1]).index_copy(0, self.place_T, x_TD)
+            x_TD = x_TD.new_zeros(self.rows * self.length, x_TD.shape[1]).index_copy_(0, self.place_T, x_TD)
         return x_TD.view(self.rows, self.length, -1)
 
     def unpad(self, x_RLD: Tensor) -> Tensor:
