@@ -1,4 +1,4 @@
-"""What recray says while it works: one logger, `recray`, that is silent until somebody attaches a handler.
+"""What recray says while it works: one logger, `recray`, that is silent until a handler is attached.
 
     log.info("train", "epoch 1/3  loss 0.4310", event="epoch", values={"epoch": 1, "loss": 0.431})
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from recray.config import ModelOptions
 from recray.layers.embedding import Table
 from recray.loading.batch import Batch, ItemTable
-from recray.models import Examples
+from recray.models import Examples, Retriever
 from recray.records import DatasetRecord
 
 
@@ -23,7 +23,7 @@ class Options(ModelOptions):
     half_life: float = Field(5.0, gt=0, description="events after which an event's weight is halved")
 
 
-class Recency(nn.Module):
+class Recency(Retriever):
     examples: Examples = "events"  # one training row per event, its history the events before it
 
     def __init__(self, options: Options, num_items: int) -> None:

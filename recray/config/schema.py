@@ -313,11 +313,6 @@ class Config(Section):
         """<output>/<name>: where the run's stages write."""
         return f"{self.run.output.rstrip('/')}/{self.run.name}"
 
-    @property
-    def dataset_uri(self) -> str:
-        """Where `prepare` writes, and what the other stages read."""
-        return self.run.dataset or f"{self.run_uri}/dataset"
-
 
 def _default(value: dict[str, Any], section: str, key: str, default: str) -> None:
     """Sets a key of a section that leaves it out; whatever is no table is left to the section's own validation."""

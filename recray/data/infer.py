@@ -62,7 +62,7 @@ _CATEGORY_SHARE = 0.2  # an integer or string with fewer distinct values than th
 
 
 def infer(uri: str, items: str | None = None, users: str | None = None) -> str:
-    """A TOML configuration for the events at `uri` and the tables of item and user features beside them."""
+    """A TOML configuration for the events at `uri` and optional tables of item and user features."""
     sample = _sample(uri)
     roles = _roles(sample)
     unit, note = _unit(sample, roles.get("timestamp"))

@@ -36,9 +36,7 @@ def chunked_softmax(
     """() float32, equal to `reference` up to rounding. chunk: rows of logits at a time; None chooses by device."""
     # Powers of 2 leave the range of half precision: autocast must not touch their products.
     with torch.autocast(q_QD.device.type, enabled=False):
-        total: Tensor = _ChunkedSoftmax.apply(  # type: ignore[no-untyped-call]
-            q_QD.float(), v_ND.float(), target_Q, weight_Q, temperature, chunk
-        )
+        total: Tensor = _ChunkedSoftmax.apply(q_QD.float(), v_ND.float(), target_Q, weight_Q, temperature, chunk)
     return total
 
 
@@ -50,7 +48,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q_QD: Tensor, v_ND: Tensor, target_Q: Tensor, weight_Q: Tensor, temperature: float, chunk: int | None
     ) -> Tensor:
         q_QD = q_QD / (temperature * math.log(2))  # exp2 takes a third of the time of exp
@@ -96,6 +94,6 @@ class _ChunkedSoftmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_q, grad_v = ctx.saved_tensors
         return grad_q * grad, grad_v * grad, None, None, None, None

@@ -1,12 +1,11 @@
-"""Matrix products of float32 on a CPU, by the faster of the two libraries that torch brings.
+"""Matrix products of float32 on a CPU by oneDNN instead of MKL.
 
-torch asks MKL, which runs kernels for older machines on AMD; oneDNN makes its own for
-the CPU at hand. Measured for the products of a softmax over 3,416 items (EPYC with
-AVX-512, two threads, torch 2.13): 166 against 210 GFLOP/s. The operator is the one that
-torch.compile uses; elsewhere, and where it is missing, torch's own product.
+torch brings both libraries and asks MKL, which runs code for older machines on AMD; oneDNN generates code for the
+CPU it runs on. Measured for the products of a softmax over 3,416 items (EPYC with AVX-512, two threads, torch 2.13):
+MKL 166 GFLOP/s, oneDNN 210. The operator is the one that torch.compile uses for linear layers.
 
-oneDNN keeps the code that it makes for every shape, a megabyte or so each, for ever: only
-for products whose shapes come again and again, never for all tokens of a batch.
+oneDNN keeps the code that it generates for every shape, about a megabyte each, until the process ends. Use it for
+products whose shapes recur, never for products over all tokens of a batch, whose number differs from batch to batch.
 """
 
 from __future__ import annotations
@@ -16,27 +15,31 @@ import platform
 import torch
 from torch import Tensor
 
-_LARGEST = 1 << 25  # bytes: oneDNN's operator always makes a new tensor, and memory that large is not kept for it
-_ONEDNN = (
-    torch.ops.mkldnn._linear_pointwise
-    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+# Bytes of a result. The operator always allocates it, and glibc returns larger blocks to the kernel after each use.
+_LARGEST = 1 << 25
+_AVAILABLE = (
+    torch.backends.mkldnn.is_available()
     and platform.machine() in ("x86_64", "AMD64")
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else None
 )
 
 
 def product(a_RK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor:
-    """(R, N): a b'. Where memory is dear it is written to `out`. No autograd."""
-    if fits(a_RK, b_NK):
-        return _ONEDNN(a_RK, b_NK, None, "none", [], "")  # type: ignore[no-any-return, misc]
+    """(R, N): a b'. `out` is memory for the result that may be used or not. No autograd."""
+    if not fits(a_RK, b_NK):
+        return reference(a_RK, b_NK, out)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a_RK, b_NK, None, "none", [], "")
+    return result
+
+
+def reference(a_RK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a_RK, b_NK.T, out=out)
 
 
 def fits(a_RK: Tensor, b_NK: Tensor) -> bool:
-    """Whether oneDNN makes a b'."""
+    """Whether oneDNN computes a b': float32 on an x86 CPU, with a result that is neither empty nor large."""
     return (
-        _ONEDNN is not None
+        _AVAILABLE
         and a_RK.device.type == "cpu"
         and a_RK.dtype == b_NK.dtype == torch.float32
         and 0 < 4 * len(a_RK) * len(b_NK) < _LARGEST

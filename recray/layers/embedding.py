@@ -1,16 +1,19 @@
-"""Tables of embeddings, and where their rows live while a model trains.
+"""Embedding tables whose rows live on every worker, or each on one of them.
 
-dense              every worker holds the table and its whole gradient; DDP averages it
-sparse_replicated  every worker holds the table; workers exchange the rows that the batch touched and their gradients
-row_sharded        worker r of P holds the rows with id % P == r; ids go to their owners, rows come back, gradients go again
+A table of 10 M ids and 64 dimensions takes 2.6 GB and three times that with Adam's moments, and its dense gradient
+another 2.6 GB, of which a batch fills a few thousand rows. So a `Table` is an nn.Embedding in one of three modes:
 
-A step of V rows of D numbers on P workers, U rows touched by each (fp32, bytes):
+    dense              every worker holds the table and its whole gradient; DDP averages it
+    sparse_replicated  every worker holds the table; workers exchange the rows that the batch used and their gradients
+    row_sharded        worker r of P holds the rows with id % P == r
 
-                   memory of a worker       wire of a worker          rows updated
-    dense          16 V D (Adam)            8 V D (P - 1) / P         V
-    sparse         12 V D (Adam), 4 V D + 4 V (row-wise Adagrad)
-                                            (P - 1) U (4 D + 8)       U P at most
-    row_sharded    the same / P             about 2 U (4 D + 8)       U at most
+What each costs: recray/layers/README.md. A row_sharded table of 7 rows on 2 workers: worker 0 owns ids 0 2 4 6, worker 1
+owns 1 3 5, and id 5 is row 5 // 2 = 2 of its weight. Worker 1 looks up 5 4 4 1:
+
+    distinct ids, by owner       4 | 1 5
+    forward, ids to owners       4 goes to worker 0, 1 and 5 stay; worker 0 sends ids that it needs to worker 1
+    forward, rows back           row 2 of worker 0's weight, rows 0 and 2 of its own; they are leaves of autograd
+    after the last backward      the gradient of id 4 goes to worker 0, which adds up what all workers sent
 
 Tables that are not dense stay outside of DDP: `Table.after_backward` exchanges their gradients after the last
 backward of a step (recray.layers.hooks). Nothing is exchanged during backward, so all workers run their
@@ -21,44 +24,46 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recray.ids import PAD
 from recray.layers import collectives
-from recray.loading.batch import PAD
 
 Mode = Literal["dense", "sparse_replicated", "row_sharded"]
 Ids = Literal["user", "item", "feature"]
 
-LARGE_ABOVE = 50_000  # rows; below it updating all of them is as fast
-# Updating a touched row against streaming one of a dense table, duplicates in the batch counted in (measured).
+LARGE_ABOVE = 50_000  # rows; in a smaller table updating all rows is as fast
+# Time to update one row of a sparse gradient, duplicates in the batch included, over the time to stream one row of a
+# dense table (measured).
 _UPDATE = 4
-_BLOCK = 65_536  # rows of a sharded table that are drawn at a time
+_BLOCK = 65_536  # rows of a sharded table that are initialised at a time
 _HUGE_ABOVE, _PAGE, _MADV_HUGEPAGE = 8 << 20, 2 << 20, 14
 
 
 @dataclass(frozen=True)
 class TablePlan:
-    """What decides about the tables of the model that is being built."""
+    """What the mode of each table is chosen by."""
 
     mode: Mode | Literal["auto"] = "auto"
     rank: int = 0
     world_size: int = 1
-    touched: dict[Ids, int] = field(default_factory=dict)  # at most so many rows by a worker's step, by kind of ids
+    touched: dict[Ids, int] = field(default_factory=dict)  # most rows that a step uses on a worker, by kind of ids
     memory: int | None = None  # bytes of a worker; None = enough
-    row_bytes: int = 12  # weight and optimizer state of a number of a replicated table
-    small: int = 128  # tables up to so many rows are dense whatever the mode
-    stored: bool = False  # rows come from a checkpoint: none are drawn
+    row_bytes: int = 12  # weight and optimizer state per element of a replicated table
+    small: int = 128  # tables of at most this many rows are dense in any mode
+    stored: bool = False  # weights come from a checkpoint: none are allocated or initialised
     reasons: dict[str, list[str]] = field(default_factory=dict)  # of "auto", for the log: mode and why -> tables
 
     def choose(self, rows: int, dim: int, ids: Ids) -> Mode:
+        """The mode of a table of ids of this kind."""
         if rows <= self.small or self.stored:
             return "dense"
         if self.mode != "auto":
@@ -83,61 +88,75 @@ class TablePlan:
         return "; ".join(f"{reason}: {', '.join(tables)}" for reason, tables in self.reasons.items())
 
 
-_placement: ContextVar[TablePlan | None] = ContextVar("placement", default=None)
+_plan: ContextVar[TablePlan | None] = ContextVar("table_plan", default=None)
 
 
 @contextlib.contextmanager
-def use_plan(placement: TablePlan) -> Iterator[None]:
-    """Tables built inside live where `placement` says."""
-    token = _placement.set(placement)
+def use_plan(plan: TablePlan) -> Iterator[None]:
+    """Tables constructed inside this block follow `plan`; outside of any, a table follows TablePlan().
+
+    The plan is ambient, as the device is inside `with torch.device("meta")`: it depends on the run (workers, memory,
+    optimizer, training or serving) and not on the model, so that models construct tables without passing it on. It is
+    read once, in Table.__init__.
+    """
+    token = _plan.set(plan)
     try:
         yield
     finally:
-        _placement.reset(token)
+        _plan.reset(token)
 
 
 @dataclass(frozen=True)
 class _Pull:
-    """Rows that a forward fetched from their owners: what must go back."""
+    """Rows that a forward fetched from their owners, and what their gradients need on the way back."""
 
-    rows: Tensor  # a leaf: backward leaves their gradient here
-    asked: Tensor  # ids that other workers fetched here
-    send: list[int]
-    receive: list[int]
+    rows: Tensor  # a leaf: backward stores their gradient here
+    asked: Tensor  # ids that all workers fetched from this one
+    send: list[int]  # number of ids sent to each worker
+    receive: list[int]  # number of ids received from each worker
 
 
 class Table(nn.Embedding):
-    """Ids to vectors; N(0, 1/sqrt(dim)) so that inner products of fresh vectors have unit variance. Row PAD stays 0.
+    """Ids to vectors. Row PAD is 0 and stays 0.
 
-    `weight` holds all rows, or of a row_sharded table this worker's: id is row id // world_size of worker id % world_size.
+    Where the rows are:
+        in `weight`                   all rows; the normal case
+        in `weight`, row_sharded      id is row id // world_size of the weight of worker id % world_size
+        `weight` on the meta device   built with TablePlan(stored=True), before the model's load_state_dict(assign=True)
+        `weight` None                 after `read_from`: rows are read from a checkpoint when they are looked up
     """
 
     def __init__(self, rows: int, dim: int, std: float | None = None, ids: Ids = "feature") -> None:
-        placement = _placement.get() or TablePlan()
-        self.rows = rows
-        self.mode: Mode = placement.choose(rows, dim, ids)
-        self.rank, self.world_size = placement.rank, placement.world_size
+        """Rows are drawn from N(0, std^2). std: 1 / sqrt(dim) if None, so that fresh vectors have a length of about 1.
+        ids: what the rows stand for, by which a plan knows how many of them a step uses."""
+        plan = _plan.get() or TablePlan()
+        self.rows, self.rank, self.world_size = rows, plan.rank, plan.world_size
+        self.mode: Mode = plan.choose(rows, dim, ids)
         std = dim**-0.5 if std is None else std
-        sparse = self.mode == "sparse_replicated"
-        if placement.stored:
-            super().__init__(0, dim, _weight=torch.empty(0, dim))
+        if plan.stored:
+            super().__init__(rows, dim, _weight=torch.empty(rows, dim, device="meta"))
         elif self.mode == "row_sharded":
             mine = len(range(self.rank, rows, self.world_size))
             super().__init__(mine, dim, _weight=huge_pages(torch.empty(mine, dim)))
-            self._draw(std)
+            self._init_shard(std)
         else:
-            # Of small ones nn.Embedding draws once more.
+            # Without a weight nn.Embedding draws one itself: of a large table that would be the time of a second draw.
             whole = huge_pages(torch.empty(rows, dim)) if rows > LARGE_ABOVE else None
-            super().__init__(rows, dim, padding_idx=PAD, sparse=sparse, _weight=whole)
+            super().__init__(rows, dim, padding_idx=PAD, sparse=self.mode == "sparse_replicated", _weight=whole)
             nn.init.normal_(self.weight, std=std)
             with torch.no_grad():
                 self.weight[PAD] = 0
-        self.stored: Callable[[Tensor], Tensor] | None = None  # rows of these ids, out of a checkpoint
+        self._read: Callable[[Tensor], Tensor] | None = None
         self._pulls: list[_Pull] = []
 
+    def read_from(self, read: Callable[[Tensor], Tensor]) -> None:
+        """Get rows by read(ids) -> (len(ids), dim) from now on, without a weight in memory. For inference only."""
+        self.register_parameter("weight", None)
+        self._read = read
+
     @torch.no_grad()
-    def _draw(self, std: float) -> None:
-        """The same numbers on any number of workers: each draws every block and keeps its rows of it."""
+    def _init_shard(self, std: float) -> None:
+        """The same rows on any number of workers: each draws every block of the table and keeps its rows of it."""
         seed = int(torch.randint(2**62, ()))
         for start in range(0, self.rows, _BLOCK):
             generator = torch.Generator().manual_seed(seed + start)
@@ -154,18 +173,19 @@ class Table(nn.Embedding):
         return F.embedding(index, source, self.padding_idx, sparse=self.sparse)
 
     def look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, index): the vector of ids[i] is rows[index[i]]. Of a sharded table only the rows asked for."""
-        if self.mode != "row_sharded" and self.stored is None:
+        """(rows, index): the vector of ids[i] is rows[index[i]]. rows: the weight, or if it does not hold all rows here,
+        those of the distinct ids."""
+        if self.mode != "row_sharded" and self._read is None:
             return self.weight, ids
         unique, inverse = torch.unique(ids, return_inverse=True)
-        if self.stored is not None:
-            return self.stored(unique), inverse
+        if self._read is not None:
+            return self._read(unique), inverse
         rows, position = self._pull(unique)
         return rows, inverse if position is None else position[inverse]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pull(self, unique: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows of these ids in order of their owners, and the place of each id there (None: the same order)."""
+        """Rows of distinct ids in order of their owners, and each id's place among them (None: the same order)."""
         position, asked, send, receive = None, unique, [len(unique)], [len(unique)]
         if self.world_size > 1:
             owner = unique % self.world_size
@@ -232,9 +252,9 @@ class Table(nn.Embedding):
 
 
 def _summed(ids: Tensor, values: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Every id once, in order, with the sum of its gradients.
+    """Each id once, in order, with the sum of its gradients.
 
-    Rows whose gradient is 0, as those that only padding touched, are left out: they must not move by momentum.
+    Rows whose gradient is 0, such as those that only padding used, are left out: momentum must not move them.
     """
     size = (rows, values.shape[1])
     summed = torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False).coalesce()
@@ -244,9 +264,10 @@ def _summed(ids: Tensor, values: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def huge_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, of 2 MB pages where it is large and on a CPU: rows at random then miss the TLB less.
+    """The same tensor in pages of 2 MB instead of 4 KB, if it is large and on a CPU. For memory not written to yet.
 
-    For fresh memory, before it is filled. Measured on a table of 1.5 GB: a third off the update of 22,000 rows.
+    Rows are used in random order, and the address of nearly every one misses the TLB: 2,048 entries of it cover 8 MB of
+    small pages, 4 GB of large ones. Measured on a table of 1.5 GB: updating 22,000 rows takes a third less time.
     """
     size = tensor.numel() * tensor.element_size()
     if tensor.device.type == "cpu" and size > _HUGE_ABOVE:
@@ -257,22 +278,12 @@ def huge_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Rows(Protocol):
-    """Where rows lie that no process holds."""
-
-    def rows(self, name: str, ids: Tensor) -> Tensor: ...
-
-
-def load(module: nn.Module, weights: dict[str, Tensor], pieces: Rows) -> None:
-    """Give the tables of a model that was built as `stored` their weights, or the pieces that hold their rows."""
+def read_missing(module: nn.Module, weights: Container[str], read: Callable[[str, Tensor], Tensor]) -> None:
+    """Have each table whose weight is not among `weights` get its rows by read(name of the weight, ids)."""
     for name, table in module.named_modules():
-        if isinstance(table, Table):
-            key = f"{name}.weight".lstrip(".")
-            if key in weights:
-                table.weight = nn.Parameter(weights[key])
-            else:
-                table.register_parameter("weight", None)
-                table.stored = partial(pieces.rows, key)
+        key = f"{name}.weight".lstrip(".")
+        if isinstance(table, Table) and key not in weights:
+            table.read_from(partial(read, key))
 
 
 def tables(module: nn.Module) -> dict[str, Table]:

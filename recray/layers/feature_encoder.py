@@ -1,100 +1,62 @@
-"""Parts that several models are made of."""
+"""Features and histories as vectors."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recray.kernels.dropout import dropout
 from recray.layers.embedding import Table
-from recray.loading.batch import Feature, ItemTable, Jagged
-from recray.loading.batch import select as select
+from recray.loading.batch import Feature, ItemTable, Jagged, select
 from recray.records import Feature as FeatureRecord
 
 
-def mean_pool(vectors: Tensor | Table, history: Jagged) -> Tensor:
-    """(B, D): mean of each row's vectors; zero for an empty row."""
+def mean_pool(vectors: Tensor | Table, lists: Jagged) -> Tensor:
+    """(B, D): mean of each list's vectors, 0 for an empty list. lists: ids of a table, or indices of rows of `vectors`."""
     sparse = isinstance(vectors, Table) and vectors.sparse
-    rows, index = vectors.look_up(history.values) if isinstance(vectors, Table) else (vectors, history.values)
-    if not len(index):
-        nothing = rows.new_zeros(1, rows.shape[1])
-        if len(rows) and not sparse:
-            # Still a function of the weight: DDP waits for every parameter's gradient.
-            nothing = F.embedding(history.offsets[:1], rows) * 0
-        return nothing.expand(len(history.offsets) - 1, -1)
-    return F.embedding_bag(index, rows, history.offsets[:-1], mode="mean", sparse=sparse)
+    rows, index = vectors.look_up(lists.values) if isinstance(vectors, Table) else (vectors, lists.values)
+    return F.embedding_bag(index, rows, lists.offsets[:-1], mode="mean", sparse=sparse)
 
 
-class _Dropout(torch.autograd.Function):
-    """8 random bits decide about each number: eight to a draw of the generator, which `F.dropout` makes for each.
+class ColumnTables(nn.ModuleDict):
+    """A table for each column. Keys end in "_", so that a column may be called "type" or "items" like a method."""
 
-    They can drop multiples of 1/256: a call takes the one below p or the one above, so that over calls it is p.
-    """
+    def __init__(self, tables: dict[str, Table]) -> None:
+        super().__init__({f"{name}_": table for name, table in tables.items()})
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # type: ignore[override]
-        ctx.dropped = int(p * 256 + torch.rand(()).item())
-        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-        bits = bits[: x.numel()].view(x.shape)
-        ctx.save_for_backward(bits)
-        return _kept(x, bits, ctx.dropped)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (bits,) = ctx.saved_tensors
-        return _kept(grad, bits, ctx.dropped), None
-
-
-def _kept(x: Tensor, bits: Tensor, dropped: int) -> Tensor:
-    """x where its bits say so, as much larger as fewer are left. Products with a float mask take a third of those with a
-    boolean one."""
-    mask = torch.ge(bits, dropped, out=torch.empty_like(x, memory_format=torch.contiguous_format))
-    return mask.mul_(x).mul_(256 / (256 - dropped))
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`F.dropout`, on a CPU in a quarter of its time (p up to 255/256)."""
-    if not training or not 0 < p <= 255 / 256 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
-    return out
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training)
+    def embed(self, name: str, feature: Feature) -> Tensor:
+        """(B, D): the vector of each row's category; of a list feature the mean."""
+        table = self[f"{name}_"]
+        assert isinstance(table, Table)
+        out: Tensor = mean_pool(table, feature) if isinstance(feature, Jagged) else table(feature)
+        return out
 
 
 class FeatureEncoder(nn.Module):
-    """Features to one vector: embeddings of categories (mean over a list), numbers as they are. Output (B, self.width)."""
+    """Features as vectors side by side: embeddings of categories (of a list the mean), numbers unchanged."""
 
     def __init__(self, records: list[FeatureRecord], dim: int) -> None:
+        """dim: width of each embedding."""
         super().__init__()
         self._records = records
-        self.tables = nn.ModuleDict(
-            {f.name: Table(f.cardinality, dim) for f in records if f.kind in ("categorical", "list")}
-        )
+        self.tables = ColumnTables({f.name: Table(f.cardinality, dim) for f in records if f.kind != "numeric"})
         self.width = sum(dim if f.kind != "numeric" else 1 for f in records)
 
-    def forward(self, features: dict[str, Feature]) -> Tensor:
-        parts = []
-        for record in self._records:
-            value = features[record.name]
-            if isinstance(value, Jagged):
-                parts.append(mean_pool(self.tables[record.name], value))  # type: ignore[arg-type]
-            elif record.kind == "numeric":
-                parts.append(value.float()[:, None])
-            else:
-                parts.append(self.tables[record.name](value))
-        return torch.cat(parts, dim=1)
+    def forward(self, features: dict[str, Feature]) -> list[Tensor]:
+        """(B, w) of each record in order; the widths add up to `self.width`."""
+        return [self._encode(record, features[record.name]) for record in self._records]
+
+    def _encode(self, record: FeatureRecord, feature: Feature) -> Tensor:
+        if record.kind == "numeric":
+            assert isinstance(feature, Tensor)
+            return feature.float()[:, None]
+        return self.tables.embed(record.name, feature)
 
 
 class ItemFeatures(nn.Module):
-    """The features of the item table as buffers on the model's device; ids -> their rows.
+    """The item table's features, looked up by item id on the model's device.
 
-    A checkpoint holds the item table itself (recray.training.checkpoint), so they are no part of the model's state.
+    They are buffers, so that they move with the model, but not part of its state: a checkpoint holds the item table itself.
     """
 
     def __init__(self, items: ItemTable) -> None:
@@ -108,6 +70,7 @@ class ItemFeatures(nn.Module):
                 self.register_buffer(f"{name}_column", feature, persistent=False)
 
     def forward(self, item_ids: Tensor) -> dict[str, Feature]:
+        """Each feature of the items with these ids (N,): (N,) values, or N lists."""
         return {name: select(self._feature(name), item_ids) for name in self._names}
 
     def _feature(self, name: str) -> Feature:
@@ -116,8 +79,15 @@ class ItemFeatures(nn.Module):
         return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout with the CPU kernel of recray.kernels.dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
+
+
 def mlp(width: int, hidden: list[int], out: int, dropout: float) -> nn.Sequential:
-    """Linear, GELU, dropout for each hidden width, then a linear layer to `out`."""
+    """Linear, GELU and dropout for each hidden width, then a linear layer of `out` outputs."""
     layers: list[nn.Module] = []
     for inner in hidden:
         layers += [nn.Linear(width, inner), nn.GELU(), Dropout(dropout)]

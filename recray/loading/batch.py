@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +55,14 @@ class Batch:
         def of(value: Feature) -> Feature:
             return value.each(function) if isinstance(value, Jagged) else function(value)
 
-        replaced: dict[str, object] = {}
+        replaced: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, dict):
                 replaced[entry.name] = {name: of(one) for name, one in value.items()}
             elif value is not None:
                 replaced[entry.name] = of(value)
-        return replace(self, **replaced)  # type: ignore[arg-type]
+        return replace(self, **replaced)
 
     def split(self, parts: int) -> list[Batch]:
         """The rows in order, in `parts` batches; in fewer if there are fewer rows."""

@@ -100,7 +100,7 @@ class DeviceLoader:
         self, tables: Iterator[T], cut: Callable[[Iterator[T]], Iterator[_Made]], device: torch.device
     ) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._cut = self._copied = 0.0
         self._tables = Prefetcher(tables, _TABLES)
         self._batches = Prefetcher(self._moved(cut(self._tables)), _READY)

@@ -1,26 +1,33 @@
-"""Models: one file each. A file `recray/models/<name>.py` is the model `<name>`.
+"""Models, one file each: recray/models/<name>.py is the model `<name>`.
 
-It holds a docstring (paper, formula, shape legend), `Options` (a ModelOptions),
-the torch module, and `build(options, dataset, items) -> module`.
+A model file holds a docstring (paper, formula, shape legend), `Options` (its configuration), the torch module, and
+`build(options, dataset, items) -> module`. The module extends one of two families:
 
-Two families by protocol: a `Retriever` finds items for a query, a `Ranker` says how likely an item is chosen.
+    Retriever   finds items for a query: two vectors, whose inner product is the score
+    Ranker      predicts for a user and one candidate item the probability that the user chooses it
+
+`Options.family` says which, so that a configuration is checked without importing torch; `build_model` checks that
+the module is of that family. Code that has a module asks `isinstance(model, Ranker)`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from recray.loading.batch import Batch
+from recray import registry
+from recray.config import Config
+from recray.errors import ConfigError
+from recray.loading.batch import Batch, ItemTable
 from recray.loading.examples import Examples as Examples
+from recray.records import DatasetRecord
 
 
-@runtime_checkable
-class Retriever(Protocol):
-    """Scores a query against an item by an inner product, so faiss and training agree.
+class Retriever(nn.Module, ABC):
+    """Scores a query against an item by an inner product, so that training, exact search and faiss agree.
 
-    `examples` says how training rows are cut:
+    `examples` says how training examples are made of a user's events:
     "events": one row per training event, its history the events before it;
     "others": the same with all other events of the user as history, for logs without order;
     "sequences": one row per user, every position a query (Batch.position_Q).
@@ -28,21 +35,33 @@ class Retriever(Protocol):
 
     examples: Examples
 
+    @abstractmethod
     def query_vectors(self, batch: Batch) -> Tensor:
         """(Q, D): one vector per query of the batch."""
-        ...
 
+    @abstractmethod
     def item_vectors(self, item_ids: Tensor) -> Tensor:
-        """(N, D): vectors of these item ids, any shape of ids flattened first."""
-        ...
+        """(N, D): vectors of the items with these ids (N,)."""
 
 
-@runtime_checkable
-class Ranker(Protocol):
-    """Scores a candidate (Batch.target_Q) for a row. Its examples are "impressions"."""
+class Ranker(nn.Module, ABC):
+    """Scores one candidate item (Batch.target_Q) per row."""
 
-    examples: Examples
+    examples: Examples = "impressions"
 
+    @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
-        """(B,): log p / (1 - p), p the probability that the candidate is chosen."""
-        ...
+        """(B,): log p / (1 - p), p the probability that the user chooses the candidate."""
+
+
+def build_model(config: Config, dataset: DatasetRecord, items: ItemTable) -> Retriever | Ranker:
+    """The model of `config.model`. Raises ConfigError if the plug-in's `build` returns a module of another kind."""
+    options = config.model
+    model = registry.load("model", options.name, config.run.plugins).build(options, dataset, items)
+    family = Ranker if options.family == "ranker" else Retriever
+    if not isinstance(model, family):
+        raise ConfigError(
+            f"model '{options.name}': build() returned a {type(model).__name__}, but Options.family is '{options.family}': "
+            f"return a module that extends recray.models.{family.__name__}, or change Options.family"
+        )
+    return model

@@ -1,8 +1,10 @@
 """Deep & Cross Network, version 2, with low-rank cross layers (Wang et al., WWW 2021).
 
-    x0 = [norm(embeddings, mean of the history), numbers]
-    cross layer:  x' = x0 * (U V x + b) + x         U: W x R, V: R x W, or one W x W matrix where rank is 0
-    parallel:     logit = linear([cross(x0), MLP(x0)])          stacked:  logit = MLP(cross(x0))
+    x0 = [norm(embeddings), numbers]                of user, context, candidate and the mean of the history
+    cross layer:  x' = x0 * (U V x + b) + x         U: W x R, V: R x W; one W x W matrix if rank = 0 or rank >= W
+    parallel:     logit = linear(cross(x0)) + MLP(x0)          stacked:  logit = MLP(cross(x0))
+
+Each cross layer raises the degree of the polynomial of x0 by one.
 
 Shape legend: B rows, W width of x0, R rank.
 """
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 
 from recray.config.models import DcnV2Options as Options
 from recray.layers.feature_encoder import mlp
-from recray.layers.ranker_inputs import Inputs
+from recray.layers.ranker_inputs import FlatInputs
 from recray.loading.batch import Batch, ItemTable
-from recray.models import Examples
+from recray.models import Ranker
 from recray.records import DatasetRecord
 
 
@@ -31,28 +33,25 @@ class Cross(nn.Module):
         return torch.addcmul(x_BW, x0_BW, self.matrix(x_BW))
 
 
-class DcnV2(nn.Module):
-    examples: Examples = "impressions"
-
+class DcnV2(Ranker):
     def __init__(self, options: Options, dataset: DatasetRecord, items: ItemTable) -> None:
         super().__init__()
-        self.history, self.stacked = options.history, options.structure == "stacked"
-        self.inputs = Inputs(options, dataset, items)
-        width = self.inputs.width(options.history)
-        self.norm = nn.LayerNorm(self.inputs.embedded_width(options.history))
+        self.stacked = options.structure == "stacked"
+        self.inputs = FlatInputs(options, dataset, items)
+        width = self.inputs.width
+        self.norm = nn.LayerNorm(self.inputs.embedded_width)
         self.cross = nn.ModuleList(Cross(width, options.rank) for _ in range(options.cross_layers))
         self.deep = mlp(width, options.hidden, 1, options.dropout)
         self.out = nn.Linear(width, 1)
 
     def logits(self, batch: Batch) -> Tensor:
-        part = self.inputs.flat(batch, self.history)
-        x0_BW = x_BW = torch.cat([self.norm(part.embedded), part.numbers], dim=1)
+        columns = self.inputs(batch)
+        x0_BW = x_BW = torch.cat([self.norm(columns.embedded), columns.numbers], dim=1)
         for layer in self.cross:
             x_BW = layer(x0_BW, x_BW)
-        # Linear of both side by side is the sum of a linear of each.
+        # The paper's linear layer over both branches side by side is the sum of one over each; the MLP has its own.
         out: Tensor = self.deep(x_BW) if self.stacked else self.out(x_BW) + self.deep(x0_BW)
         return out[:, 0]
 
 
-def build(options: Options, dataset: DatasetRecord, items: ItemTable) -> DcnV2:
-    return DcnV2(options, dataset, items)
+build = DcnV2

@@ -1,11 +1,10 @@
-"""Deep Interest Network: what of a user's history speaks for this candidate (Zhou et al., KDD 2018).
+"""Deep Interest Network: attention of the candidate over the user's history (Zhou et al., KDD 2018).
 
     weight of a history item k for candidate q:  a(q, k) = MLP([q, k, q - k, q * k])
     interest = norm(sum over the history of a(q, k) k)     logit = MLP([user, context, q, interest, q * interest])
 
-Vectors of items and interests are layer-normalised, without which they take many times
-the epochs to become more than noise. A user whose history is shorter than `min_history` takes the plain branch: the mean
-of the history instead of attention, row by row inside a batch.
+Vectors of items and interests are layer-normalised; without it training took many times the epochs. Rows whose history
+is shorter than `min_history` take the mean of the history instead of attention.
 
 Shape legend: B rows, T history entries of all rows together, U distinct items, I item width.
 """
@@ -17,22 +16,20 @@ from torch import Tensor, nn
 
 from recray.config.models import DinOptions as Options
 from recray.layers.dice import Dice
-from recray.layers.feature_encoder import Dropout, mean_pool, select
-from recray.layers.ranker_inputs import Inputs
+from recray.layers.feature_encoder import Dropout, mean_pool
+from recray.layers.ranker_inputs import RankerInputs
 from recray.layers.target_attention import TargetAttention
 from recray.loading.batch import Batch, ItemTable, Jagged
-from recray.models import Examples
+from recray.models import Ranker
 from recray.records import DatasetRecord
 
 
-class Din(nn.Module):
-    examples: Examples = "impressions"
-
+class Din(Ranker):
     def __init__(self, options: Options, dataset: DatasetRecord, items: ItemTable) -> None:
         super().__init__()
         self.min_history = options.min_history
-        self.inputs = Inputs(options, dataset, items)
-        width = self.inputs.item_width
+        self.inputs = RankerInputs(options, dataset, items)
+        width = self.inputs.item.width
         self.item_norm, self.interest_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.row_norm = nn.LayerNorm(self.inputs.row_width) if self.inputs.row_width else nn.Identity()
         self.attention = TargetAttention(width, *options.attention)
@@ -45,7 +42,7 @@ class Din(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         items = self.inputs.items(batch)
-        v_UI = self.item_norm(items.part_U.joined())
+        v_UI = self.item_norm(items.encoded_U.joined())
         q_BI = v_UI[items.target_B]
         interest_BI = self.interest_norm(self._interest(q_BI, v_UI, items.history))
         row_BW = self.row_norm(self.inputs.rows(batch).joined())
@@ -54,15 +51,15 @@ class Din(nn.Module):
         return out[:, 0]
 
     def _interest(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
+        """(B, I)"""
         long_B = history.lengths() >= self.min_history
         if bool(long_B.all()):
-            return self.attention(q_BI, v_UI, history)  # type: ignore[no-any-return]
-        plain_BI = mean_pool(v_UI, history)
+            out_BI: Tensor = self.attention(q_BI, v_UI, history)
+            return out_BI
+        mean_BI = mean_pool(v_UI, history)
         rows = long_B.nonzero()[:, 0]
-        part = select(history, rows)
-        assert isinstance(part, Jagged)
-        return plain_BI.index_copy(0, rows, self.attention(q_BI[rows], v_UI, part).to(plain_BI.dtype))
+        attended = self.attention(q_BI[rows], v_UI, history.take(rows))
+        return mean_BI.index_copy(0, rows, attended.to(mean_BI.dtype))
 
 
-def build(options: Options, dataset: DatasetRecord, items: ItemTable) -> Din:
-    return Din(options, dataset, items)
+build = Din

@@ -1,4 +1,4 @@
-"""The report as plain text, at most 100 columns wide."""
+"""The report as plain text, at most 100 columns wide: one row per recommender, one column per metric."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from recray.records import Interval, ReportRecord
 
 _TITLES = {
     "model": "model (exact search)",
-    "index": "model (through index)",
-    "blended": "model with item-item",
-    "reranked": "ranked again",
+    "index": "model (index)",
+    "blended": "model + item-item baseline",
+    "reranked": "reranked",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",
-    "hindsight": "popularity in hindsight",
-    "item_knn": "item-item",
-    "oracle": "oracle (the best possible)",
+    "hindsight": "popularity of the split",
+    "item_knn": "item-item baseline",
+    "oracle": "oracle (upper bound)",
 }
 _BEYOND = ("coverage", "gini", "arp", "novelty", "ild")  # one value for all lists, without intervals
 
 
 def render(report: ReportRecord) -> str:
-    """The report of a retriever or of a ranker."""
+    """The report of a retriever or of a ranker as lines of text."""
     return _clicks(report) if report.kind == "clicks" else _lists(report)
 
 
 def _clicks(report: ReportRecord) -> str:
-    """Systems as rows, metrics as columns, then the reliability table."""
+    """The table of metrics, then predicted against observed click rates."""
     counts, model = report.counts, report.metrics["model"]
     heads = {"normalized_entropy": "norm.entropy", "gauc_impressions": "gauc_impr"}
     lines = [
@@ -33,9 +33,9 @@ def _clicks(report: ReportRecord) -> str:
         "",
         f"{'':27}" + "".join(f"{heads.get(name, name):>13}" for name in model),
     ]
-    for system, values in report.metrics.items():
+    for row, values in report.metrics.items():
         cells = (f"{values[name].value:13.4f}" if name in values else f"{'-':>13}" for name in model)
-        lines.append(f"{system:27}" + "".join(cells))
+        lines.append(f"{row:27}" + "".join(cells))
     if model["auc"].low is not None:
         lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(one):13.4f}" for one in model.values()))
     lines += ["", "reliability      predicted     observed  impressions"]
@@ -45,7 +45,7 @@ def _clicks(report: ReportRecord) -> str:
 
 
 def _lists(report: ReportRecord) -> str:
-    """Systems as rows, metrics as columns, then counts and what the index loses."""
+    """A table for each K, then counts and what the index loses."""
     ks = sorted({int(name.split("@")[1]) for name in report.metrics["model"]})
     lines = [
         f"{report.split} split, full ranking over {report.counts['catalogue']:,} items, {report.counts['queries']:,} queries"
@@ -60,10 +60,10 @@ def _lists(report: ReportRecord) -> str:
 
 
 def _table(report: ReportRecord, names: list[str]) -> list[str]:
-    """Systems as rows, these metrics as columns, and the half width of the model's intervals."""
+    """These metrics of every recommender, and the half width of the model's intervals."""
     lines = ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
-    for system, values in report.metrics.items():
-        lines.append(f"{_TITLES.get(system, system):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
+    for row, values in report.metrics.items():
+        lines.append(f"{_TITLES.get(row, row):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
     model = report.metrics["model"]
     if model[names[0]].low is not None:
         lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(model[n]):13.4f}" for n in names))
@@ -75,10 +75,10 @@ def _half(interval: Interval) -> float:
 
 
 def _learned(report: ReportRecord, name: str) -> list[str]:
-    """How much of what can be known was learned."""
+    """Where the model lies between popularity and the oracle."""
     if "oracle" not in report.metrics or "popularity" not in report.metrics:
         return []
-    low, model, high = (report.metrics[s][name].value for s in ("popularity", "model", "oracle"))
+    low, model, high = (report.metrics[one][name].value for one in ("popularity", "model", "oracle"))
     share = (model - low) / (high - low) if high > low else float("nan")
     return [
         f"{name}: popularity {low:.4f} <= model {model:.4f} <= oracle {high:.4f}: {share:.0%} of what can be learned"
@@ -104,7 +104,7 @@ def _counts(report: ReportRecord) -> list[str]:
         gains = [
             f"{name.removesuffix('_added')} {v:+.4f}" for name, v in report.rerank.items() if name.endswith("_added")
         ]
-        lines.append("ranking adds: " + ", ".join(gains))
+        lines.append("re-ranking adds: " + ", ".join(gains))
         cost = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in report.rerank.items() if not name.endswith("_added")]
         lines.append("candidates: " + ", ".join(cost))
     return lines

@@ -19,6 +19,7 @@ from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.ids import NUM_RESERVED
+from recray.models import Retriever
 from recray.records import IndexRecord, SweepPoint
 from recray.retrieval import embed, faiss_index
 from recray.retrieval.recall_sweep import sweep
@@ -39,6 +40,7 @@ def index(config: Config) -> IndexRecord:
         return artifact.record
     dataset, options = PreparedDataset.of(run), config.retrieval
     model, _ = checkpoint.load_model(source.uri)
+    assert isinstance(model, Retriever)
     scaling = config.scaling if config.scaling.num_workers > 0 else None
     vectors_ND = embed.item_vectors(source, model, dataset.record.num_items, scaling)
     factory = faiss_index.choose(len(vectors_ND)) if options.index == "auto" else options.index

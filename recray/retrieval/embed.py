@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from recray import storage
 from recray.artifacts import Artifact
@@ -17,6 +16,7 @@ from recray.cluster import runtime
 from recray.config import Config, ScalingConfig
 from recray.data.dataset import PreparedDataset
 from recray.loading.collate import eval_queries
+from recray.models import Retriever
 from recray.records import CheckpointRecord
 from recray.retrieval.exact import query_vectors
 from recray.training import checkpoint
@@ -28,7 +28,7 @@ _MAPPED_ABOVE = 1 << 27  # numbers (512 MB); larger arrays are kept in a mapped 
 
 
 def item_vectors(
-    source: Artifact[CheckpointRecord], model: nn.Module, num_items: int, scaling: ScalingConfig | None = None
+    source: Artifact[CheckpointRecord], model: Retriever, num_items: int, scaling: ScalingConfig | None = None
 ) -> np.ndarray:
     """(N, D) float32, row i is item id i. Computed with `model`, or by Ray Data tasks for a large catalogue if `scaling` is given.
 
@@ -76,21 +76,22 @@ def _by_tasks(checkpoint_uri: str, tasks: list[range]) -> Iterator[tuple[range, 
 def _embed_task(batch: pa.Table, checkpoint_uri: str) -> Iterator[pa.Table]:
     tasks = [range(row["start"], row["stop"], row["step"]) for row in batch.to_pylist()]
     model, _ = checkpoint.load_model(checkpoint_uri)
+    assert isinstance(model, Retriever)
     for ids, vectors in _embed(model, tasks):
         where = {"start": [ids.start], "stop": [ids.stop], "step": [ids.step]}
         yield pa.table(where | {"vectors": pa.array([vectors.reshape(-1)], pa.large_list(pa.float32()))})
 
 
-def _embed(model: nn.Module, tasks: list[range]) -> Iterator[tuple[range, np.ndarray]]:
+def _embed(model: Retriever, tasks: list[range]) -> Iterator[tuple[range, np.ndarray]]:
     for task in tasks:
         for at in range(0, len(task), _CHUNK):
             ids = task[at : at + _CHUNK]
             with torch.inference_mode():
-                vectors = model.item_vectors(torch.arange(ids.start, ids.stop, ids.step))  # type: ignore[operator]
+                vectors = model.item_vectors(torch.arange(ids.start, ids.stop, ids.step))
             yield ids, vectors.float().numpy()
 
 
-def sample_queries(model: nn.Module, dataset: PreparedDataset, config: Config) -> np.ndarray:
+def sample_queries(model: Retriever, dataset: PreparedDataset, config: Config) -> np.ndarray:
     """(<= retrieval.sweep_users, D) vectors of validation queries that have a history, in shuffled order."""
     limit = config.retrieval.sweep_users
     found, count = [], 0

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from recray.ids import FIRST_ITEM, PAD
 from recray.loading.collate import EvalQuery
 from recray.loading.jagged import Jagged
+from recray.models import Retriever
 
 # Scores in memory at a time: 28 MB, because glibc requests blocks above 32 MB from the kernel at every call. Each pass reads
 # all item vectors, so it takes at least 32 queries as long as their scores fit in 128 MB.
@@ -31,7 +32,7 @@ _TILE = 32  # columns that are first compared by their maximum only
 class ExactSearch:
     """Recommends by exact search with a model's vectors."""
 
-    model: nn.Module
+    model: Retriever
     vectors_ND: Tensor  # of all items; row i is item id i
 
     def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -40,9 +41,9 @@ class ExactSearch:
 
 
 @torch.inference_mode()
-def query_vectors(model: nn.Module, query: EvalQuery) -> Tensor:
+def query_vectors(model: Retriever, query: EvalQuery) -> Tensor:
     """(B, D) float32."""
-    return model.query_vectors(query.batch).float()  # type: ignore[operator, no-any-return]
+    return model.query_vectors(query.batch).float()
 
 
 def top_k(
@@ -109,7 +110,8 @@ def _largest(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     width = scores_BN.shape[1]
     tiles = width // _TILE
     if tiles <= 4 * k:
-        return tuple(scores_BN.topk(k, dim=1))  # type: ignore[return-value]
+        best, found = scores_BN.topk(k, dim=1)
+        return best, found
     whole = tiles * _TILE
     _, tile_BK = scores_BN[:, :whole].view(-1, tiles, _TILE).amax(2).topk(k, dim=1, sorted=False)
     column = tile_BK[:, :, None] * _TILE + torch.arange(_TILE, device=tile_BK.device)

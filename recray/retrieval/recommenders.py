@@ -13,12 +13,12 @@ Shape legend: B queries, C candidates, N items, D width, K places.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from recray.artifacts import CHECKPOINT, Artifact, Run, in_use
 from recray.config import Config, RetrievalLossOptions
@@ -28,7 +28,7 @@ from recray.ids import FIRST_ITEM, PAD
 from recray.loading.batch import Batch, select
 from recray.loading.collate import EvalQuery
 from recray.loading.jagged import Jagged
-from recray.models import Ranker
+from recray.models import Ranker, Retriever
 from recray.records import CheckpointRecord, IndexRecord
 from recray.retrieval import Recommender, embed
 from recray.retrieval.blend import Blended, check_blend
@@ -44,7 +44,7 @@ _ROWS = 8192  # candidates that a ranker scores at a time
 class IndexSearch:
     """Answers from the index, which may miss some of what exact search finds."""
 
-    model: nn.Module
+    model: Retriever
     index: ItemIndex
 
     def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -136,18 +136,13 @@ class Recommenders:
 
     exact: ExactSearch | None
     index: IndexSearch | None
-    blended: Blended | None
-    reranked: Reranked | None
+    blended: Blended | None = None
+    reranked: Reranked | None = None
 
     def by_name(self) -> dict[str, Recommender]:
         """Name in a report -> recommender, in order of the stages."""
-        named: dict[str, Recommender | None] = {
-            "model": self.exact,
-            "index": self.index,
-            "blended": self.blended,
-            "reranked": self.reranked,
-        }
-        return {name: one for name, one in named.items() if one is not None}
+        stages = (("model", self.exact), ("index", self.index), ("blended", self.blended), ("reranked", self.reranked))
+        return {name: stage for name, stage in stages if stage is not None}
 
     @property
     def final(self) -> Recommender:
@@ -165,28 +160,27 @@ def open_recommenders(
     options, dataset = config.retrieval, artifacts.dataset
     check_blend(config, dataset, splits)
     model, _ = checkpoint.load_model(artifacts.checkpoint.uri)
+    assert isinstance(model, Retriever)
     exact, index = None, None
     if always_exact or artifacts.index is None or options.item_knn_weight:
         exact = ExactSearch(model, torch.from_numpy(_item_vectors(artifacts, model)))
     if artifacts.index is not None:
         index = IndexSearch(model, ItemIndex.open(artifacts.index.uri))
-    found: Recommenders = Recommenders(exact, index, None, None)
-    blended, reranked = None, None
+    found = Recommenders(exact, index)
     if options.item_knn_weight:
-        assert exact is not None
-        assert isinstance(config.loss, RetrievalLossOptions)
-        item_knn = ItemKNN(dataset, splits)
-        weight, temperature = options.item_knn_weight, config.loss.temperature
-        blended = Blended(found.final, exact, item_knn, weight, temperature, options.k)
-    found = Recommenders(exact, index, blended, None)
+        assert exact is not None and isinstance(config.loss, RetrievalLossOptions)
+        item_knn, weight = ItemKNN(dataset, splits), options.item_knn_weight
+        blended = Blended(found.final, exact, item_knn, weight, config.loss.temperature, options.k)
+        found = replace(found, blended=blended)
     if artifacts.ranker is not None:
         ranker, record = checkpoint.load_model(artifacts.ranker.uri)
         assert isinstance(ranker, Ranker)
-        reranked = Reranked(found.final, ranker, options.k, int(record.config["model"]["history_length"]))
-    return Recommenders(exact, index, blended, reranked)
+        history_length = int(record.config["model"]["history_length"])
+        found = replace(found, reranked=Reranked(found.final, ranker, options.k, history_length))
+    return found
 
 
-def _item_vectors(artifacts: RunArtifacts, model: nn.Module) -> np.ndarray:
+def _item_vectors(artifacts: RunArtifacts, model: Retriever) -> np.ndarray:
     """(N, D) vectors of all items: those that the index stage wrote, or computed."""
     num_items = artifacts.dataset.record.num_items
     if artifacts.index is not None:

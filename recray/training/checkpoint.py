@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
-from recray import registry, storage
+from recray import storage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import LineageError
 from recray.layers import embedding
 from recray.loading.batch import Feature, ItemTable, Jagged
+from recray.models import Ranker, Retriever, build_model
 from recray.records import CheckpointRecord, DatasetRecord
 from recray.training import sharded_tables
 from recray.training.sharded_tables import ShardedTables
@@ -82,18 +83,16 @@ def load_weights(folder: str) -> dict[str, Tensor]:
     return weights
 
 
-def load_model(folder: str) -> tuple[nn.Module, CheckpointRecord]:
+def load_model(folder: str) -> tuple[Retriever | Ranker, CheckpointRecord]:
     """The model in evaluation mode, built from the configuration in its record. Rows of sharded tables stay on disk."""
     record = CheckpointRecord.read(folder)
     config = Config.model_validate(record.config)
     dataset = DatasetRecord.read(folder)
     items = _unpack(load_tensors(storage.read_bytes(storage.join(folder, _ITEMS))))
     with embedding.use_plan(embedding.TablePlan(stored=True)):
-        model: nn.Module = registry.load("model", config.model.name, config.run.plugins).build(
-            config.model, dataset, items
-        )
+        model = build_model(config, dataset, items)
     weights = load_weights(folder)
-    embedding.load(model, weights, ShardedTables(folder, "tables", record.pieces))
+    embedding.read_missing(model, weights, ShardedTables(folder, "tables", record.pieces).rows)
     model.load_state_dict(weights, assign=True)
     return model.eval(), record
 

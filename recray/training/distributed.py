@@ -152,7 +152,7 @@ def data_parallel(module: nn.Module, fully_sharded: bool = False) -> nn.Module:
     if fully_sharded:
         return fsdp.shard(module, [table.weight for table in outside.values()])
     ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(module, list(outside))  # type: ignore[no-untyped-call]
+    ddp._set_params_and_buffers_to_ignore_for_model(module, list(outside))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the option's new name exists from torch 2.13 on
         # Buffers are item features: the same on all workers, and as large as the catalogue.
@@ -253,7 +253,7 @@ def without_cudnn_attention() -> Iterator[None]:
     """Turn off cuDNN attention. On an H100 torch prefers it, and cuDNN builds a plan for every new shape; nearly every
     batch of jagged histories has a new one. Measured: two thirds of the first epoch of SASRec on ml-1m.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield

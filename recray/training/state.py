@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recray.errors import LineageError
 from recray.layers import embedding
+from recray.models import Ranker, Retriever
 from recray.training import checkpoint, fsdp, sharded_tables
 from recray.training.distributed import Context
 from recray.training.optim import Ema, Optimizers
@@ -57,7 +58,7 @@ class TrainProgress:
 class TrainState:
     """Everything that training changes. With several workers each holds its own part of what is sharded."""
 
-    model: nn.Module
+    model: Retriever | Ranker
     optimizers: Optimizers
     scaler: torch.amp.GradScaler
     ema: Ema

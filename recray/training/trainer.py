@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recray import log, registry
+from recray import log
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, RecrayError
@@ -30,7 +30,7 @@ from recray.loading.collate import item_table
 from recray.loading.prefetch import DeviceLoader
 from recray.losses.base import Objective
 from recray.metrics import higher_is_better
-from recray.models import Examples, Ranker, Retriever
+from recray.models import Ranker, Retriever, build_model
 from recray.records import CheckpointRecord
 from recray.training import checkpoint, fsdp, optim
 from recray.training.accumulate import Accumulation
@@ -74,7 +74,7 @@ class Trainer:
         self.accumulate = Accumulation(
             self.objective, self.precision, context, self._forward_waits(), compiled=config.training.compile
         )
-        self.data = TrainingData(config, dataset, phase, _examples(model), context)
+        self.data = TrainingData(config, dataset, phase, model.examples, context)
         self.meter = Progress(phase.name, phase.epochs, self.data.steps, enabled=context.rank == 0)
 
     def fit(self, on_epoch: OnEpoch | None = None, until: int | None = None) -> TrainProgress:
@@ -147,13 +147,12 @@ class Trainer:
 
     # Set-up --------------------------------------------------------------------------------------------------------
 
-    def _build_model(self) -> nn.Module:
+    def _build_model(self) -> Retriever | Ranker:
         """The same initial weights on every worker, but for the rows of sharded tables."""
         torch.manual_seed(self.config.run.seed)
         plan = table_plan(self.config, self.context, self.items.num_items)
         with embedding.use_plan(plan):
-            module = registry.load("model", self.config.model.name, self.config.run.plugins)
-            model: nn.Module = module.build(self.config.model, self.dataset.record, self.items)
+            model = build_model(self.config, self.dataset.record, self.items)
         if plan.reasons and self.context.rank == 0 and self.phase.name == "train":
             log.info("train", f"large tables: {plan.explain()}", event="tables", values=plan.reasons)
         return model
@@ -224,11 +223,6 @@ def _objective(config: Config, model: nn.Module, items: ItemTable, context: Cont
     # A loss may need how often items occur, on the device; features stay where the model keeps them.
     counts = ItemTable(items.counts_N.to(context.device))
     return Objective(model, config.loss, counts, context, config.run.plugins)
-
-
-def _examples(model: nn.Module) -> Examples:
-    assert isinstance(model, Retriever | Ranker)
-    return model.examples
 
 
 def _amounts(micro: MicroBatches) -> Tensor:

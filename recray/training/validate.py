@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, dataset: PreparedDataset, context: Context, config: Config) -> float:
+def validate(model: Retriever | Ranker, dataset: PreparedDataset, context: Context, config: Config) -> float:
     """config.training.metric on the validation split, over all workers; the same number on each of them.
 
     Raises RecrayError if scores are not finite, DataError if the split cannot tell the metric.
@@ -51,9 +51,8 @@ def validate(model: nn.Module, dataset: PreparedDataset, context: Context, confi
         model.train()
 
 
-def _validate_lists(model: nn.Module, dataset: PreparedDataset, context: Context, config: Config) -> float:
+def _validate_lists(model: Retriever, dataset: PreparedDataset, context: Context, config: Config) -> float:
     """Mean of the metric ('ndcg@10') over queries of users with a history, by exact search over the catalogue."""
-    assert isinstance(model, Retriever)
     metric, options, exchanges = config.training.metric, config.evaluation, _exchanges(model, context)
     name, k = metrics.parse(metric)
     wanted = metrics.find(name, config.run.plugins)
@@ -105,9 +104,8 @@ def _sum_of_metric(query: EvalQuery, ids: np.ndarray, metric: metrics.ListMetric
     return torch.tensor([values.sum(), len(values)], dtype=torch.float64)
 
 
-def _validate_clicks(model: nn.Module, dataset: PreparedDataset, context: Context, config: Config) -> float:
+def _validate_clicks(model: Ranker, dataset: PreparedDataset, context: Context, config: Config) -> float:
     """The metric over all impressions. It is no mean over batches (AUC), so all workers gather all scores."""
-    assert isinstance(model, Ranker)
     metric, exchanges = config.training.metric, _exchanges(model, context)
     scored = [torch.zeros(0, 4, dtype=torch.float64)]
     for batch, real in _impressions(dataset, context, config, exchanges):
@@ -191,7 +189,7 @@ def _search_shares(q_BD: Tensor, v_ND: Tensor, k: int, seen: Jagged | None, cont
     excluded = None
     if seen is not None:
         lengths = context.all_gather(seen.lengths())
-        excluded = Jagged(context.all_gather(seen.values), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        excluded = Jagged.from_lengths(context.all_gather(seen.values), lengths)
     share = (context.rank, context.world_size)
     ids, scores = top_k(context.all_gather(q_BD), v_ND, k, excluded, share)
     begin = sum(sizes[: context.rank])

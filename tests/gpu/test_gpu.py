@@ -11,9 +11,10 @@ from helpers.collectives import OneProcess
 from recray import registry
 from recray.config import OptimConfig
 from recray.kernels import chunked_softmax
+from recray.layers import transformer
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.losses.base import Objective
-from recray.models import Examples, Ranker, sasrec
+from recray.models import Examples, Ranker
 from recray.records import DatasetRecord
 from recray.retrieval import exact
 from recray.retrieval.exact import top_k
@@ -78,7 +79,7 @@ def test_steps_on_the_gpu_are_those_of_the_cpu(name: str) -> None:
 
 def test_parts_of_a_batch_on_the_gpu_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As large batches have them: several groups of rows, several chunks of logits, the last one shorter."""
-    monkeypatch.setattr(sasrec, "_FEW", 0)
+    monkeypatch.setattr(transformer, "_FEW", 0)
     monkeypatch.setattr(chunked_softmax, "_LOGITS", 100 * ITEMS)
     assert _losses("sasrec", "cuda") == pytest.approx(_losses("sasrec", "cpu"), rel=2e-3)
 

@@ -13,7 +13,8 @@ def test_the_notebook_recommends_what_users_like(monkeypatch: pytest.MonkeyPatch
     nbformat = pytest.importorskip("nbformat")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[2]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    saved = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.get("outputs")]
+    assert len(saved) >= 6, "save it with its outputs"
     nbclient.NotebookClient(notebook, timeout=180, kernel_name="python3").execute()
     share = notebook.cells[-1]["outputs"][0]["text"]
     assert share.endswith("of the user's group\n") and int(share.split("%")[0]) > 30  # by chance 10

@@ -18,15 +18,6 @@ from helpers.pages import Block, blocks, pages
 from recray.config import parse_config
 
 PAGES = pages()
-# Pages whose commands carry no marks yet. A page leaves this list when every command in it is marked.
-NOT_YET_MARKED = {
-    "CONTRIBUTING.md",
-    "README.md",
-    "cluster/README.md",
-    "docker/README.md",
-    "jobs/benchmarks/README.md",
-    "jobs/configs/README.md",
-}
 
 
 def _name(page: Path) -> str:
@@ -36,9 +27,6 @@ def _name(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_command_is_marked(page: Path) -> None:
     unmarked = [block.where for block in blocks(page) if block.language != "toml" and not block.mark]
-    if _name(page) in NOT_YET_MARKED:
-        assert unmarked, f"take {_name(page)} from NOT_YET_MARKED"
-        return
     assert unmarked == [], (
         "put <!-- test: run -->, <!-- test: slow --> or <!-- test: no, REASON --> before these blocks"
     )

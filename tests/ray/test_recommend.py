@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +15,7 @@ from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
 from recray.report.text import render
+from recray.retrieval import embed
 from recray.training import checkpoint
 
 pytest.importorskip("faiss")
@@ -35,7 +37,7 @@ def _config(folder: Path, name: str, *overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A retriever with an index, and `retrieval.ranker` beside it."""
+    """A retriever with an index, and `retrieval.ranker`."""
     folder = tmp_path_factory.mktemp("both")
     retriever, ranker = _config(folder, "two_tower"), _config(folder, "dlrm")
     recray.prepare(retriever)
@@ -53,17 +55,37 @@ def test_the_report_says_what_ranking_adds_and_costs(run: Config) -> None:
     ceiling = report.rerank["recall@40_of_candidates"]
     assert again["recall@10"].value <= ceiling and found["recall@10"].value <= ceiling
     assert checkpoint.load_model(f"{run.retrieval.ranker}/checkpoint/current")[1].id in report.parents
-    assert "ranking adds: recall@10" in render(report) and "recall@40 of candidates" in render(report)
+    assert "re-ranking adds: recall@10" in render(report) and "recall@40 of candidates" in render(report)
     everything = recray.evaluate(parse_config(run.model_dump(mode="json"), ["retrieval.k=200", "evaluation.k=[200]"]))
-    # All items as candidates: ranking again loses none of them.
+    # All items as candidates: re-ranking loses none of them.
     assert everything.metrics["reranked"]["recall@200"].value == everything.metrics["model"]["recall@200"].value
 
 
-def test_the_item_filter_stands_between_search_and_ranker(run: Config) -> None:
+def test_models_load_once_and_vectors_come_from_the_index(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load, compute = checkpoint.load_model, embed.item_vectors
+
+    def counted(folder: str) -> Any:
+        loaded.append(folder)
+        return load(folder)
+
+    monkeypatch.setattr(checkpoint, "load_model", counted)
+    monkeypatch.setattr(embed, "item_vectors", None)
+    recray.evaluate(parse_config(run.model_dump(mode="json"), ["evaluation.k=[5]"]))
+    assert len(loaded) == 2 == len(set(loaded))  # the retriever and the ranker
+    loaded.clear()
+    monkeypatch.setattr(embed, "item_vectors", compute)
+    other = parse_config(run.model_dump(mode="json"), ["retrieval.sweep_users=50"])
+    recray.index(other)
+    recray.index(other)  # up to date
+    assert len(loaded) == 1
+
+
+def test_the_blend_is_between_search_and_ranker(run: Config) -> None:
     config = parse_config(run.model_dump(mode="json"), ["retrieval.item_knn_weight=1", "evaluation.k=[10,40]"])
     report = recray.evaluate(config)
     assert list(report.metrics) == ["model", "index", "blended", "reranked", "popularity"]
-    assert "model with item filter" in render(report)
+    assert "model + item-item baseline" in render(report)
     # The ranker orders the 40 best of the blend.
     wanted = report.metrics["blended"]["recall@40"].value
     assert report.metrics["reranked"]["recall@40"].value == report.rerank["recall@40_of_candidates"] == wanted

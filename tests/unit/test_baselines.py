@@ -9,12 +9,15 @@ import torch
 
 from recray import storage
 from recray.data.dataset import PreparedDataset
+from recray.ids import PAD, UNKNOWN
 from recray.loading.batch import Batch
 from recray.loading.collate import eval_queries
+from recray.models import Ranker, Retriever
 from recray.records import DatasetRecord, Shard
-from recray.retrieval import baselines, item_knn
+from recray.retrieval import Recommender, baselines, embed, item_knn
 from recray.retrieval.blend import Blended
 from recray.retrieval.exact import ExactSearch
+from recray.retrieval.recommenders import Reranked
 
 N = 12  # item ids 2..11
 
@@ -123,11 +126,14 @@ def test_item_knn_is_its_formula(
         assert np.allclose(best_scores[row, : len(best)], scores[row, best], atol=1e-6)
 
 
-class _Fixed(torch.nn.Module):
+class _Fixed(Retriever):
     """One vector for every query."""
 
     def query_vectors(self, batch: Batch) -> torch.Tensor:
         return torch.tensor([[1.0, 0.5]]).expand(batch.num_rows, 2)
+
+    def item_vectors(self, item_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize("filter_seen", [True, False])
@@ -154,3 +160,62 @@ def test_blend_orders_what_both_find_by_both_scores(
         best = _brute(np.where(np.isin(np.arange(N), list(allowed)), total[row], -1e9), had, 4)
         assert ids[row].tolist() == best
         assert np.allclose(scores[row], total[row, best], atol=1e-4)
+
+
+class _ById(Ranker):
+    """A ranker that prefers large item ids."""
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        assert batch.target_Q is not None
+        return batch.target_Q.float()
+
+
+@pytest.fixture
+def recommenders(dataset: PreparedDataset) -> dict[str, Recommender]:
+    vectors = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
+    exact = ExactSearch(_Fixed(), vectors)
+    built = item_knn.ItemKNN(dataset, ("train", "valid"))
+    return {
+        "exact": exact,
+        "blended": Blended(exact, exact, built, 1.0, 0.5, 5),
+        "reranked": Reranked(exact, _ById(), 5, 2),
+        "popularity": baselines.Popularity(dataset.item_counts()),
+        "hindsight": baselines.hindsight(dataset, "test"),
+        "item_knn": built,
+    }
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize("k", [3, 30])
+def test_every_recommender_keeps_the_protocol(
+    dataset: PreparedDataset, recommenders: dict[str, Recommender], k: int, exclude_seen: bool
+) -> None:
+    (table,) = dataset.iter_tables("test")
+    (query,) = eval_queries(table, 8, 5, "user")
+    for name, recommender in recommenders.items():
+        ids, scores = recommender.recommend(query, k, exclude_seen)
+        assert ids.shape == scores.shape == (3, k), name
+        assert ids.dtype == np.int64 and scores.dtype == np.float32, name
+        assert ((ids == PAD) == (scores == -np.inf)).all() and not (ids == UNKNOWN).any(), name
+        assert all((row[:-1] >= row[1:]).all() for row in scores), name
+        for row, seen in zip(ids, ([2, 3, 4], [8], [4, 9, 10]), strict=True):
+            filled = row[row != PAD].tolist()
+            assert len(filled) == len(set(filled)) and (not exclude_seen or not set(filled) & set(seen)), name
+
+
+def test_a_ranker_reorders_the_candidates_and_nothing_else(
+    dataset: PreparedDataset, recommenders: dict[str, Recommender]
+) -> None:
+    (table,) = dataset.iter_tables("test")
+    (query,) = eval_queries(table, 8, 5, "user")
+    candidates, _ = recommenders["exact"].recommend(query, 5, True)
+    ids, scores = recommenders["reranked"].recommend(query, 4, True)
+    assert ids.tolist() == [sorted(row, reverse=True)[:4] for row in candidates.tolist()]
+    assert (scores == ids).all()
+
+
+def test_vectors_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "_CHUNK", 7)
+    vectors = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    embed.save_vectors(str(tmp_path), vectors)
+    assert (embed.load_vectors(str(tmp_path), 40) == vectors).all()

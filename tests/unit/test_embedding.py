@@ -6,7 +6,7 @@ from torch import nn
 
 from recray.config import OptimConfig, parse_config
 from recray.errors import ConfigError
-from recray.layers.embedding import Table, TablePlan, tables, use_plan
+from recray.layers.embedding import Table, TablePlan, read_missing, tables, use_plan
 from recray.layers.feature_encoder import mean_pool
 from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Jagged
@@ -134,6 +134,30 @@ def test_auto_by_hand() -> None:
     for _ in range(2):
         plan.choose(10**6, 8, "user")
     assert plan.explain() == "sparse_replicated (a step touches up to 100 rows): 1,000,000 x 8"
+
+
+def test_a_stored_table_has_no_rows_until_they_are_loaded_or_read() -> None:
+    before = torch.random.get_rng_state()
+    with use_plan(TablePlan(stored=True)):
+        loaded, read, huge = Table(ROWS, DIM), Table(ROWS, DIM), Table(10**12, 64)
+    assert torch.equal(before, torch.random.get_rng_state()) and huge.weight.is_meta
+    weight, ids = torch.randn(ROWS, DIM), torch.tensor([7, 2, 7, 0])
+    model = nn.ModuleDict({"loaded": loaded, "read": read}).eval()
+    asked = []
+
+    def rows(name: str, ids: torch.Tensor) -> torch.Tensor:
+        asked.append((name, ids.tolist()))
+        return weight[ids]
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({"loaded.weight": weight[1:], "read.weight": weight}, assign=True)
+    read_missing(model, {"loaded.weight": weight}, rows)
+    model.load_state_dict({"loaded.weight": weight}, assign=True)
+    history = Jagged(ids, torch.tensor([0, 3, 3, 4]))
+    for table in (loaded, read):
+        assert torch.equal(table(ids), weight[ids])
+        assert torch.allclose(mean_pool(table, history)[:2], torch.stack([weight[[7, 2, 7]].mean(0), torch.zeros(DIM)]))
+    assert asked == [("read.weight", [0, 2, 7])] * 2, "each distinct id once"
 
 
 def test_what_does_not_go_together_is_refused() -> None:

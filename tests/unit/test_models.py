@@ -7,10 +7,12 @@ import torch
 
 from helpers.collectives import OneProcess
 from recray import registry
+from recray.config import parse_config
+from recray.errors import ConfigError
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.losses.base import Objective
-from recray.models import Retriever
-from recray.records import DatasetRecord
+from recray.models import Ranker, Retriever, build_model
+from recray.records import DatasetRecord, Feature
 
 ITEMS, USERS = 40, 20
 MODELS = [n for n in registry.names("model") if registry.load("model", n).Options.family == "retriever"]
@@ -99,6 +101,41 @@ def test_state_keeps_vectors(name: str) -> None:
     assert torch.equal(model.item_vectors(torch.arange(ITEMS)), other.item_vectors(torch.arange(ITEMS)))  # type: ignore[operator]
     batch = _batch("events")
     assert torch.equal(model.query_vectors(batch), other.query_vectors(batch))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", registry.names("model"))
+def test_columns_may_be_called_like_methods_of_modules(name: str) -> None:
+    columns = ["type", "items", "keys", "forward", "train"]
+    features = [Feature(name=column, role="user", kind="categorical", cardinality=3) for column in columns]
+    module = registry.load("model", name)
+    model = module.build(module.Options(dim=8), RECORD.model_copy(update={"features": features}), TABLE)
+    history = Jagged(torch.tensor([2, 3]), torch.tensor([0, 2]))
+    one = torch.ones(1, dtype=torch.int64)
+    batch = Batch(one * 2, history, one * 4, user_features={column: one for column in columns})
+    assert (model.logits(batch) if isinstance(model, Ranker) else model.query_vectors(batch)).isfinite().all()
+
+
+class _Neither(torch.nn.Module):
+    def query_vectors(self, batch: Batch) -> torch.Tensor:
+        return batch.user_B
+
+
+def test_a_plug_in_extends_the_class_of_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = registry.load("model", "two_tower")
+    config = parse_config({"model": {"name": "two_tower"}})
+    assert isinstance(build_model(config, RECORD, TABLE), Retriever)
+    monkeypatch.setattr(module, "build", lambda *_: _Neither())
+    with pytest.raises(
+        ConfigError, match=r"build\(\) returned a _Neither, but .* is 'retriever': .* extends recray.models.Retriever"
+    ):
+        build_model(config, RECORD, TABLE)
+    with pytest.raises(TypeError, match="abstract method"):
+
+        class Half(Retriever):
+            def query_vectors(self, batch: Batch) -> torch.Tensor:
+                return batch.user_B
+
+        Half()  # type: ignore[abstract]
 
 
 def test_sasrec_does_not_see_the_future() -> None:

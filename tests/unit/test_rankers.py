@@ -4,19 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers.collectives import OneProcess
 from recray import registry
 from recray.config import OptimConfig, parse_config
 from recray.errors import ConfigError
-from recray.layers import target_attention
 from recray.layers.dice import Dice
 from recray.layers.embedding import Mode, Table, TablePlan, use_plan
-from recray.layers.feature_encoder import select
 from recray.layers.hooks import run_hooks, step_hooks
-from recray.layers.target_attention import TargetAttention
-from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.loading.batch import Batch, ItemTable, Jagged, select
 from recray.losses.base import Objective
 from recray.losses.bce import per_impression
 from recray.models import Ranker
@@ -182,52 +178,6 @@ def test_a_checkpoint_keeps_scores(name: str, tmp_path: Path) -> None:
     assert torch.equal(model.eval().logits(_batch(True)), other.logits(_batch(True)))  # type: ignore[operator]
 
 
-def _textbook(layer: TargetAttention, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
-    """Attention row by row, the first layer on [q, k, q - k, q * k] in one piece, with weights chosen so that they add up."""
-    w_d = torch.linspace(-1, 1, layer.query.weight.numel(), dtype=q_BI.dtype).view_as(layer.query.weight)
-    first = torch.cat([layer.query.weight - w_d, layer.key.weight + w_d, w_d, layer.product.weight], dim=1)
-
-    def dice(x: Tensor, module: Dice) -> Tensor:
-        p = torch.sigmoid((x - module.mean) / torch.sqrt(module.var + 1e-6))
-        return p * x + (1 - p) * module.alpha * x
-
-    out = []
-    for row in range(len(q_BI)):
-        k = v_UI[history.values[history.offsets[row] : history.offsets[row + 1]]]
-        q = q_BI[row].expand_as(k)
-        x = torch.cat([q, k, q - k, q * k], dim=1) @ first.T + layer.query.bias
-        weight = layer.out(dice(layer.second(dice(x, layer.dice_1)), layer.dice_2))
-        out.append((weight * k).sum(0))
-    return torch.stack(out)
-
-
-@pytest.mark.parametrize("way", ["chunked", "whole"])
-def test_attention_is_the_textbook_form_in_float64(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_attention, "_ALONE", 4)
-    monkeypatch.setattr(target_attention, "_SHARED", 2)
-    monkeypatch.setattr(target_attention, "_KEPT", 8)
-    torch.manual_seed(0)
-    layer = TargetAttention(6, 10, 5).double().eval()
-    for dice in (layer.dice_1, layer.dice_2):
-        dice.mean.normal_()
-        dice.var.uniform_(0.5, 2)
-    history = _lists([3, 0, 8, 1, 9], 30, torch.Generator().manual_seed(0))
-    q, v = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (5, 30))
-    wanted = _textbook(layer, q, v, history)
-    if way == "chunked":
-        found = layer(q, v, history)
-    else:
-        found = layer._whole(q, v, history)
-    assert torch.allclose(found, wanted, atol=1e-12)
-    parameters = [q, v, *layer.parameters()]
-    for mine, theirs in zip(
-        torch.autograd.grad(found.square().sum(), parameters),
-        torch.autograd.grad(wanted.square().sum(), parameters),
-        strict=True,
-    ):
-        assert torch.allclose(mine, theirs, atol=1e-10)
-
-
 def test_dice_averages_what_it_saw() -> None:
     dice, x = Dice(3), torch.randn(1000, 3) * 2 + 5
     fresh = dice(x)
@@ -260,7 +210,7 @@ def test_din_averages_short_histories() -> None:
 def test_dlrm_refuses_widths_of_its_own() -> None:
     with pytest.raises(ValueError, match="inner products"):
         registry.load("model", "dlrm").Options(feature_dims={"brand": 4})
-    with pytest.raises(ConfigError, match=r"feature_dims names 'colour'; columns there: .*brand"):
+    with pytest.raises(ConfigError, match=r"feature_dims names 'colour', which is not a column; allowed: age, brand"):
         _model("dcn_v2", feature_dims={"colour": 4})
     assert _model("dcn_v2", feature_dims={"brand": 4, "item": 12}).logits(_batch(True)).shape == (6,)  # type: ignore[operator]
 

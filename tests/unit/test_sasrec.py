@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from helpers.collectives import OneProcess
 from recray import registry
 from recray.ids import FIRST_ITEM
-from recray.kernels.matmul import product
+from recray.layers import transformer
 from recray.loading.batch import Batch, ItemTable, Jagged
 from recray.losses.base import Objective
 from recray.models import sasrec
@@ -69,7 +69,7 @@ class _Plain(nn.Module):
 def test_the_loss_curve_is_that_of_the_plain_implementation(
     heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sasrec, "_GROUPS", groups)  # 1 is what a GPU has for few tokens
+    monkeypatch.setattr(transformer, "_GROUPS", groups)  # 1 is what a GPU has for few tokens
     torch.manual_seed(heads)
     options = sasrec.Options(dim=DIM, history_length=LENGTH, layers=LAYERS, heads=heads, dropout=0.0)
     model = sasrec.build(options, RECORD, TABLE)
@@ -152,12 +152,3 @@ print(peak([50, *range(20, 24)]), peak(range(24, 50)))
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     first, second = map(float, out.split())
     assert second - first < 30, (first, second)
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 3), (64, 300, 8), (300, 64, 500)])
-def test_a_product_is_torchs(shape: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    rows, columns, width = shape
-    a, b = torch.randn(rows, width), torch.randn(width, columns).T  # one of them stands the other way round
-    for left, right in ((a, b), (b, a)):
-        assert torch.allclose(product(left, right).double(), left.double() @ right.double().T, atol=1e-4)

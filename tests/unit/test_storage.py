@@ -150,7 +150,6 @@ def test_a_missing_location_is_named(tmp_path: Path, tail: str) -> None:
 
 def test_folders_are_made_deleted_and_copied(tmp_path: Path) -> None:
     source, stored, back = (str(tmp_path / name) for name in ("source", "stored", "back"))
-    storage.make_folder(source)
     storage.write_bytes(storage.join(source, "a.bin"), b"a")
     storage.write_bytes(storage.join(source, "b.bin"), b"b")
     storage.copy_folder(source, stored)

@@ -35,13 +35,14 @@ from torch import Tensor, nn
 
 from recray.config import ModelOptions
 from recray.layers.embedding import Table
+from recray.models import Retriever
 
 
 class Options(ModelOptions):
     pass
 
 
-class Model(nn.Module):
+class Model(Retriever):
     """A retriever whose queries are centred by a running mean of its own, which a step hook moves."""
 
     examples = "events"

@@ -325,7 +325,7 @@ def test_a_trial_is_one_log_record(caplog: pytest.LogCaptureFixture) -> None:
         ('tune.space={"model.dim" = {choices = [8, 16]}}', True),
         ("tune.trials=99", False),
         ("tune.cpus_per_trial=2", False),
-        ("loss.chunk_size=64", False),
+        ("training.compile=true", False),
         ("retrieval.k=10", False),
     ],
 )

@@ -70,7 +70,7 @@ def standardised(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.C
     try:
         return decoded(column).cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{where} holds values that are not {kind}: {error}; mend the column") from error
+        raise DataError(f"{where} holds values that are not {kind}: {error}; fix the column") from error
 
 
 def ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
