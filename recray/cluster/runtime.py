@@ -78,7 +78,7 @@ def connect(num_cpus: int | None = None) -> None:
     except Exception as error:  # Ray raises a bare Exception when its processes do not start in time
         ray.shutdown()
         raise ClusterError(
-            f"Ray did not start on this machine: {error} Mostly the machine is overloaded or its disk or memory is full: "
+            f"Ray did not start on this machine: {error} The machine is probably overloaded, or its disk or memory is full: "
             "try again when it is less busy, or set scaling.num_workers = 0 to train without Ray"
         ) from error
     _own = True

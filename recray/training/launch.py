@@ -186,10 +186,6 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = config.scaling
-    # Ray before 2.56 has no such option and logs the state of every run.
-    quiet = (
-        {"logging_config": ray_train.LoggingConfig(log_level="WARNING")} if hasattr(ray_train, "LoggingConfig") else {}
-    )
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -209,7 +205,7 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
         run_config=ray_train.RunConfig(
             name="ray",
             callbacks=[callback] if callback is not None else [],
-            **quiet,
+            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
             storage_path=work.folder if "://" in work.folder else os.path.abspath(work.folder),
         ),
     )

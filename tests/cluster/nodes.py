@@ -70,7 +70,7 @@ class Nodes:
             )
 
     def wait_for(self, port: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -84,7 +84,7 @@ class Nodes:
             f"while sum(node['Alive'] for node in ray.nodes()) < {count}: time.sleep(0.2)"
         )
         env = self.env | {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
-        subprocess.run([sys.executable, "-c", code], env=env, timeout=120, check=True)
+        subprocess.run([sys.executable, "-c", code], env=env, timeout=300, check=True)
 
     def stop(self) -> None:
         for process in reversed(self._processes):
