@@ -8,6 +8,7 @@ Each peer runs in an environment of its own in that folder, which `python jobs/b
 
 import typer
 from benchmarks import (
+    compare,
     compiling,
     ingest,
     loader,
@@ -25,7 +26,7 @@ from benchmarks import (
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-for module in (ingest, loader, sequence, ranking, wide, search, table, startup, scaling, memory, seeds, peers):
+for module in (ingest, loader, sequence, ranking, wide, search, table, startup, scaling, memory, seeds, peers, compare):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 app.command("compile")(compiling.run)
 app.command("tune")(tune.overhead)
