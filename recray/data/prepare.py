@@ -122,41 +122,21 @@ class _Work:
         )
         full = [s for s in stats if s["events_kept"]]
         first, last = min(s["first"] for s in full), max(s["last"] for s in full)
-        context_kinds, user_kinds, item_kinds = self._kinds(full[0])
+        kinds = self._kinds(full[0])
         boundaries = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else None
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
 
         share = self._sample_share(counts["events_kept"])
-        outputs = self._each(
-            partition.count, stats, boundaries, draw, context_kinds, share, num_returns=3 + len(context_kinds)
-        )
+        outputs = self._each(partition.count, stats, boundaries, draw, kinds[0], share, num_returns=3 + len(kinds[0]))
         _add(counts, self._get([out[0] for out in outputs]))
         split.check(counts, first, last, boundaries, self.source.has_time)
-        item_counts = self._merge([out[1] for out in outputs])
-        items = vocab.catalogue(item_counts, self.config.min_item_events)
-        counts["items_dropped_min_count"] = len(item_counts) - len(items)
-        context = {
-            name: features.fit(name, "context", kind, self._merge([out[3 + i] for out in outputs]))
-            for i, (name, kind) in enumerate(context_kinds.items())
-        }
-        users = self.source.users
-        user: dict[str, Feature] = {}
-        if users is not None:
-            for name, kind in user_kinds.items():
-                user[name] = features.fit(name, "user", kind, features.count_values(users[name], kind))
-        table, item_features = vocab.item_table(items, self.source.items, item_kinds)
-        storage.write_table(storage.join(self.artifact.uri, "items.parquet"), table)
-        _say(f"{len(items):,} items counted")
-
-        for feature in (*context.values(), *user.values(), *item_features):
-            if feature.hash_buckets:
-                _say(
-                    f"{feature.role} feature '{feature.name}' is hashed to {feature.hash_buckets:,} ids; "
-                    f"about {feature.collisions:.1%} of its values share one with another"
-                )
+        items = self._catalogue(self._merge([out[1] for out in outputs]), counts)
+        fitted = self._fit(items, kinds, [out[3:] for out in outputs])
         sampler = self._sampler(items, share, [out[2] for out in outputs])
         keys = items["item"].combine_chunks()
-        encoders = partition.Encoders(keys, context, user, users, sampler, self.config.min_history, self.seed)
+        encoders = partition.Encoders(
+            keys, fitted["context"], fitted["user"], self.source.users, sampler, self.config.min_history, self.seed
+        )
         shards = self._write(stats, counts, boundaries, draw, encoders)
         for name in SPLITS:
             if not shards[name]:
@@ -172,7 +152,7 @@ class _Work:
             num_items=len(items) + NUM_RESERVED,
             num_users=NUM_RESERVED + counts["users_kept"],
             counts=counts,
-            features=[*user.values(), *context.values(), *item_features],
+            features=[feature for role in ("user", "context", "item") for feature in fitted[role].values()],
             columns={field.name: str(field.type) for field in schema},
             shards=shards,
             seed=self.seed,
@@ -181,6 +161,40 @@ class _Work:
             has_time=self.source.has_time,
             seconds=time.perf_counter() - started,
         ).write(self.artifact.uri)
+
+    def _catalogue(self, item_counts: pa.Table, counts: dict[str, int]) -> pa.Table:
+        """The items that get ids; the number of the others is added to `counts`."""
+        items = vocab.catalogue(item_counts, self.config.min_item_events)
+        counts["items_dropped_min_count"] = len(item_counts) - len(items)
+        return items
+
+    def _fit(
+        self, items: pa.Table, kinds: tuple[dict[str, FeatureConfig], ...], outputs: list[tuple[Any, ...]]
+    ) -> dict[str, dict[str, Feature]]:
+        """Fit all features, by role, and write items.parquet.
+
+        kinds: of context, user and item features. outputs: of each bucket, references to the counts of context features.
+        """
+        context_kinds, user_kinds, item_kinds = kinds
+        context = {
+            name: features.fit(name, "context", kind, self._merge([output[i] for output in outputs]))
+            for i, (name, kind) in enumerate(context_kinds.items())
+        }
+        users = self.source.users
+        user: dict[str, Feature] = {}
+        if users is not None:
+            for name, kind in user_kinds.items():
+                user[name] = features.fit(name, "user", kind, features.count_values(users[name], kind))
+        table, item = vocab.item_table(items, self.source.items, item_kinds)
+        storage.write_table(storage.join(self.artifact.uri, "items.parquet"), table)
+        _say(f"{len(items):,} items counted")
+        for feature in (*context.values(), *user.values(), *item):
+            if feature.hash_buckets:
+                _say(
+                    f"{feature.role} feature '{feature.name}' is hashed to {feature.hash_buckets:,} ids; "
+                    f"about {feature.collisions:.1%} of its values share one with another"
+                )
+        return {"context": context, "user": user, "item": {feature.name: feature for feature in item}}
 
     def _sample_share(self, num_events: int) -> float:
         """The share of the log's events that negatives are drawn from. Raises ConfigError if they cannot be drawn as configured."""
