@@ -83,7 +83,6 @@ class Outcome:
         return self
 
     def tables(self, base: Mapping[str, pa.Table], here: Mapping[str, pa.Table]) -> Outcome:
-        self.unit = "cells"
         for name, mine in base.items():
             if name not in here:
                 self.differences.append(Difference(name, f"{len(mine)} rows", _ABSENT))
@@ -129,7 +128,7 @@ class Outcome:
             )
 
     def _table(self, name: str, base: pa.Table, here: pa.Table) -> None:
-        self.compared += len(base) * base.num_columns
+        self.compared += sum(_values(column) for column in base.columns)
         if _bytes(base) == _bytes(here):
             return
         before = self.compared
@@ -144,6 +143,15 @@ class Outcome:
                 self._tree(mine.to_pylist(), columns[column].to_pylist(), where)
         self.compared = before
         self.more += [f"{name}:{column}" for column in columns if column not in base.column_names]
+
+
+def _values(column: pa.ChunkedArray) -> int:
+    """Of lists their entries."""
+    import pyarrow.compute as pc
+    import pyarrow.types as kinds
+
+    listed = kinds.is_list(column.type) or kinds.is_large_list(column.type) or kinds.is_fixed_size_list(column.type)
+    return _values(pc.list_flatten(column)) if listed else len(column)
 
 
 def _bytes(table: pa.Table) -> bytes:
