@@ -126,7 +126,7 @@ def _validate_clicks(model: Ranker, dataset: PreparedDataset, context: Context, 
             f"{len(label):,} impressions{' and no user with both' if metric.startswith('gauc') else ''}: "
             f"set training.metric = 'log_loss', or check data.columns.label and data.split"
         )
-    return value
+    return float(value)  # a numpy scalar could not be read from state.pt
 
 
 def _impressions(

@@ -121,7 +121,7 @@ def _config(folder: Path, *overrides: str, model: str = "two_tower") -> Config:
 def _trainer(folder: Path, *overrides: str, model: str = "two_tower") -> Trainer:
     config = _config(folder, *overrides, model=model)
     phase = Phase("train", config.training.epochs, f"{config.run_uri}/epochs")
-    return Trainer(config, PreparedDataset.open(config.dataset_uri), phase, LocalContext())
+    return Trainer(config, PreparedDataset.open(str(config.run.dataset)), phase, LocalContext())
 
 
 @pytest.fixture
@@ -271,6 +271,15 @@ def test_hooks_see_what_all_workers_saw_in_one_sum() -> None:
     assert float(last.mean) == pytest.approx(0.1 * float(linear(x).mean().detach()), rel=1e-5)  # type: ignore[arg-type]
     for name, value in workers[0].state_dict().items():
         assert torch.equal(value, workers[1].state_dict()[name]), name
+
+
+def test_a_metric_of_clicks_is_read_from_a_state_as_it_was_saved(tmp_path: Path) -> None:
+    """normalized_entropy is computed as a numpy scalar, which state.pt must not hold."""
+    _dataset(tmp_path / "data", labelled=True)
+    trainer = _trainer(tmp_path, "training.metric=normalized_entropy", "training.epochs=1", model="din")
+    progress = trainer.fit()
+    trainer.state.load(trainer.phase.folder(1))
+    assert trainer.state.progress == progress and type(progress.best_value) is float
 
 
 @pytest.mark.parametrize("model", ["two_tower", "din"])
