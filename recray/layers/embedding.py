@@ -287,12 +287,13 @@ def read_missing(module: nn.Module, weights: Container[str], read: Callable[[str
 
 
 def tables(module: nn.Module) -> dict[str, Table]:
-    """Tables of which only touched rows are updated, by the name of their weight."""
+    """The tables that are not dense, by the name of their weight."""
     named = module.named_modules()
     return {f"{n}.weight".lstrip("."): m for n, m in named if isinstance(m, Table) and m.mode != "dense"}
 
 
 def sharded(module: nn.Module) -> dict[str, Table]:
+    """The row_sharded tables, by the name of their weight."""
     return {name: table for name, table in tables(module).items() if table.mode == "row_sharded"}
 
 

@@ -32,7 +32,7 @@ _STD = 0.01
 
 @dataclass(frozen=True)
 class Encoded:
-    """Columns side by side: embeddings of categories (N, E) and numbers (N, M). Models normalise the former only."""
+    """Columns side by side: embeddings of categories (N, E), and numbers (N, M), which have been standardised before."""
 
     embedded: Tensor
     numbers: Tensor
@@ -142,6 +142,7 @@ class FlatInputs(RankerInputs):
         rows, items = self.rows(batch), self.items(batch, self.history)
         parts = [rows, Encoded(items.encoded_U.embedded[items.target_B], items.encoded_U.numbers[items.target_B])]
         if self.history:
+            # One mean over embeddings and numbers together reads the history's indices once.
             mean_BW, at = mean_pool(items.encoded_U.joined(), items.history), self.item.width - self.item.num_numbers
             parts.append(Encoded(mean_BW[:, :at], mean_BW[:, at:]))
         return Encoded.cat(parts)

@@ -44,6 +44,7 @@ class Din(Ranker):
         items = self.inputs.items(batch)
         v_UI = self.item_norm(items.encoded_U.joined())
         q_BI = v_UI[items.target_B]
+        # Attention weights are not normalised: a sum over 50 items and a mean of 5 get the same scale here.
         interest_BI = self.interest_norm(self._interest(q_BI, v_UI, items.history))
         row_BW = self.row_norm(self.inputs.rows(batch).joined())
         x = torch.cat([row_BW, q_BI, interest_BI, q_BI * interest_BI], dim=1)

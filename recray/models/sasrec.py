@@ -73,6 +73,7 @@ class SASRec(Retriever):
         tokens = len(history.values)
         from_end_T = torch.repeat_interleave(history.offsets[1:], lengths_B, output_size=tokens) - 1
         from_end_T -= torch.arange(tokens, device=from_end_T.device)
+        # Vectors are small at first (std 0.02): scaled by sqrt(D), items outweigh positions.
         x_TD = self.item_table(history.values) * self.options.dim**0.5 + F.embedding(from_end_T, self.position)
         return dropout(x_TD, self.options.dropout, self.training)
 
