@@ -226,6 +226,11 @@ class Run:
             storage.write_json(storage.join(self.uri, _CURRENT), {**named, stage: artifact.identity})
         storage.link(storage.join(self.uri, stage, "current"), artifact.identity)
 
+    def discard(self, artifact: Artifact[Record]) -> None:
+        """Delete an artefact that could not be completed, and the folder of its stage if nothing else is in it."""
+        storage.delete_folder(artifact.uri)
+        storage.delete_empty_folder(artifact.uri.rpartition("/")[0])
+
     def current(self) -> dict[str, str]:
         """Stage -> identity of the artefact in use."""
         return current_of(self.uri)

@@ -200,6 +200,14 @@ def delete_folder(uri: str) -> None:
             system.delete_dir(path)
 
 
+def delete_empty_folder(uri: str) -> None:
+    """Delete a local folder if nothing is in it; an object store has no empty folders."""
+    system, path = resolve(uri)
+    if isinstance(system, pafs.LocalFileSystem):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file. Raises DataError naming the file when it is not whole."""
     system, path = resolve(uri)

@@ -77,7 +77,7 @@ def prepare(config: Config) -> DatasetRecord:
         try:
             record = work.run(started)
         except BaseException:
-            storage.delete_folder(artifact.uri)  # nothing half-written stays
+            run.discard(artifact)  # nothing half-written stays
             raise
     storage.delete_folder(work.sorted_uri)
     run.publish(artifact)

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(run: Config, tmp_path: Path) -> None:
 def test_a_split_without_targets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no event of the train split has 5000 earlier ones .* lower data.min_history"):
         recray.prepare(_config(tmp_path, "data.min_history=5000"))
-    assert not list(tmp_path.rglob("dataset.json")) and not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob("dataset"))
 
 
 def test_a_checkpoint_of_another_dataset_is_refused(run: Config, tmp_path: Path) -> None:

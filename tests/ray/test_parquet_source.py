@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.inline_tasks import inline_events
+from recray.cluster.errors import unwrapped
 from recray.config import DataConfig
-from recray.data.sources import base, parquet
+from recray.data.sources import parquet
 from recray.errors import ConfigError, DataError, RecrayError, StorageError
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -77,7 +78,7 @@ def test_an_error_in_a_task_comes_out_plain(tmp_path: Path) -> None:
     _write(tmp_path / "a.parquet", _events())
     _write(tmp_path / "b.parquet", _events(user_id=pa.array([1, None, 2, None, 1, 1])))
     source = parquet.read(_config(str(tmp_path)), 1)
-    with pytest.raises(DataError, match=r"b\.parquet: column 'user_id' has 2 null ids in 6 rows"), base.plain_errors():
+    with pytest.raises(DataError, match=r"b\.parquet: column 'user_id' has 2 null ids in 6 rows"), unwrapped():
         _collected(source.events)
 
 

@@ -94,7 +94,9 @@ def test_an_index_below_its_recall_target_is_kept_and_says_so(run: Config, caplo
     record = recray.index(config)
     assert record.recall < config.retrieval.recall_target
     assert [point.setting for point in record.curve] == [{}]
-    assert f"below the target {config.retrieval.recall_target}" in caplog.text.lower() and "'Flat'" in caplog.text
+    assert (
+        f"below retrieval.recall_target = {config.retrieval.recall_target}" in caplog.text and "'Flat'" in caplog.text
+    )
     recray.index(run)  # the link `current` names the exact index again
 
 
@@ -169,8 +171,10 @@ def test_search_never_returns_padding_or_what_is_excluded(run: Config) -> None:
 
 def test_two_workers_consume_the_same_rows_and_learn_as_much(run: Config, tmp_path: Path) -> None:
     # The exact softmax draws nothing, so what differs is only which rows share a batch.
-    one = _with_dataset(run, tmp_path / "one", "scaling.num_workers=0", "loss.name=softmax")
-    two = _with_dataset(run, tmp_path / "two", "scaling.num_workers=2", "loss.name=softmax", "scaling.reader=ray_data")
+    # A small learning rate keeps that difference small.
+    keys = ("loss.name=softmax", "optim.learning_rate=1e-3")
+    one = _with_dataset(run, tmp_path / "one", "scaling.num_workers=0", *keys)
+    two = _with_dataset(run, tmp_path / "two", "scaling.num_workers=2", "scaling.reader=ray_data", *keys)
     alone, shared = recray.train(one), recray.train(two)
     assert (shared.rows, shared.step) == (alone.rows, alone.step)
     assert _losses(two) == pytest.approx(_losses(one), rel=0.01)
@@ -198,7 +202,7 @@ def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(run: Confi
     assert record.rows == record.epoch * (counts["events_train"] + counts["events_valid"])
     assert record.value == selected.history[record.epoch - 1]["ndcg@10"]
     assert recray.train(config).id == record.id
-    with pytest.raises(ConfigError, match="trained on the validation events, too"):
+    with pytest.raises(ConfigError, match="was also trained on the validation events"):
         recray.evaluate(config, split="valid")
 
 

@@ -75,7 +75,7 @@ def test_same_bytes_whatever_the_blocks_and_the_shuffle(run, monkeypatch: pytest
         assert shuffled.record.counts == few.record.counts
 
 
-def test_temporal_dataset(run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_temporal_dataset(run, caplog) -> None:
     table = log()
     options = {
         "min_item_events": 5,
@@ -115,11 +115,13 @@ def test_temporal_dataset(run, capsys: pytest.CaptureFixture[str]) -> None:
     assert record.columns == {field.name: str(field.type) for field in test.schema}
     assert not (Path(dataset.uri) / "_sorted").exists()
 
-    capsys.readouterr()
+    caplog.set_level("INFO", "recray")
     again = run(table, 2, source={"items": ITEMS}, **options)
-    assert "reused" in capsys.readouterr().out and again.record == record
+    assert "prepare: up to date" in caplog.text and again.record == record
+    caplog.clear()
     other = run(table, 2, source={"items": ITEMS, "fingerprint": "changed"}, **options)
-    assert other.record.fingerprint == "changed" and "reused" not in capsys.readouterr().out
+    assert other.record.fingerprint == "changed" and "prepare: new artefact" in caplog.text
+    assert "its input changed" in caplog.text and other.record.identity != again.record.identity
 
 
 def test_given_draws_for_the_whole_log(run) -> None:
