@@ -13,11 +13,12 @@ from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import unwrap
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
+from recray.errors import LineageError, StorageError
 from recray.records import CheckpointRecord
 from recray.training import checkpoint
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
 from recray.training.phase import Phase
-from recray.training.state import TrainProgress
+from recray.training.state import TrainProgress, TrainState
 from recray.training.trainer import OnEpoch, Trainer
 
 if TYPE_CHECKING:
@@ -106,10 +107,25 @@ def _fit_phase(
 ) -> TrainProgress:
     """Train or resume one phase. Its model is freed on return, before the next phase builds another."""
     trainer = Trainer(work.config, dataset, phase, context)
-    last = phase.last_epoch()
-    if last:
-        trainer.state.load(phase.folder(last))
+    _load_last(trainer.state, phase)
     return trainer.fit(on_epoch, work.until)
+
+
+def _load_last(state: TrainState, phase: Phase) -> None:
+    """Resume from the last epoch on disk, if there is one.
+
+    Workers of a driver that was killed train on for some seconds: they write the next epoch and delete the one before it,
+    possibly while it is being read here. Then the next one is read.
+    """
+    last = phase.last_epoch()
+    while last:
+        try:
+            return state.load(phase.folder(last))
+        except (StorageError, LineageError):  # the latter where its record is gone
+            found = phase.last_epoch()
+            if found == last:
+                raise
+            last = found
 
 
 def _resume_or_extend(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) -> None:

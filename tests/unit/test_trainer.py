@@ -17,7 +17,7 @@ from recray import storage
 from recray.artifacts import DATASET, Run
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
-from recray.errors import ConfigError, DataError, RecrayError
+from recray.errors import ConfigError, DataError, RecrayError, StorageError
 from recray.layers.hooks import run_hooks, step_hooks
 from recray.records import CheckpointRecord, DatasetRecord, Shard
 from recray.training import launch
@@ -394,3 +394,21 @@ def test_a_validation_split_without_histories_is_warned_of(tmp_path: Path, caplo
     assert validate(trainer.state.model, dataset, LocalContext(), trainer.config) == 0.0
     (record,) = caplog.records
     assert "no user of the validation split has a history, so ndcg@10 is 0" in record.getMessage()
+
+
+def test_an_epoch_that_vanishes_while_it_is_read_is_replaced_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers of a killed driver still write: epoch 2 is complete, and epoch 1 deleted, before it is loaded."""
+    _dataset(tmp_path / "data")
+    trainer = _trainer(tmp_path, "training.epochs=3")
+    trainer.fit(until=2)
+    other = _trainer(tmp_path, "training.epochs=3")
+    answers = iter([1, 2, 2])
+    monkeypatch.setattr(Phase, "last_epoch", lambda self: next(answers))
+    Path(other.phase.folder(1), "model.safetensors").unlink(missing_ok=True)
+    launch._load_last(other.state, other.phase)
+    assert other.state.progress.epoch == 2
+    answers = iter([7, 7])
+    with pytest.raises(StorageError, match=r"epoch-0007.* cannot be read"):
+        launch._load_last(other.state, other.phase)
