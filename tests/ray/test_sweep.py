@@ -21,6 +21,8 @@ from recray.config import Config, load_config, parse_config
 from recray.records import TrialRecord, TuneRecord
 from recray.tuning.store import sweep_uri
 
+pytestmark = pytest.mark.timeout(450)  # a sweep starts Ray twice, and a busy machine triples its time
+
 SPACE = {
     # Tried in the order 1e-2, 1e-5, 1e30, 5e-3: ASHA shuffles a grid.
     "optim.learning_rate": {"choices": [1e30, 1e-5, 1e-2, 5e-3]},
@@ -180,6 +182,7 @@ def test_a_trial_paused_at_a_rung_resumes_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_trials_of_several_workers_pause_and_resume(tmp_path: Path) -> None:
     """In another process, on a Ray of its own with the CPUs of one such trial: a paused one must hold none."""
     table = _table(tmp_path, {"optim.learning_rate": {"choices": [1e-5, 1e-2]}}, top=0)

@@ -5,6 +5,7 @@ for records of one checkout are none of the other's.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def weights(folder: Path) -> dict[str, Any]:
         _, of, pieces = file.stem.rpartition("-of-")
         piece = f" (piece {file.stem.split('-')[-3]} of {pieces})" if of else ""
         for name, tensor in load_file(file).items():
-            key = f"{NAMES.get(name, name)}{piece}"
+            # Tables of features by name: a name such as `type` had collided with an attribute of their container.
+            name = re.sub(r"(\.tables\.\w+?)_\.weight$", r"\1.weight", NAMES.get(name, name))
+            key = f"{name}{piece}"
             if key in found:
                 raise LookupError(f"{folder} holds two tensors '{key}'")
             found[key] = tensor
