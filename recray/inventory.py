@@ -86,7 +86,8 @@ def _summary(record: Record) -> str:
 def prunable(run_uri: str, keep: int) -> list[Entry]:
     """Artefacts that `prune` would delete.
 
-    Kept are those in use, the `keep` newest complete ones of each stage, and what any kept one was made from. An artefact
+    Kept are those in use, the `keep` newest complete ones of each stage, and what any kept one, or any artefact of another
+    run in the same output folder, was made from. An artefact
     that is not complete is deleted only where a complete one of its stage is newer: it may still be resumed otherwise.
     """
     named, artifacts = current_of(run_uri), list(_artifacts(run_uri))
@@ -98,7 +99,11 @@ def prunable(run_uri: str, keep: int) -> list[Entry]:
         kept += [one for one in complete[keep:] if named.get(stage.name) == one.identity]
         newest = complete[0].record.created if complete else ""
         kept += [one for one in own if not one.complete() and one.created >= newest]
-    needed = {parent for one in kept for parent in one.inputs}
+    output, _, name = run_uri.rpartition("/")
+    others = [other for other in storage.list_folders(output) if other != name]
+    # Other runs may share this run's dataset, or have a ranker of this run behind their retriever.
+    outside = {parent for other in others for one in _artifacts(storage.join(output, other)) for parent in one.inputs}
+    needed = outside | {parent for one in kept for parent in one.inputs}
     # Inputs of inputs: an index needs its checkpoint, which needs its dataset.
     for _ in STAGES:
         kept += [one for one in artifacts if one not in kept and one.complete() and one.record.id in needed]

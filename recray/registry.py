@@ -137,7 +137,7 @@ def _outside(kind: Kind, name: str, folder: str | None) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Executes a file under a name of its own, so that 'json.py' or two files 'my_model.py' do not collide."""
+    """Executes a file under a unique module name, so that 'json.py' or two files 'my_model.py' do not collide."""
     path = path.resolve()
     changed = path.stat().st_mtime_ns
     if path in _files and _files[path][0] == changed:

@@ -113,7 +113,7 @@ def _keys(title: str, kind: type[BaseModel], base: type[BaseModel] | None) -> It
         ):
             continue
         if _inner(shown) and not _is_table(shown) and type(None) not in typing.get_args(shown):
-            continue  # a nested table, which has a section of its own
+            continue  # a nested table, which is a separate section
         default = "" if field.is_required() else _text(field.get_default(call_default_factory=True))
         yield Key(title, name, _type(shown), default, _range(field), _meaning(kind, name))
 

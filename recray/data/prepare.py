@@ -48,7 +48,7 @@ from recray.records import DatasetRecord, Feature, Shard
 
 _MERGE = 32  # tables of counts merged by one task
 # A log this small is not shuffled: each bucket's task selects its events from all blocks (shared memory, no copy).
-# A shuffle starts processes of its own, seconds each, before the first row moves.
+# A shuffle starts more processes, seconds each, before the first row moves.
 _SCANNED_EVENTS = 4_194_304
 _SCANNED_BUCKETS = 16
 _PARTITION_BUCKETS = 16  # buckets in one partition of the shuffle, at most

@@ -136,7 +136,8 @@ def _resume_or_extend(run: Run, artifact: Artifact[CheckpointRecord], select: Ph
         if shorter is None:
             return
         last = shorter.last_epoch()
-        for epoch in {last, CheckpointRecord.read(shorter.folder(last)).best_epoch}:
+        # The best one first: training resumes from the last one, and publishes the best.
+        for epoch in sorted({last, CheckpointRecord.read(shorter.folder(last)).best_epoch}):
             storage.copy_folder(shorter.folder(epoch), select.folder(epoch))
     log.info("train", f"resuming after epoch {last}", event="resume", values={"epoch": last})
 

@@ -184,7 +184,7 @@ def _item_vectors(model: Retriever, num_items: int, share: tuple[int, int], cont
 
 
 def _search_shares(q_BD: Tensor, v_ND: Tensor, k: int, seen: Jagged | None, context: Context) -> Tensor:
-    """(B, k) ids. Every worker searches its items for the queries of all, then each merges the results of its own."""
+    """(B, k) ids. Every worker searches its items for the queries of all, then each merges the results for its queries."""
     sizes = context.all_gather(torch.tensor([len(q_BD)], device=context.device)).tolist()
     excluded = None
     if seen is not None:

@@ -343,3 +343,12 @@ def test_runs_are_listed_with_metric_age_and_size(tmp_path: Path) -> None:
     assert checkpoint.age_seconds is not None and 0 <= checkpoint.age_seconds < 60
     storage.write_json(f"{tmp_path}/r/checkpoint/current.json", {})  # not an artefact
     assert len(inventory.list_runs(str(tmp_path))) == 2
+
+
+def test_prune_keeps_what_another_run_was_made_from(tmp_path: Path) -> None:
+    mine = [_dataset(_config(tmp_path, **{"data.min_user_events": n})) for n in (1, 2)]
+    _age(mine[0], 20), _age(mine[1], 10)
+    shared = {"run.name": "other", "run.dataset": str(tmp_path / "r/dataset")}
+    assert [one.identity for one in inventory.prunable(str(tmp_path / "r"), keep=0)] == [mine[0].identity]
+    _checkpoint(_config(tmp_path, **shared))
+    assert inventory.prunable(str(tmp_path / "r"), keep=0) == []
