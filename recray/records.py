@@ -75,11 +75,19 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Role = Literal["user", "item", "context"]
+
+
+def feature_column(role: Role, name: str) -> str:
+    """The column of a feature. The prefix keeps the user's names apart from recray's own: `item`, `count`, `label`, ..."""
+    return f"{role}_{name}"
+
+
 class Feature(Part):
     """One encoded feature column of a prepared dataset."""
 
     name: str
-    role: Literal["user", "item", "context"]
+    role: Role
     kind: Literal["categorical", "list", "numeric"]  # what a model sees; numbers between quantiles are categories
     cardinality: int = 0  # categorical, list: embedding rows incl. 0 (missing) and 1 (unknown)
     mean: float = 0.0  # numeric: fitted on train, applied; missing becomes 0 = the mean
@@ -89,6 +97,11 @@ class Feature(Part):
     hash_buckets: int = 0  # ids are 2 + hash modulo this
     collisions: float = 0.0  # hashed: share of distinct values that share their id with another, estimated
     edges: list[float] | None = None  # quantiles: id is 2 + how many edges are <= x
+
+    @property
+    def column(self) -> str:
+        """Its column in items.parquet or in the shards."""
+        return feature_column(self.role, self.name)
 
 
 class Shard(Part):

@@ -10,8 +10,11 @@ from typing import TypeGuard
 from recray import errors
 from recray.errors import RecrayError
 
-# Ray Data wraps a task's error once more, and pickling keeps no more of it than its traceback's text.
-_IN_TRACEBACK = re.compile(r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
+# Ray Data wraps a task's error once more, and pickling keeps no more of it than its traceback's text, to which Ray Data
+# appends advice on retries.
+_IN_TRACEBACK = re.compile(
+    r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\nFailed to apply |\nTo change retry |\Z)", re.MULTILINE | re.DOTALL
+)
 _DEPTH = 8  # of wrappers; a chain of causes may be a ring
 
 

@@ -1,6 +1,7 @@
 """Encoding of feature columns as numbers: fitted once on the train events, applied in every task.
 
-categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value
+categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value;
+                    nulls inside lists are dropped, so that [a, null] is [a]
                     hashed: 0 missing, 2 + hash of the value modulo hash_buckets; nothing is unknown
 numeric             float32, (x - mean) / std with both from the fitted data, cut off at +-10; null, NaN and infinite
                     become 0, the mean
@@ -10,53 +11,18 @@ numeric             float32, (x - mean) / std with both from the fitted data, cu
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import FeatureConfig
 from recray.data.hashing import hash_keys
-from recray.errors import DataError
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
 from recray.loading.jagged import offsets_from_lengths
-from recray.records import Feature
+from recray.records import Feature, Role
 
 _MAX_POINTS = 4096  # weighted points that stand for the distribution of a numeric column
 _LARGEST = 10.0  # standard deviations; one absurd value must not overflow a model that multiplies its inputs
-_MAX_INFERRED = 10_000  # distinct values up to which a column of strings or integers is taken for a category
-
-
-def infer_kinds(
-    table: pa.Table, key: str, declared: dict[str, FeatureConfig], where: str
-) -> tuple[dict[str, FeatureConfig], list[str]]:
-    """The declared features; if none is declared, every usable column of a side table, and why the others are left out."""
-    if declared:
-        missing = [name for name in declared if name not in table.column_names]
-        if missing:
-            raise DataError(f"{where} has no column '{missing[0]}'; columns there: {', '.join(table.column_names)}")
-        return declared, []
-    kinds: dict[str, FeatureConfig] = {}
-    skipped = []
-    for name in table.column_names:
-        if name == key:
-            continue
-        kind = kind_of_type(table[name].type)
-        if kind == "categorical":
-            distinct = len(pc.unique(table[name].drop_null()))
-            if distinct > min(_MAX_INFERRED, max(2, len(table) // 2)):
-                skipped.append(f"'{name}' ({distinct:,} distinct values in {len(table):,} rows)")
-                continue
-        kinds[name] = FeatureConfig(kind=kind)
-    return kinds, skipped
-
-
-def kind_of_type(kind: pa.DataType) -> Literal["categorical", "list", "numeric"]:
-    """The kind of a column whose kind is not declared."""
-    if _is_list(kind):
-        return "list"
-    return "numeric" if pa.types.is_floating(kind) or pa.types.is_decimal(kind) else "categorical"
 
 
 def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
@@ -104,7 +70,7 @@ def merge(*parts: pa.Table) -> pa.Table:
     return _moments(int(n), mean, squares)
 
 
-def fit(name: str, role: Literal["user", "item", "context"], config: FeatureConfig, counts: pa.Table) -> Feature:
+def fit(name: str, role: Role, config: FeatureConfig, counts: pa.Table) -> Feature:
     """Fit a feature to the statistics of all rows."""
     if config.kind == "numeric" and config.scale == "quantiles":
         edges = _edges(counts, config.quantiles)
@@ -148,10 +114,14 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
         return pa.array(np.where(np.isfinite(x), scaled, 0.0).astype(np.float32))
     if feature.kind == "categorical":
         return _lookup(column, feature)
-    lists = column.cast(pa.list_(column.type.value_type))
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    offsets = offsets_from_lengths(lengths).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), _lookup(pc.list_flatten(lists), feature))
+    if pa.types.is_null(column.type) or not _is_list(column.type):  # nulls only
+        return pa.array([[]] * len(column), pa.list_(pa.int32()))
+    values = _no_nan(pc.list_flatten(column))
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    # Without the nulls a list ends where as many entries that are not null end.
+    kept = offsets_from_lengths(values.is_valid().to_numpy(zero_copy_only=False))
+    offsets = kept[offsets_from_lengths(lengths)].astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), _lookup(values.drop_null(), feature))
 
 
 def _lookup(values: pa.Array, feature: Feature) -> pa.Array:
@@ -189,6 +159,8 @@ def _no_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """Float64; dates and times as microseconds since 1970."""
+    column = column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
     return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
 
 

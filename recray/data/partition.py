@@ -21,7 +21,7 @@ from recray.data import features, negatives, split, user_rows, vocab
 from recray.data.hashing import hash_keys
 from recray.errors import DataError
 from recray.ids import SPLITS, UNKNOWN
-from recray.records import Feature
+from recray.records import Feature, feature_column
 
 _TIME_BINS = 1_000_000
 _GROUP_EVENTS = 65_536  # events per row group of a shard, about
@@ -128,7 +128,7 @@ def count(
     items = pa.table({"value": train["item"], "n": np.ones(len(train), np.int64), "chosen": chosen})
     drawn_E = positive_E & negatives.sampled(part.table["order"].to_numpy(), sample)
     drawn = part.table.filter(pa.array(drawn_E)).select(["time", "item"])
-    values = [features.count_values(train[name], kind) for name, kind in context.items()]
+    values = [features.count_values(train[feature_column("context", name)], kind) for name, kind in context.items()]
     return sizes, features.merge(items), drawn, *values
 
 
@@ -159,7 +159,7 @@ def write(
         positive_E = _positive(table)
     lists = {"item": pa.array(item_E), "time": table["time"].combine_chunks()}
     lists |= {name: table[name].combine_chunks() for name in ("label", "weight") if name in table.column_names}
-    lists |= {f"context_{name}": features.encode(table[name], f) for name, f in encoders.context.items()}
+    lists |= {f.column: features.encode(table[f.column], f) for f in encoders.context.values()}
     user_columns = _user_columns(part.keys, encoders)
     name = f"part-{bucket:05d}.parquet"
     ids = pa.array(np.arange(first_user, first_user + len(part.keys), dtype=np.int32))
@@ -215,4 +215,4 @@ def _user_columns(keys: pa.Array, encoders: Encoders) -> dict[str, pa.Array]:
         return {}
     table = encoders.user_table
     aligned = table.take(pc.index_in(keys, value_set=table["user"].combine_chunks()))
-    return {f"user_{name}": features.encode(aligned[name], f) for name, f in encoders.user.items()}
+    return {f.column: features.encode(aligned[f.column], f) for f in encoders.user.values()}

@@ -3,7 +3,7 @@
 Layout of <run>/dataset/<identity>:
 
     dataset.json             DatasetRecord, written last
-    items.parquet            row i is item id i: `item` (key), `count` (train events), encoded features
+    items.parquet            row i is item id i: `item` (key), `count` (train events), item_<f>: encoded features
     users/part-*.parquet     `user_id`, `user` (key)
     train/ valid/ test/      part-*.parquet, one row per user:
         user         int32
@@ -39,12 +39,12 @@ from recray import log, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
-from recray.config import Config, DataConfig, FeatureConfig
-from recray.data import features, negatives, partition, split, vocab
+from recray.config import Config, DataConfig
+from recray.data import features, kinds, negatives, partition, split, vocab
 from recray.data.sources.base import Source
 from recray.errors import ConfigError, DataError
 from recray.ids import NUM_RESERVED, SPLITS
-from recray.records import DatasetRecord, Feature, Shard
+from recray.records import DatasetRecord, Feature, Shard, feature_column
 
 _MERGE = 32  # tables of counts merged by one task
 # A log this small is not shuffled: each bucket's task selects its events from all blocks (shared memory, no copy).
@@ -110,6 +110,7 @@ class _Work:
 
     def run(self, started: float) -> DatasetRecord:
         """All four steps. What they write is final, except for the sorted buckets."""
+        columns = None if self.source.types is None else kinds.choose(self.config, self.source, self.source.types)
         stats = self._sort(max(1, math.ceil(self.source.num_events / self.config.shard_events)))
         counts = {key: sum(s[key] for s in stats) for key in stats[0] if key not in ("bucket", "first", "last")}
         if not counts["events_kept"]:
@@ -122,20 +123,24 @@ class _Work:
         )
         full = [s for s in stats if s["events_kept"]]
         first, last = min(s["first"] for s in full), max(s["last"] for s in full)
-        kinds = self._kinds(full[0])
+        if columns is None:
+            schema, _ = storage.read_schema(partition.sorted_file(self.sorted_uri, full[0]["bucket"]))
+            columns = kinds.choose(self.config, self.source, {field.name: field.type for field in schema})
         boundaries = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else None
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
 
         share = self._sample_share(counts["events_kept"])
-        outputs = self._each(partition.count, stats, boundaries, draw, kinds[0], share, num_returns=3 + len(kinds[0]))
+        outputs = self._each(
+            partition.count, stats, boundaries, draw, columns.context, share, num_returns=3 + len(columns.context)
+        )
         _add(counts, self._get([out[0] for out in outputs]))
         split.check(counts, first, last, boundaries, self.source.has_time)
         items = self._catalogue(self._merge([out[1] for out in outputs]), counts)
-        fitted = self._fit(items, kinds, [out[3:] for out in outputs])
+        fitted = self._fit(items, columns, [out[3:] for out in outputs])
         sampler = self._sampler(items, share, [out[2] for out in outputs])
         keys = items["item"].combine_chunks()
         encoders = partition.Encoders(
-            keys, fitted["context"], fitted["user"], self.source.users, sampler, self.config.min_history, self.seed
+            keys, fitted["context"], fitted["user"], columns.users, sampler, self.config.min_history, self.seed
         )
         shards = self._write(stats, counts, boundaries, draw, encoders)
         for name in SPLITS:
@@ -169,23 +174,22 @@ class _Work:
         return items
 
     def _fit(
-        self, items: pa.Table, kinds: tuple[dict[str, FeatureConfig], ...], outputs: list[tuple[Any, ...]]
+        self, items: pa.Table, columns: kinds.FeatureColumns, outputs: list[tuple[Any, ...]]
     ) -> dict[str, dict[str, Feature]]:
         """Fit all features, by role, and write items.parquet.
 
-        kinds: of context, user and item features. outputs: of each bucket, references to the counts of context features.
+        outputs: of each bucket, references to the counts of context features.
         """
-        context_kinds, user_kinds, item_kinds = kinds
         context = {
             name: features.fit(name, "context", kind, self._merge([output[i] for output in outputs]))
-            for i, (name, kind) in enumerate(context_kinds.items())
+            for i, (name, kind) in enumerate(columns.context.items())
         }
-        users = self.source.users
         user: dict[str, Feature] = {}
-        if users is not None:
-            for name, kind in user_kinds.items():
-                user[name] = features.fit(name, "user", kind, features.count_values(users[name], kind))
-        table, item = vocab.item_table(items, self.source.items, item_kinds)
+        if columns.users is not None:
+            for name, kind in columns.user.items():
+                values = columns.users[feature_column("user", name)]
+                user[name] = features.fit(name, "user", kind, features.count_values(values, kind))
+        table, item = vocab.item_table(items, columns.items, columns.item)
         storage.write_table(storage.join(self.artifact.uri, "items.parquet"), table)
         _say(f"{len(items):,} items counted")
         for feature in (*context.values(), *user.values(), *item):
@@ -334,40 +338,3 @@ class _Work:
         counts = np.zeros(len(edges) - 1, np.int64)
         counts[bins["value"].to_numpy()] = bins["n"].to_numpy()
         return split.temporal(self.config.split, edges, counts, self.source.has_time)
-
-    def _kinds(self, entry: dict[str, int]) -> tuple[dict[str, FeatureConfig], ...]:
-        """Kinds of the context, user and item features. Raises DataError if the side tables do not match the log."""
-        config, source = self.config, self.source
-        schema, _ = storage.read_schema(partition.sorted_file(self.sorted_uri, entry["bucket"]))
-        missing = [name for name in config.context_features if name not in config.columns.context]
-        missing += [name for name in config.columns.context if name not in schema.names]
-        if missing:
-            raise DataError(
-                f"context feature '{missing[0]}' is not read from the log: name it in data.columns.context "
-                f"({config.columns.context})"
-            )
-        context = {
-            name: config.context_features.get(name)
-            or FeatureConfig(kind=features.kind_of_type(schema.field(name).type))
-            for name in config.columns.context
-        }
-        found: list[dict[str, FeatureConfig]] = []
-        for role, table, declared in (
-            ("user", source.users, config.user_features),
-            ("item", source.items, config.item_features),
-        ):
-            vocab.check_key(role, schema.field(role).type, table)
-            if table is None and declared:
-                raise DataError(
-                    f"data.{role}_features names '{next(iter(declared))}', but there is no data.{role}s table"
-                )
-            if table is None:
-                found.append({})
-                continue
-            kinds, skipped = features.infer_kinds(table, role, declared, f"the {role} table")
-            if skipped:
-                _say(
-                    f"left out of the {role} features: {', '.join(skipped)}; declare them in data.{role}_features to use them"
-                )
-            found.append(kinds)
-        return context, found[0], found[1]

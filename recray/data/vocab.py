@@ -13,7 +13,7 @@ from recray.config import FeatureConfig
 from recray.data import features
 from recray.errors import DataError
 from recray.ids import NUM_RESERVED, UNKNOWN
-from recray.records import Feature
+from recray.records import Feature, feature_column
 
 _MAX_ITEMS = 2**31 - 1 - NUM_RESERVED  # ids are int32
 
@@ -44,21 +44,12 @@ def item_ids(keys: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
     return np.asarray(found.to_numpy(zero_copy_only=False).astype(np.int32) + NUM_RESERVED)
 
 
-def check_key(role: str, log: pa.DataType, table: pa.Table | None) -> None:
-    """Raises DataError if the keys of a side table have another type than those of the log."""
-    if table is not None and table[role].type != log:
-        raise DataError(
-            f"{role} ids are {log} in the log but {table[role].type} in data.{role}s: "
-            f"make data.columns.{role} the same type in both files"
-        )
-
-
 def item_table(
     items: pa.Table, side: pa.Table | None, kinds: dict[str, FeatureConfig]
 ) -> tuple[pa.Table, list[Feature]]:
     """The table items.parquet, row i being item id i, and its features, fitted on the catalogue's items.
 
-    items: from `catalogue`. side: columns item and features; items that are not in it get missing values.
+    items: from `catalogue`. side: columns item and item_<name>; items that are not in it get missing values.
     """
     keys = pa.concat_arrays([pa.nulls(NUM_RESERVED, items["item"].type), items["item"].combine_chunks()])
     counts = np.concatenate([np.zeros(NUM_RESERVED, np.int64), items["count"].to_numpy()])
@@ -67,7 +58,9 @@ def item_table(
     if side is not None:
         aligned = side.take(pc.index_in(keys, value_set=side["item"].combine_chunks()))
         for name, kind in kinds.items():
-            feature = features.fit(name, "item", kind, features.count_values(aligned[name], kind))
+            feature = features.fit(
+                name, "item", kind, features.count_values(aligned[feature_column("item", name)], kind)
+            )
             fitted.append(feature)
-            out[name] = features.encode(aligned[name], feature)
+            out[feature.column] = features.encode(aligned[feature.column], feature)
     return pa.table(out), fitted

@@ -18,15 +18,16 @@ def mean_pool(vectors: Tensor | Table, lists: Jagged) -> Tensor:
     return F.embedding_bag(index, rows, lists.offsets[:-1], mode="mean", sparse=sparse)
 
 
-class ColumnTables(nn.ModuleDict):
-    """A table for each column. Keys end in "_", so that a column may be called "type" or "items" like a method."""
+class ColumnTables(nn.ModuleList):
+    """A table for each column. Modules are numbered, since torch refuses names such as "type" or "price.usd"."""
 
     def __init__(self, tables: dict[str, Table]) -> None:
-        super().__init__({f"{name}_": table for name, table in tables.items()})
+        super().__init__(tables.values())
+        self._number = {name: number for number, name in enumerate(tables)}
 
     def embed(self, name: str, feature: Feature) -> Tensor:
         """(B, D): the vector of each row's category; of a list feature the mean."""
-        table = self[f"{name}_"]
+        table = self[self._number[name]]
         assert isinstance(table, Table)
         out: Tensor = mean_pool(table, feature) if isinstance(feature, Jagged) else table(feature)
         return out
@@ -62,21 +63,21 @@ class ItemFeatures(nn.Module):
     def __init__(self, items: ItemTable) -> None:
         super().__init__()
         self._names = list(items.features)
-        for name, feature in items.features.items():
+        for number, feature in enumerate(items.features.values()):
             if isinstance(feature, Jagged):
-                self.register_buffer(f"{name}_values", feature.values, persistent=False)
-                self.register_buffer(f"{name}_offsets", feature.offsets, persistent=False)
+                self.register_buffer(f"values_{number}", feature.values, persistent=False)
+                self.register_buffer(f"offsets_{number}", feature.offsets, persistent=False)
             else:
-                self.register_buffer(f"{name}_column", feature, persistent=False)
+                self.register_buffer(f"column_{number}", feature, persistent=False)
 
     def forward(self, item_ids: Tensor) -> dict[str, Feature]:
         """Each feature of the items with these ids (N,): (N,) values, or N lists."""
-        return {name: select(self._feature(name), item_ids) for name in self._names}
+        return {name: select(self._feature(number), item_ids) for number, name in enumerate(self._names)}
 
-    def _feature(self, name: str) -> Feature:
-        if f"{name}_column" in self._buffers:
-            return self.get_buffer(f"{name}_column")
-        return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
+    def _feature(self, number: int) -> Feature:
+        if f"column_{number}" in self._buffers:
+            return self.get_buffer(f"column_{number}")
+        return Jagged(self.get_buffer(f"values_{number}"), self.get_buffer(f"offsets_{number}"))
 
 
 class Dropout(nn.Dropout):

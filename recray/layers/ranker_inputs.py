@@ -59,22 +59,30 @@ class BatchItems:
 class ColumnEncoder(nn.Module):
     """Embeds the id, if there is one, and the feature columns of a role. Widths are those of its `Encoded`."""
 
-    def __init__(self, records: list[FeatureRecord], ids: dict[Ids, int], options: RankerOptions) -> None:
-        """ids: the id column and its number of ids, or nothing."""
+    def __init__(
+        self, records: list[FeatureRecord], options: RankerOptions, ids: Ids | None = None, num_ids: int = 0
+    ) -> None:
+        """ids: which ids are embedded, too."""
         super().__init__()
         self.numbers = [f.name for f in records if f.kind == "numeric"]
-        rows: dict[str, tuple[int, Ids]] = {name: (count, name) for name, count in ids.items()}
-        rows |= {f.name: (f.cardinality, "feature") for f in records if f.kind != "numeric"}
-        dims = {name: options.feature_dims.get(name, options.dim) for name in rows}
-        self.tables = ColumnTables({name: Table(n, dims[name], std=_STD, ids=kind) for name, (n, kind) in rows.items()})
-        self.names = list(rows)
+        self.names = [f.name for f in records if f.kind != "numeric"]
+        # A feature that is called as the ids are has the default width: feature_dims means the ids.
+        dims = {
+            f: options.dim if f in ("user", "item") else options.feature_dims.get(f, options.dim) for f in self.names
+        }
+        width = options.feature_dims.get(ids, options.dim) if ids else 0
+        self.ids = Table(num_ids, width, std=_STD, ids=ids) if ids else None
+        self.tables = ColumnTables(
+            {f.name: Table(f.cardinality, dims[f.name], std=_STD) for f in records if f.kind != "numeric"}
+        )
         self.num_numbers = len(self.numbers)
-        self.width = sum(dims.values()) + self.num_numbers
+        self.width = width + sum(dims.values()) + self.num_numbers
 
     def forward(self, features: dict[str, Feature], row_ids: Tensor) -> Encoded:
-        """row_ids: any tensor (N,), which gives the number of rows where there are no columns."""
+        """row_ids: (N,), embedded where this encodes ids; else it gives the number of rows."""
         nothing = torch.zeros(len(row_ids), 0, device=row_ids.device)
-        embedded = [self.tables.embed(name, features[name]) for name in self.names]
+        embedded = [] if self.ids is None else [self.ids(row_ids)]
+        embedded += [self.tables.embed(name, features[name]) for name in self.names]
         numbers = [_column(features[name]) for name in self.numbers]
         return Encoded(torch.cat([nothing, *embedded], dim=1), torch.cat([nothing, *numbers], dim=1))
 
@@ -97,19 +105,18 @@ class RankerInputs(nn.Module):
                     f"model.feature_dims names '{name}', which is not a column; allowed: {', '.join(sorted(known))}"
                 )
         by_role = {role: [f for f in dataset.features if f.role == role] for role in ("user", "context", "item")}
-        ids: dict[Ids, int] = {"user": dataset.num_users} if options.user_embedding else {}
-        self.user_embedding = options.user_embedding
-        self.user = ColumnEncoder(by_role["user"], ids, options)
-        self.context = ColumnEncoder(by_role["context"], {}, options)
-        self.item = ColumnEncoder(by_role["item"], {"item": dataset.num_items}, options)
+        self.user = ColumnEncoder(
+            by_role["user"], options, "user" if options.user_embedding else None, dataset.num_users
+        )
+        self.context = ColumnEncoder(by_role["context"], options)
+        self.item = ColumnEncoder(by_role["item"], options, "item", dataset.num_items)
         self.num_items = dataset.num_items
         self.item_features = ItemFeatures(items)
         self.row_width = self.user.width + self.context.width
 
     def rows(self, batch: Batch) -> Encoded:
         """User and context of each row (B)."""
-        ids: dict[str, Feature] = {"user": batch.user_B} if self.user_embedding else {}
-        user = self.user(ids | batch.user_features, batch.user_B)
+        user = self.user(batch.user_features, batch.user_B)
         return Encoded.cat([user, self.context(batch.context, batch.user_B)])
 
     def items(self, batch: Batch, with_history: bool = True) -> BatchItems:
@@ -120,9 +127,10 @@ class RankerInputs(nn.Module):
             distinct, index = torch.arange(self.num_items, device=ids.device), ids
         else:
             distinct, index = torch.unique(ids, return_inverse=True)
-        features: dict[str, Feature] = {"item": distinct} | self.item_features(distinct)
         num = len(batch.target_Q)
-        return BatchItems(self.item(features, distinct), index[:num], Jagged(index[num:], batch.history.offsets))
+        return BatchItems(
+            self.item(self.item_features(distinct), distinct), index[:num], Jagged(index[num:], batch.history.offsets)
+        )
 
 
 class FlatInputs(RankerInputs):

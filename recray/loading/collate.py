@@ -124,7 +124,7 @@ def eval_queries(
 def item_table(dataset: PreparedDataset) -> ItemTable:
     """items.parquet as tensors."""
     table = dataset.items()
-    features = {f.name: _feature(Column.of(table[f.name])) for f in dataset.record.features if f.role == "item"}
+    features = {f.name: _feature(Column.of(table[f.column])) for f in dataset.record.features if f.role == "item"}
     return ItemTable(torch.from_numpy(table["count"].to_numpy().astype(np.float32)), features)
 
 

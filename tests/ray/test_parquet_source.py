@@ -153,18 +153,18 @@ def test_types_that_spark_and_pandas_write(tmp_path: Path) -> None:
     table = _direct(_config(str(tmp_path), {"context": ["tags", "words", "price", "flag"]}))
     assert table.schema.field("user").type == pa.string()
     assert table.schema.field("item").type == pa.int64()
-    assert table.schema.field("price").type == pa.float64()
-    assert table.schema.field("flag").type == pa.int64()
-    assert table["tags"].to_pylist() == tags * 2
-    assert table["words"].to_pylist() == [["x"]] * 12
+    assert table.schema.field("context_price").type == pa.float64()
+    assert table.schema.field("context_flag").type == pa.int64()
+    assert table["context_tags"].to_pylist() == tags * 2
+    assert table["context_words"].to_pylist() == [["x"]] * 12
 
 
 def test_hive_folders_are_columns_and_file_names_are_not(tmp_path: Path) -> None:
     for country in ("fr", "d%20e", "__HIVE_DEFAULT_PARTITION__"):
         _write(tmp_path / f"country={country}" / "hour=003" / "minute=7.parquet", _events(2))
     table = _direct(_config(str(tmp_path), {"context": ["country", "hour"]}))
-    assert sorted(map(str, table["country"].to_pylist())) == ["None", "None", "d e", "d e", "fr", "fr"]
-    assert table["hour"].to_pylist() == [3] * 6
+    assert sorted(map(str, table["context_country"].to_pylist())) == ["None", "None", "d e", "d e", "fr", "fr"]
+    assert table["context_hour"].to_pylist() == [3] * 6
     with pytest.raises(DataError, match="has no column 'minute'"):
         _direct(_config(str(tmp_path), {"context": ["minute"]}))
 
@@ -186,12 +186,12 @@ def test_side_tables(tmp_path: Path) -> None:
     config = _config(events, items=_write(tmp_path / "i.parquet", items))
     source = parquet.read(config, 1)
     assert source.items is not None and source.users is None
-    assert source.items.column_names == ["item", "price", "tags"]
+    assert source.items.column_names == ["item", "item_price", "item_tags"]
     assert source.items["item"].type == pa.int64()
     twice = _write(tmp_path / "t.parquet", pa.concat_tables([items, items.slice(0, 1)]))
     with pytest.raises(DataError, match=r"'item_id' repeats 1 of 2 keys, '0' 2 times; keep one row per item"):
         parquet.read(_config(events, items=twice), 1)
-    with pytest.raises(DataError, match=r"no column 'user_id' to join on; columns there: price, item_id, tags"):
+    with pytest.raises(DataError, match=r"no column 'user_id' to join on.*; columns there: price, item_id, tags"):
         parquet.read(_config(events, users=config.items), 1)
 
 
@@ -333,7 +333,7 @@ def test_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
         pq.write_table(_events(4), f"clicks/log/day={i}/part.parquet", filesystem=system)
     table = _direct(_config("s3://clicks/log/", {"context": ["day"]}))
-    assert table["day"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert table["context_day"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 4
     assert parquet.read(_config("s3://clicks/log/"), 1).num_events == 12
     with pytest.raises(RecrayError, match="s3://clicks/other"):
         parquet.read(_config("s3://clicks/other/"), 1)

@@ -18,7 +18,9 @@ from recray.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 DAY = 86_400_000_000
-ITEMS = pa.table({"item": np.arange(40), "brand": [f"b{i % 3}" for i in range(40)], "price": np.linspace(1, 9, 40)})
+ITEMS = pa.table(
+    {"item": np.arange(40), "item_brand": [f"b{i % 3}" for i in range(40)], "item_price": np.linspace(1, 9, 40)}
+)
 
 
 def log(num_events: int = 600, keys: str = "int", seed: int = 0) -> pa.Table:
@@ -30,7 +32,7 @@ def log(num_events: int = 600, keys: str = "int", seed: int = 0) -> pa.Table:
             "item": np.minimum(rng.geometric(0.1, num_events), 39),
             "time": rng.integers(0, 10 * DAY, num_events),
             "order": np.arange(num_events),
-            "hour": rng.integers(0, 24, num_events),
+            "context_hour": rng.integers(0, 24, num_events),
         }
     )
 
@@ -95,7 +97,7 @@ def test_temporal_dataset(run, caplog) -> None:
 
     items = dataset.items()
     assert items["item"].to_pylist()[2:] == sorted(frequent, key=lambda i: (-frequent[i], i))
-    assert items.schema.field("brand").type == pa.int32() and items.schema.field("price").type == pa.float32()
+    assert items.schema.field("item_brand").type == pa.int32() and items.schema.field("item_price").type == pa.float32()
     keys = dict(zip(dataset.user_keys()["user_id"].to_pylist(), dataset.user_keys()["user"].to_pylist(), strict=True))
     assert sorted(keys) == list(range(2, record.num_users))
     (test,) = dataset.iter_tables("test")

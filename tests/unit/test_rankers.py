@@ -1,6 +1,8 @@
 """Contracts that every ranker keeps, found by name; and what is true of one model."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +120,33 @@ def test_shapes_and_protocol(name: str, features: bool) -> None:
     assert nobody.shape == (2,) and torch.isfinite(nobody).all()
 
 
+# Names that are attributes of modules, that torch refuses, or that recray uses itself.
+ODD = {"country": "user", "age": "type", "tags": "price.usd", "hour": "items", "temperature": "", "brand": "item"} | {
+    "price": "two\nlines",
+    "genres": "颜色",
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, "two_tower"])
+def test_names_of_columns_make_no_difference(name: str) -> None:
+    def renamed(features: dict[str, Any]) -> dict[str, Any]:
+        return {ODD[column]: feature for column, feature in features.items()}
+
+    module, batch, items = registry.load("model", name), _batch(True), _items(True)
+    odd = replace(batch, user_features=renamed(batch.user_features), context=renamed(batch.context))
+    record = _record([feature.model_copy(update={"name": ODD[feature.name]}) for feature in FEATURES])
+    options = module.Options(dim=8, hidden=[8], user_embedding=True)
+    torch.manual_seed(0)
+    plain = module.build(options, _record(FEATURES), items).eval()
+    torch.manual_seed(0)
+    model = module.build(options, record, ItemTable(items.counts_N, renamed(items.features))).eval()
+    if name == "two_tower":
+        assert torch.equal(model.query_vectors(odd), plain.query_vectors(batch))
+        assert torch.equal(model.item_vectors(torch.arange(ITEMS)), plain.item_vectors(torch.arange(ITEMS)))
+    else:
+        assert torch.equal(model.logits(odd), plain.logits(batch))
+
+
 @pytest.mark.parametrize("mode", ["dense", "sparse_replicated", "row_sharded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_overfits_a_small_set(name: str, mode: Mode) -> None:
@@ -218,7 +247,7 @@ def test_dlrm_refuses_widths_of_its_own() -> None:
 @pytest.mark.parametrize("mode", ["sparse_replicated", "row_sharded"])
 def test_only_touched_rows_move(mode: Mode) -> None:
     model = _model("dcn_v2", mode=mode, history="none")
-    table = model.inputs.item.tables["item_"]  # type: ignore[union-attr, index]
+    table = model.inputs.item.ids  # type: ignore[union-attr]
     assert isinstance(table, Table) and table.mode == mode
     before, batch = table.weight.detach().clone(), _batch(True)
     optimizer = Optimizers(OptimConfig(embedding_decay=0.1), model)

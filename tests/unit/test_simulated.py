@@ -44,7 +44,7 @@ def test_sizes_and_ranges(log: pa.Table) -> None:
     assert time.max() < simulated.START_US + 32 * 86_400_000_000
     assert item.min() >= 0 and item.max() < SMALL.items
     assert len(np.unique(log["order"].to_numpy())) == len(log)
-    assert set(log["device"].unique().to_pylist()) == set(simulated.DEVICES)
+    assert set(log["context_device"].unique().to_pylist()) == set(simulated.DEVICES)
 
 
 def test_few_repeats(log: pa.Table) -> None:
@@ -63,9 +63,9 @@ def test_popularity_is_zipf(log: pa.Table) -> None:
 def test_items_have_category_price_and_tags() -> None:
     items = World.build(SMALL, 3).item_table()
     assert items["item"].to_pylist() == list(range(SMALL.items))
-    assert len(items["category"].unique()) == SMALL.categories
-    assert np.isfinite(items["price"].to_numpy()).all()
-    assert all(len(tags) == 2 for tags in items["tags"].to_pylist())
+    assert len(items["item_category"].unique()) == SMALL.categories
+    assert np.isfinite(items["item_price"].to_numpy()).all()
+    assert all(len(tags) == 2 for tags in items["item_tags"].to_pylist())
 
 
 def test_probabilities_sum_to_one_over_items() -> None:

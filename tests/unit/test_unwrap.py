@@ -37,6 +37,13 @@ The above exception was the direct cause of the following exception:
 """
 
 
+# What Ray Data 2.60 makes of an error in map_batches.
+_RAY_DATA = """ray::MapBatches(read)() (pid=2, ip=10.0.0.1)
+recray.errors.DataError: column 'item' has 3 nulls; fill them
+Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).
+To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext.get_current()`."""
+
+
 def _caused(error: Exception, cause: BaseException) -> Exception:
     error.__cause__ = cause
     return error
@@ -51,6 +58,7 @@ def _caused(error: Exception, cause: BaseException) -> Exception:
         (_WorkerGroupError({1: _TaskError(ConfigError("bad key"))}), ConfigError, "bad key"),
         (_caused(RuntimeError("outer"), _TaskError(DataError("inner"))), DataError, "inner"),
         (_TaskError(None, _TRACEBACK), DataError, "column 'item' has 3 nulls;\nfill them"),
+        (_TaskError(None, _RAY_DATA), DataError, "column 'item' has 3 nulls; fill them"),
     ],
 )
 def test_the_error_comes_out_as_it_was_raised(error: Exception, kind: type[RecrayError], text: str) -> None:

@@ -9,13 +9,18 @@ Standard columns of `Source.events`:
     label     float32     optional, 0 or 1
     weight    float32     optional, finite and >= 0
     split     string      optional: "train", "valid", "test"
-    <context> int64 | float64 | string | lists of these, under their own names
+    context_<name>  int64 | float64 | string | timestamp[us] | lists of the first three, of data.columns.context
+
+The prefix keeps the names of a user's columns apart from these, whatever they are; side tables have `item_<name>` and
+`user_<name>` for the same reason (recray.records.feature_column).
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +29,7 @@ import pyarrow.compute as pc
 from recray import storage
 from recray.errors import DataError
 from recray.ids import SPLITS
+from recray.records import feature_column
 
 if TYPE_CHECKING:
     import ray.data
@@ -40,8 +46,9 @@ class Source:
     num_events: int  # before any filter; exact or a close estimate
     fingerprint: str  # changes when the input does
     has_time: bool = True
-    items: pa.Table | None = None  # column `item` and features
-    users: pa.Table | None = None  # column `user` and features
+    items: pa.Table | None = None  # column `item` and features `item_<name>`, of any type
+    users: pa.Table | None = None  # column `user` and features `user_<name>`
+    types: dict[str, pa.DataType] | None = None  # of the columns of events, if known before events are read
 
 
 def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -68,7 +75,8 @@ def standard_type(kind: pa.DataType) -> pa.DataType | None:
 def standardised(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
     """`column` as the standard type `kind`. Raises DataError where a value does not fit."""
     try:
-        return decoded(column).cast(kind)
+        # Times of other units are cut to microseconds.
+        return decoded(column).cast(kind, safe=not pa.types.is_timestamp(kind))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{where} holds values that are not {kind}: {error}; fix the column") from error
 
@@ -183,7 +191,23 @@ def low_high(column: pa.ChunkedArray) -> tuple[float, float]:
     return float(both["min"].as_py() or 0), float(both["max"].as_py() or 0)
 
 
-def side_table(uri: str | None, key: str, role: str) -> pa.Table | None:
+def did_you_mean(name: str, there: Iterable[str]) -> str:
+    """' (did you mean ...?)' with the most similar name, whatever its case; '' if there is none."""
+    by_case = {one.casefold(): one for one in there}
+    near = difflib.get_close_matches(name.casefold(), by_case, n=1, cutoff=0.4)
+    return f" (did you mean {by_case[near[0]]!r}?)" if near else ""
+
+
+def unique_names(names: Sequence[str], wanted: Iterable[str], where: str) -> None:
+    """Raises DataError if one of the wanted columns is there twice."""
+    for name in wanted:
+        if (count := names.count(name)) > 1:
+            raise DataError(
+                f"{where} has {count} columns called {name!r}, and only one can be meant; rename the others"
+            )
+
+
+def side_table(uri: str | None, key: str, role: Literal["item", "user"]) -> pa.Table | None:
     """An item or user table with its key column renamed to `role`; one row per key."""
     if uri is None:
         return None
@@ -191,13 +215,15 @@ def side_table(uri: str | None, key: str, role: str) -> pa.Table | None:
     return keyed_table(pa.concat_tables(tables, promote_options="permissive"), key, role, uri)
 
 
-def keyed_table(table: pa.Table, key: str, role: str, where: str) -> pa.Table:
-    """`table` in standard types with its unique key first, called `role`; columns of other types are left out."""
-    if key not in table.column_names:
+def keyed_table(table: pa.Table, key: str, role: Literal["item", "user"], where: str) -> pa.Table:
+    """`table` with its unique key first, called `role`, and the other columns, which are not converted, as features."""
+    names = table.column_names
+    if key not in names:
         raise DataError(
-            f"{where} has no column '{key}' to join on; columns there: {', '.join(table.column_names)}; "
+            f"{where} has no column '{key}' to join on{did_you_mean(key, names)}; columns there: {', '.join(names)}; "
             f"rename its key to data.columns.{role}"
         )
+    unique_names(names, names, where)
     keys = ids(table[key], f"{where}: column '{key}'")
     counts = pc.value_counts(keys.combine_chunks())
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
@@ -206,9 +232,4 @@ def keyed_table(table: pa.Table, key: str, role: str, where: str) -> pa.Table:
             f"{where}: column '{key}' repeats {len(repeated)} of {len(counts)} keys, '{repeated[0]['values']}' "
             f"{repeated[0]['counts']} times; keep one row per {role}"
         )
-    out = {role: keys}
-    for name in table.column_names:
-        kind = standard_type(table[name].type)
-        if name not in (key, role) and kind is not None and kind != pa.null():
-            out[name] = standardised(table[name], kind, f"{where}: column '{name}'")
-    return pa.table(out)
+    return pa.table({role: keys} | {feature_column(role, name): table[name] for name in names if name != key})

@@ -8,7 +8,6 @@ large ones by row groups, about _TASK_BYTES a task.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from recray.config.sources import ParquetOptions as Options
 from recray.data.sources import base
 from recray.data.sources.base import Source
 from recray.errors import ConfigError, DataError, StorageError
+from recray.records import feature_column
 
 __all__ = ["Options", "read"]
 _TASK_BYTES = 64 << 20
@@ -99,6 +99,7 @@ def read(config: DataConfig, seed: int) -> Source:
         has_time=plan.unit not in (None, "order"),
         items=base.side_table(config.items, config.columns.item, "item"),
         users=base.side_table(config.users, config.columns.user, "user"),
+        types=types,
     )
 
 
@@ -155,7 +156,7 @@ def _roles(columns: ColumnsConfig) -> dict[str, str]:
     """Role -> column name, of the roles that have one."""
     roles = {role: getattr(columns, role) for role in ("user", "item", "timestamp", "label", "weight", "split")}
     named = {role: name for role, name in roles.items() if name is not None}
-    return named | {f"context {name}": name for name in columns.context}
+    return named | {feature_column("context", name): name for name in columns.context}
 
 
 _ALLOWED = {
@@ -171,19 +172,17 @@ _ALLOWED = {
 
 def _check_columns(columns: ColumnsConfig, footers: list[_Footer]) -> dict[str, pa.DataType]:
     """The standard type of each role's column over all files. Raises DataError on a missing or wrong one."""
-    clash = [name for name in columns.context if name in base.STANDARD]
-    if clash:
-        raise ConfigError(f"data.columns.context: '{clash[0]}' is a name that recray uses itself; rename the column")
     types: dict[str, pa.DataType] = {}
     first: dict[str, str] = {}
     for full_role, name in _roles(columns).items():
-        role = full_role.split()[0]
+        role = "context" if full_role.startswith("context_") else full_role
         for footer in footers:
+            base.unique_names(footer.schema.names, [name], footer.uri)
             raw = footer.type_of(name)
             if raw is None:
                 raise DataError(_missing(footer, name, role))
             kind = base.standard_type(raw)
-            if role == "timestamp" and (pa.types.is_timestamp(raw) or pa.types.is_date(raw)):
+            if role in ("timestamp", "context") and (pa.types.is_timestamp(raw) or pa.types.is_date(raw)):
                 kind = pa.timestamp("us")
             if not _fits(role, kind):
                 raise DataError(
@@ -229,8 +228,7 @@ def _joined(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 def _missing(footer: _Footer, name: str, role: str) -> str:
     there = [*footer.schema.names, *footer.hive]
-    near = difflib.get_close_matches(name, there, n=1, cutoff=0.4)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    hint = base.did_you_mean(name, there)
     return f"{footer.uri} has no column '{name}'{hint}; columns there: {', '.join(there)}; set data.columns.{role}"
 
 
@@ -296,7 +294,7 @@ def _read_piece(piece: _Piece, plan: _Plan) -> pa.Table:
     out: dict[str, Any] = {"time": order, "order": order}
     for role, name in roles.items():
         column = table[name] if name in there else pa.chunked_array([pa.array([piece.hive[name]] * rows, pa.string())])
-        target = "time" if role == "timestamp" else role.removeprefix("context ")
+        target = "time" if role == "timestamp" else role
         out[target] = _standard(column, role, plan, f"{piece.uri}: column '{name}'")
     if piece.split is not None:
         out["split"] = pa.array([piece.split] * rows, pa.string())

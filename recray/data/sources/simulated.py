@@ -154,7 +154,7 @@ class World:
         )
 
     def item_table(self) -> pa.Table:
-        """Columns item, category, price, tags; row order is the order of keys."""
+        """Columns item, item_category, item_price, item_tags; row order is the order of keys."""
         rng = np.random.default_rng([self.seed, _WORLD, 1])
         n = self.options.items
         order = np.argsort(self.key_N)
@@ -169,9 +169,9 @@ class World:
         return pa.table(
             {
                 "item": pa.array(self.key_N[order].astype(np.int64)),
-                "category": pa.array([f"category-{c}" for c in category_N.tolist()]),
-                "price": pa.array(price_N),
-                "tags": pa.array(tags, pa.list_(pa.string())),
+                "item_category": pa.array([f"category-{c}" for c in category_N.tolist()]),
+                "item_price": pa.array(price_N),
+                "item_tags": pa.array(tags, pa.list_(pa.string())),
             }
         )
 
@@ -279,8 +279,8 @@ def simulate(world: World, user_B: np.ndarray) -> pa.Table:
             "item": world.key_N[item_E].astype(np.int64),
             "time": time_E,
             "order": (user_B[row_E].astype(np.int64) << 32) + step_E,
-            "device": device.cast(pa.string()),
-            "hour": (time_E // 3_600_000_000) % 24,
+            "context_device": device.cast(pa.string()),
+            "context_hour": (time_E // 3_600_000_000) % 24,
         }
     )
 
