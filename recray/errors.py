@@ -1,13 +1,14 @@
 """Every error that recray raises on purpose.
 
     RecrayError
-    +-- ConfigError       the configuration is wrong: a key, a value, a combination
-    +-- DataError         the input data is wrong: a column, a type, a value, a file
-    +-- StorageError      a URI cannot be read or written
-    +-- LineageError      two artefacts that do not belong together
-    +-- DependencyError   an optional package is missing
-    +-- ResourceError     the machine or cluster lacks what was asked for
-    +-- ClusterError      a Ray cluster cannot be reached, or refuses
+    +-- ConfigError         the configuration is wrong: a key, a value, a combination
+    +-- DataError           the input data is wrong: a column, a type, a value, a file
+    +-- StorageError        a URI cannot be read or written
+    +-- LineageError        two artefacts that do not belong together
+    +-- NotApplicableError  a baseline that this log does not allow
+    +-- DependencyError     an optional package is missing
+    +-- ResourceError       the machine or cluster lacks what was asked for
+    +-- ClusterError        a Ray cluster cannot be reached, or refuses
 
 A message says what is wrong, where, what is allowed and what to do next. The
 message is the only constructor argument, so every error survives pickling and
@@ -33,6 +34,10 @@ class StorageError(RecrayError):
 
 class LineageError(RecrayError):
     """Two artefacts do not belong together."""
+
+
+class NotApplicableError(RecrayError):
+    """A baseline that this log does not allow; it is left out of the report, which says why."""
 
 
 class DependencyError(RecrayError):

@@ -123,6 +123,7 @@ class DatasetRecord(Record):
     features: list[Feature] = []
     columns: dict[str, str] = {}  # of every shard: name -> Arrow type
     shards: dict[str, list[Shard]]  # "train", "valid", "test"
+    early: dict[str, list[str]] = {}  # split -> files of events that data.min_history keeps from being targets
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
     has_time: bool = True
@@ -146,7 +147,7 @@ class CheckpointRecord(Record):
     metric: str
     value: float  # validation value of `metric`, reduced over all workers
     best_epoch: int = 0  # the one with the best validation value so far; 0 before the first validation
-    history: list[dict[str, float]] = []  # one entry per epoch: loss, seconds, metrics
+    history: list[dict[str, float]] = []  # one entry per epoch trained, later ones than the best among them
     dataset_uri: str
     pieces: int = 0  # files that row_sharded tables lie in, one a training worker
 
@@ -195,13 +196,28 @@ class ReliabilityBin(Part):
     impressions: int
 
 
+class Comparison(Part):
+    """How much better a recommender is than another one on the same queries, with a paired 95 % interval over users."""
+
+    system: str
+    other: str  # a baseline, or the stage before it
+    metric: str
+    gain: float  # difference of the means; above 0: the system is better, also where lower values are
+    low: float | None = None
+    high: float | None = None
+
+
 class ReportRecord(Record):
     """Metrics of the model, its index and the baselines on one split."""
 
     kind: Literal["lists", "clicks"] = "lists"  # of a retriever or of a ranker
     split: str
     metrics: dict[str, dict[str, Interval]]  # system ("model", "index", "popularity", ...) -> metric -> value
-    counts: dict[str, int]  # users scored, dropped by reason, unknown targets, short lists
+    counts: dict[str, int]  # queries and targets, those that cannot be answered or hit by reason, short lists
+    reachable: dict[str, float] = {}  # lists: metric -> value of lists that hit every target that can be hit
+    comparisons: list[Comparison] = []
+    left_out: dict[str, str] = {}  # baseline -> why this log does not allow it
+    verdict: list[str] = []  # what the figures say, in words
     index: dict[str, float] = {}  # what the index loses against exact search
     rerank: dict[str, float] = {}  # what a ranker adds to the lists, and what its candidates cost
     reliability: list[ReliabilityBin] = []  # clicks: by falling probability

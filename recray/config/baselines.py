@@ -5,7 +5,7 @@ A baseline outside the package keeps its `Options` and its `build` in one file (
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recray.config.section import Section
 
@@ -20,10 +20,27 @@ class RecentPopularityOptions(BaselineOptions):
     )
 
 
+class RollingPopularityOptions(BaselineOptions):
+    window: str | None = Field(
+        None,
+        description="length of the period before each query whose events are counted, e.g. 10m; unset: 1h without half_life",
+    )
+    half_life: str | None = Field(
+        None, description="instead of a window: the age at which an event's weight is halved, e.g. 30m"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> RollingPopularityOptions:
+        if self.window is not None and self.half_life is not None:
+            raise ValueError("has both window and half_life: set one of them")
+        return self
+
+
 # Baseline name -> options.
 SHIPPED: dict[str, type[BaselineOptions]] = {
     "popularity": BaselineOptions,
     "recent_popularity": RecentPopularityOptions,
+    "rolling_popularity": RollingPopularityOptions,
     "hindsight": BaselineOptions,
     "item_knn": BaselineOptions,
     "oracle": BaselineOptions,

@@ -164,7 +164,7 @@ class EvaluationConfig(Section):
     )
     baselines: list[str] = Field(
         ["popularity", "item_knn", "oracle"],
-        description="baselines in the report: shipped ones or your own; hindsight: popularity in the split itself; oracle: simulated data only",
+        description="baselines in the report: shipped ones (popularity, recent_popularity, rolling_popularity, item_knn, hindsight, oracle) or your own",
     )
     baseline_options: dict[str, SerializeAsAny[BaselineOptions]] = Field(
         {}, description="options of baselines, a table per name, e.g. [evaluation.baseline_options.recent_popularity]"

@@ -38,6 +38,12 @@ class PreparedDataset:
         for shard in self.record.shards.get(split, []):
             yield storage.read_table(self.file_uri(shard.file))
 
+    def iter_early(self, split: str) -> Iterator[pa.Table]:
+        """Events of a split that are no targets, since their users have too few events before them (data.min_history):
+        one table for each file, of user rows that hold nothing else."""
+        for file in self.record.early.get(split, []):
+            yield storage.read_table(self.file_uri(file))
+
     def items(self) -> pa.Table:
         """Columns item (the original key), count and encoded features; row i is item id i."""
         return storage.read_table(storage.join(self.uri, "items.parquet"))

@@ -181,7 +181,15 @@ def write(
         per_group = max(1, _GROUP_EVENTS * len(out) // len(rows.index))
         storage.write_table(storage.join(uri, shard_file), out, row_group_rows=per_group)
         shards[split_name] = {"file": shard_file, "rows": len(out), "events": events, "impressions": impressions}
-    return {"shards": shards, "counts": counts}
+    early = {}
+    for split_name in SPLITS if encoders.min_history else ():
+        rows = user_rows.early_rows(user_E, code_E, split_name, positive_E, encoders.min_history)
+        if len(rows.index):
+            early[split_name] = f"early-{split_name}/{name}"
+            storage.write_table(
+                storage.join(uri, early[split_name]), rows.table(ids, {key: lists[key] for key in ("item", "time")}, {})
+            )
+    return {"shards": shards, "early": early, "counts": counts}
 
 
 def _with_negatives(

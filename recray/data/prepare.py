@@ -14,6 +14,7 @@ Layout of <run>/dataset/<identity>:
         weight       list<float32>     where the log has them
         user_<f>     encoded user feature
         context_<f>  list of encoded context features, parallel to item
+    early-train/ ...         with data.min_history: user, item, time, num_targets of events that are in no row as targets
 
 Steps: (1) partition events into buckets by a hash of the user, and sort each bucket
 (dropping duplicates and users with too few events), (2) find the time boundaries from
@@ -142,7 +143,7 @@ class _Work:
         encoders = partition.Encoders(
             keys, fitted["context"], fitted["user"], columns.users, sampler, self.config.min_history, self.seed
         )
-        shards = self._write(stats, counts, boundaries, draw, encoders)
+        shards, early = self._write(stats, counts, boundaries, draw, encoders)
         for name in SPLITS:
             if not shards[name]:
                 raise DataError(
@@ -160,6 +161,7 @@ class _Work:
             features=[feature for role in ("user", "context", "item") for feature in fitted[role].values()],
             columns={field.name: str(field.type) for field in schema},
             shards=shards,
+            early=early,
             seed=self.seed,
             split={"kind": self.config.split.kind, "first": first, "last": last}
             | (vars(boundaries) if boundaries else {}),
@@ -238,8 +240,8 @@ class _Work:
         boundaries: split.Boundaries | None,
         draw: split.Draw | None,
         encoders: partition.Encoders,
-    ) -> dict[str, list[Shard]]:
-        """Step 4: the shards of all buckets; adds the counts of what was written to `counts`."""
+    ) -> tuple[dict[str, list[Shard]], dict[str, list[str]]]:
+        """Step 4: by split the shards of all buckets, and the files of early events; adds to `counts` what was written."""
         import ray
 
         offsets = NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
@@ -256,7 +258,9 @@ class _Work:
         for name in SPLITS:
             counts.pop(f"events_{name}")  # of step 3, which still had rare items
         _add(counts, [part["counts"] for part in parts])
-        return {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
+        shards = {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
+        early = {name: [p["early"][name] for p in parts if name in p["early"]] for name in SPLITS}
+        return shards, {name: files for name, files in early.items() if files}
 
     def _sort(self, num_buckets: int) -> list[dict[str, int]]:
         """Step 1: one sorted Parquet file per bucket; returns one entry of statistics each, in order of buckets."""

@@ -157,3 +157,10 @@ def rows(user_E: np.ndarray, code_E: np.ndarray, split: str, positive_E: np.ndar
     user_R = np.flatnonzero(targets_U)
     offsets = offsets_from_lengths(length_U[user_R])
     return Rows(user_R, index, offsets, targets_U[user_R])
+
+
+def early_rows(user_E: np.ndarray, code_E: np.ndarray, split: str, positive_E: np.ndarray, min_history: int) -> Rows:
+    """The positive events of a split that are no targets, since fewer than `min_history` come before them."""
+    early_E = (code_E == SPLITS.index(split)) & positive_E & (num_earlier(user_E, positive_E) < min_history)
+    user_R, number_R = np.unique(user_E[early_E], return_counts=True)
+    return Rows(user_R, np.flatnonzero(early_E), offsets_from_lengths(number_R), number_R)

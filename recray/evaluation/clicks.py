@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -23,8 +24,10 @@ from recray.evaluation.refit import check_refit
 from recray.ids import UNKNOWN
 from recray.loading.collate import impressions
 from recray.metrics import ClickMetric, Clicks, click_metrics
+from recray.metrics.clicks import interval
 from recray.models import Ranker
-from recray.records import Interval, ReliabilityBin, ReportRecord
+from recray.records import Comparison, Interval, ReliabilityBin, ReportRecord
+from recray.report.verdict import verdict
 from recray.training import checkpoint
 
 _BATCH = 8192
@@ -50,16 +53,15 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     model = Clicks(user, scored["logit"], label, weight)
     popularity = Clicks(user, dataset.item_counts()[scored["target"]].astype(np.float64), label, weight)
     wanted = click_metrics(config)
-    metrics = {
-        "model": _summary(model, config, wanted),
-        "popularity": _summary(popularity, config, {n: m for n, m in wanted.items() if not m.needs_probabilities}),
-    }
+    of_any_score = {name: metric for name, metric in wanted.items() if not metric.needs_probabilities}
+    systems = {"model": _Summary.of(model, config, wanted), "popularity": _Summary.of(popularity, config, of_any_score)}
     report = ReportRecord(
         **artifact.lineage,
         config=config.model_dump(mode="json"),
         kind="clicks",
         split=split,
-        metrics=metrics,
+        metrics={name: one.metrics for name, one in systems.items()},
+        comparisons=[_comparison(systems, config, of_any_score)],
         counts={
             "impressions": len(label),
             "clicks": int((label > 0).sum()),
@@ -68,7 +70,8 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
         },
         reliability=[ReliabilityBin(**vars(one)) for one in model.reliability()],
         seconds=time.perf_counter() - started,
-    ).write(artifact.uri)
+    )
+    report = report.model_copy(update={"verdict": verdict(report, record, config)}).write(artifact.uri)
     run.publish(artifact)
     return report
 
@@ -89,11 +92,32 @@ def _score_shards(dataset: PreparedDataset, model_uri: str, split: str, numbers:
         yield {name: np.concatenate(column) for name, column in zip(names, zip(*pieces, strict=True), strict=True)}
 
 
-def _summary(clicks: Clicks, config: Config, metrics: dict[str, ClickMetric]) -> dict[str, Interval]:
-    values, resamples = clicks.metrics(metrics=metrics), config.evaluation.bootstrap
-    bounds = clicks.bootstrap(resamples, config.run.seed, metrics) if resamples else {}
-    out = {}
-    for name in metrics:
-        low, high = bounds.get(name, (None, None))
-        out[name] = Interval(value=values[name], low=low, high=high)
-    return out
+@dataclass(frozen=True)
+class _Summary:
+    """Metrics of some scores, and their values over resampled users (none without `evaluation.bootstrap`)."""
+
+    metrics: dict[str, Interval]
+    resampled: dict[str, np.ndarray]
+
+    @staticmethod
+    def of(clicks: Clicks, config: Config, metrics: dict[str, ClickMetric]) -> _Summary:
+        values, resamples = clicks.metrics(metrics=metrics), config.evaluation.bootstrap
+        drawn = clicks.resampled(resamples, config.run.seed, metrics) if resamples else {}
+        bounds = {name: interval(values_R) for name, values_R in drawn.items()}
+        found = {}
+        for name in metrics:
+            low, high = bounds.get(name, (None, None))
+            found[name] = Interval(value=values[name], low=low, high=high)
+        return _Summary(found, drawn)
+
+
+def _comparison(systems: dict[str, _Summary], config: Config, metrics: dict[str, ClickMetric]) -> Comparison:
+    """The model against popularity, by the metric that selects the model if popularity has it; both on the same users."""
+    metric = config.training.metric if config.training.metric in metrics else "auc"
+    sign = 1 if metrics[metric].higher_is_better else -1
+    model, other = systems["model"], systems["popularity"]
+    gain = sign * (model.metrics[metric].value - other.metrics[metric].value)
+    low, high = None, None
+    if model.resampled:
+        low, high = interval(sign * (model.resampled[metric] - other.resampled[metric]))
+    return Comparison(system="model", other="popularity", metric=metric, gain=gain, low=low, high=high)

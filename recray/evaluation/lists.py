@@ -2,8 +2,10 @@
 
 A query is a user with a history, asked once at the start of the split for all later items (`evaluation.queries =
 "user"`), or one query per later event, with everything before it as history ("event"). Every recommender of the run and
-every baseline answers the same queries. Unknown targets (items that training never saw) count as misses. There are no
-metrics on sampled negatives.
+every baseline answers the same queries. Some targets cannot be hit: items that the model does not know, and with
+`evaluation.filter_seen` items of the user's history. They count as misses; `reachable` is what lists would reach that hit
+all others. Intervals resample users, and differences are of the same resampled users. There are no metrics on sampled
+negatives.
 
 Shards of the split are divided among `scaling.num_workers` tasks; results are merged in order of shards, so they do not
 depend on the number of tasks.
@@ -12,6 +14,7 @@ depend on the number of tasks.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,16 +31,17 @@ from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
 from recray.loading.collate import EvalQuery, eval_queries
-from recray.metrics import list_metrics, ranking
+from recray.loading.jagged import offsets_from_lengths
+from recray.metrics import higher_is_better, list_metrics, ranking
 from recray.metrics.beyond_accuracy import ListCounts
-from recray.records import IndexRecord, Interval, ReportRecord
+from recray.records import Comparison, IndexRecord, Interval, ReportRecord
+from recray.report.verdict import verdict
 from recray.retrieval import Recommender
 from recray.retrieval.baselines import open_baselines
 from recray.retrieval.blend import check_blend
-from recray.retrieval.item_knn import MAX_EVENTS, num_events
 from recray.retrieval.recommenders import RunArtifacts, open_recommenders
 
-_COUNTED = ("queries", "queries_without_history", "targets", "unknown_targets")
+_STAGES = ("model", "index", "blended", "reranked")  # recommenders of the run; the others are baselines
 
 
 @dataclass
@@ -60,7 +64,21 @@ class _Scores:
         )
 
 
-_Part = tuple[dict[str, _Scores], dict[str, int]]  # of one shard: scores by recommender, and counts
+@dataclass
+class _Part:
+    """Results on one shard, or on several."""
+
+    scores: dict[str, _Scores]  # by recommender
+    left_out: dict[str, str]  # baselines, and why
+    counts: Counter[str] = field(default_factory=Counter)
+    users: list[np.ndarray] = field(default_factory=list)  # (B,) whose query it is
+    reachable: list[np.ndarray] = field(default_factory=list)  # (B, M) metrics of lists that hit all that can be hit
+
+    def __add__(self, other: _Part) -> _Part:
+        scores = {name: self.scores[name] + other.scores[name] for name in self.scores}
+        counts = Counter(self.counts)
+        counts.update(other.counts)  # unlike +, it keeps zeros
+        return _Part(scores, self.left_out, counts, self.users + other.users, self.reachable + other.reachable)
 
 
 def evaluate_lists(config: Config, split: str) -> ReportRecord:
@@ -78,38 +96,45 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     artifact = run.artifact(report_stage(split), artifacts.inputs)
     if not run.begin(artifact):
         return artifact.record
-    _warn_of_what_is_left_out(config, artifacts, split)
+    if artifacts.index is None:
+        log.warning("evaluate", "no index of this checkpoint: exact search only; `recray index` builds one")
     work = partial(_score_shards, config, artifacts, split)
-    parts = map_shards("evaluate", work, config.scaling, len(dataset.record.shards[split]))
-    scores, counts = _merged(parts)
-    if not counts["queries"]:
+    found, *more = map_shards("evaluate", work, config.scaling, len(dataset.record.shards[split]))
+    for part in more:
+        found += part
+    if not found.counts["queries"]:
         raise DataError(f"no query of the {split} split has a history: check data.split, or train on more of the log")
-    metrics = {name: _summary(one, config, dataset) for name, one in scores.items()}
-    catalogue = dataset.record.num_items - NUM_RESERVED
-    index = artifacts.index
+    for name, why in found.left_out.items():
+        log.warning("evaluate", f"baseline {name} is left out: {why}")
+    users = np.concatenate(found.users)
+    metrics = {name: _summary(one, users, config, dataset) for name, one in found.scores.items()}
+    index = artifacts.index.record if artifacts.index else None
     report = ReportRecord(
         **artifact.lineage,
         config=config.model_dump(mode="json"),
         split=split,
         metrics=metrics,
-        counts={**counts, "short_lists": scores["model"].short_lists, "catalogue": catalogue},
-        index=_index_loss(index.record, metrics, max(config.evaluation.k)) if index else {},
-        rerank=_rerank(scores, metrics, config, counts["queries"]) if "reranked" in scores else {},
+        counts=_counts(found, users, dataset),
+        reachable=dict(zip(_names(config), np.concatenate(found.reachable).mean(axis=0).tolist(), strict=True)),
+        comparisons=_comparisons(found.scores, users, config),
+        left_out=found.left_out,
+        index=_index_loss(index, metrics, max(config.evaluation.k)) if index else {},
+        rerank=_rerank(found.scores, metrics, config, len(users)) if "reranked" in metrics else {},
         seconds=time.perf_counter() - started,
-    ).write(artifact.uri)
+    )
+    words = verdict(report, artifacts.checkpoint.record, config)
+    report = report.model_copy(update={"verdict": words}).write(artifact.uri)
     run.publish(artifact)
     return report
 
 
-def _warn_of_what_is_left_out(config: Config, artifacts: RunArtifacts, split: str) -> None:
-    if artifacts.index is None:
-        log.warning("evaluate", "no index of this checkpoint: exact search only; `recray index` builds one")
-    events = num_events(artifacts.dataset, before(split))
-    if "item_knn" in config.evaluation.baselines and events > MAX_EVENTS:
-        log.warning(
-            "evaluate",
-            f"baseline item_knn is left out: {events:,} events before the split are more than {MAX_EVENTS:,}",
-        )
+def _counts(found: _Part, users: np.ndarray, dataset: PreparedDataset) -> dict[str, int]:
+    return {
+        **found.counts,
+        "users": len(np.unique(users)),
+        "short_lists": found.scores["model"].short_lists,
+        "catalogue": dataset.record.num_items - NUM_RESERVED,
+    }
 
 
 def _score_shards(config: Config, artifacts: RunArtifacts, split: str, numbers: Iterable[int]) -> Iterator[_Part]:
@@ -121,16 +146,17 @@ def _score_shards(config: Config, artifacts: RunArtifacts, split: str, numbers: 
     if opened.reranked is not None:
         candidates = _Measured(opened.reranked.search)
         recommenders["reranked"] = replace(opened.reranked, search=candidates)
-    item_knn = opened.blended.item_knn if opened.blended is not None else None
-    scorer = _Scorer(recommenders | open_baselines(config, dataset, split, item_knn), candidates, vectors_ND, config)
+    built: dict[str, Recommender] = {"item_knn": opened.blended.item_knn} if opened.blended is not None else {}
+    baselines, left_out = open_baselines(config, dataset, split, built)
+    scorer = _Scorer(recommenders | baselines, candidates, vectors_ND, config)
     options = config.evaluation
     for number in numbers:
         table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))
-        scores = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in scorer.recommenders}
-        counts = dict.fromkeys(_COUNTED, 0)
+        none = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in scorer.recommenders}
+        part = _Part(none, left_out)
         for query in eval_queries(table, options.batch_size, config.model.history_length, options.queries):
-            scorer.score(query, scores, counts)
-        yield scores, counts
+            scorer.score(query, part)
+        yield part
 
 
 class _Measured:
@@ -155,54 +181,91 @@ class _Scorer:
     vectors_ND: np.ndarray
     config: Config
 
-    def score(self, query: EvalQuery, scores: dict[str, _Scores], counts: dict[str, int]) -> None:
+    def score(self, query: EvalQuery, part: _Part) -> None:
         """Rank one batch of queries by every recommender, and add to their results."""
         ks, exclude_seen = self.config.evaluation.k, self.config.evaluation.filter_seen
         rows = (query.seen.lengths() > 0).numpy()
         values, offsets = query.targets.values.numpy(), query.targets.offsets.numpy()
         wanted = ranking.num_distinct(values, offsets)[rows]
-        target_row = np.repeat(rows, np.diff(offsets))
-        added = (rows.sum(), (~rows).sum(), target_row.sum(), ((values == UNKNOWN) & target_row).sum())
-        for name, number in zip(_COUNTED, added, strict=True):
-            counts[name] += int(number)
+        self._count(query, rows, wanted, part)
         for name, recommender in self.recommenders.items():
+            scores = part.scores[name]
             started = time.perf_counter()
             ids, _ = recommender.recommend(query, max(ks), exclude_seen)
-            scores[name].seconds += time.perf_counter() - started
-            hits = ranking.hits(ids, values, offsets)[rows]
-            found = ranking.per_user(hits, wanted, ks, list_metrics(self.config))
-            scores[name].values.append(np.stack(list(found.values()), axis=1))
-            scores[name].lists.add(ids[rows], self.vectors_ND)
-            scores[name].short_lists += int((ids[rows] == PAD).any(axis=1).sum())
+            scores.seconds += time.perf_counter() - started
+            scores.values.append(self._metrics(ranking.hits(ids, values, offsets)[rows], wanted))
+            scores.lists.add(ids[rows], self.vectors_ND)
+            scores.short_lists += int((ids[rows] == PAD).any(axis=1).sum())
         if self.candidates is not None:
             hit = ranking.hits(self.candidates.ids, values, offsets)[rows].sum(axis=1) / wanted
-            scores["reranked"].candidate_recall += float(hit.sum())
-            scores["reranked"].seconds -= self.candidates.seconds
+            part.scores["reranked"].candidate_recall += float(hit.sum())
+            part.scores["reranked"].seconds -= self.candidates.seconds
+
+    def _count(self, query: EvalQuery, rows: np.ndarray, wanted_B: np.ndarray, part: _Part) -> None:
+        """Count queries and targets, and what of them no list can hit. rows: the queries that have a history."""
+        values, offsets = query.targets.values.numpy(), query.targets.offsets.numpy()
+        asked = np.repeat(rows, np.diff(offsets))
+        unknown = values == UNKNOWN
+        seen = ~unknown & ranking.shared(values, offsets, query.seen.values.numpy(), query.seen.offsets.numpy())
+        part.counts.update(
+            queries=int(rows.sum()),
+            queries_without_history=int((~rows).sum()),
+            targets=int(asked.sum()),
+            targets_without_history=int((~asked).sum()),
+            unknown_targets=int((unknown & asked).sum()),
+            seen_targets=int((seen & asked).sum()),
+        )
+        kept = ~unknown & ~(seen & self.config.evaluation.filter_seen)
+        reachable_B = ranking.num_distinct(values[kept], offsets_from_lengths(kept)[offsets])[rows]
+        hits_BK = np.arange(max(self.config.evaluation.k)) < reachable_B[:, None]
+        part.reachable.append(self._metrics(hits_BK, wanted_B))
+        part.users.append(query.batch.user_B.numpy()[rows])
+
+    def _metrics(self, hits_BK: np.ndarray, wanted_B: np.ndarray) -> np.ndarray:
+        """(B, M) values, columns in order of _names."""
+        found = ranking.per_user(hits_BK, wanted_B, self.config.evaluation.k, list_metrics(self.config))
+        return np.stack(list(found.values()), axis=1)
 
 
 def _names(config: Config) -> list[str]:
     return [f"{name}@{k}" for k in config.evaluation.k for name in list_metrics(config)]
 
 
-def _merged(parts: list[_Part]) -> _Part:
-    scores, counts = parts[0]
-    for more, added in parts[1:]:
-        scores = {name: scores[name] + more[name] for name in scores}
-        counts = {name: counts[name] + added[name] for name in counts}
-    return scores, counts
-
-
-def _summary(scores: _Scores, config: Config, dataset: PreparedDataset) -> dict[str, Interval]:
-    ks = config.evaluation.k
+def _summary(scores: _Scores, users: np.ndarray, config: Config, dataset: PreparedDataset) -> dict[str, Interval]:
     values = np.concatenate(scores.values)
-    low: list[float | None] = [None] * values.shape[1]
-    high = low
-    if config.evaluation.bootstrap:
-        low, high = (x.tolist() for x in ranking.bootstrap(values, config.evaluation.bootstrap, config.run.seed))
     means = values.mean(axis=0).tolist()
-    out = {n: Interval(value=m, low=a, high=b) for n, m, a, b in zip(_names(config), means, low, high, strict=True)}
-    lists = scores.lists.metrics(max(ks), dataset.item_counts(), dataset.record.counts["users_train"])
+    bounds = _bounds(values, users, config)
+    out = {n: Interval(value=m, low=a, high=b) for n, m, (a, b) in zip(_names(config), means, bounds, strict=True)}
+    k, users_train = max(config.evaluation.k), dataset.record.counts["users_train"]
+    lists = scores.lists.metrics(k, dataset.item_counts(), users_train)
     return out | {name: Interval(value=value) for name, value in lists.items()}
+
+
+def _bounds(values_BM: np.ndarray, users: np.ndarray, config: Config) -> list[tuple[float | None, float | None]]:
+    """The interval of each column's mean; None without resamples."""
+    if not config.evaluation.bootstrap:
+        return [(None, None)] * values_BM.shape[1]
+    low, high = ranking.bootstrap(values_BM, config.evaluation.bootstrap, config.run.seed, users)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def _comparisons(scores: dict[str, _Scores], users: np.ndarray, config: Config) -> list[Comparison]:
+    """The model, and what is made of its lists, against every baseline and against the stage before it."""
+    names = _names(config)
+    metric = config.training.metric if config.training.metric in names else f"ndcg@{config.evaluation.k[0]}"
+    sign = 1 if higher_is_better(metric, config.run.plugins) else -1
+    column = {name: np.concatenate(one.values)[:, names.index(metric)] for name, one in scores.items()}
+    stages = [name for name in _STAGES if name in scores]
+    pairs = [(stage, stages[at - 1]) for at, stage in enumerate(stages) if stage in ("blended", "reranked")]
+    pairs += [(stage, name) for stage in stages if stage != "index" for name in scores if name not in _STAGES]
+    if not pairs:
+        return []
+    gains_BP = sign * np.stack([column[one] - column[other] for one, other in pairs], axis=1)
+    bounds = _bounds(gains_BP, users, config)
+    return [
+        Comparison(system=one, other=other, metric=metric, gain=gain, low=low, high=high)
+        for (one, other), gain, (low, high) in zip(pairs, gains_BP.mean(axis=0).tolist(), bounds, strict=True)
+    ]
 
 
 def _index_loss(index: IndexRecord, metrics: dict[str, dict[str, Interval]], k: int) -> dict[str, float]:

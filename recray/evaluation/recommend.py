@@ -33,7 +33,7 @@ from recray.evaluation.parallel import map_shards
 from recray.ids import FIRST_ITEM, SPLITS
 from recray.loading.collate import eval_queries
 from recray.records import ListsRecord
-from recray.retrieval.baselines import Popularity
+from recray.retrieval.baselines.popularity import Popularity
 from recray.retrieval.blend import check_blend
 from recray.retrieval.recommenders import RunArtifacts, open_recommenders
 

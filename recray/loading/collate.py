@@ -84,6 +84,9 @@ class EvalQuery:
     batch: Batch
     seen: Jagged  # every item of the user before the query, unknown ones included; the history is the end of it
     targets: Jagged  # what the user chose from then on; empty where that is not known
+    time_B: (
+        Tensor  # int64: when the query is asked, the time of its first target; events of that time are not known yet
+    )
 
 
 def eval_queries(
@@ -118,7 +121,9 @@ def eval_queries(
             context={name: column.take(event) for name, column in rows.context.items()},
         )
         seen = _jagged(Column.from_ranges(rows.item, begin, at - begin))
-        yield EvalQuery(_batch(fields), seen, _jagged(Column.from_ranges(rows.item, at, number)))
+        targets = _jagged(Column.from_ranges(rows.item, at, number))
+        time_B = torch.from_numpy(rows.time[event] + (number == 0))  # "next": just after the last event
+        yield EvalQuery(_batch(fields), seen, targets, time_B)
 
 
 def item_table(dataset: PreparedDataset) -> ItemTable:

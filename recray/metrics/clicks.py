@@ -83,14 +83,23 @@ class Clicks:
         self, resamples: int, seed: int, metrics: Mapping[str, ClickMetric] | None = None
     ) -> dict[str, tuple[float, float]]:
         """95 % percentile interval of every metric over resampled users."""
+        drawn = self.resampled(resamples, seed, metrics)
+        return {name: interval(values_R) for name, values_R in drawn.items()}
+
+    def resampled(
+        self, resamples: int, seed: int, metrics: Mapping[str, ClickMetric] | None = None
+    ) -> dict[str, np.ndarray]:
+        """(R,) values of every metric, each over another draw of the users.
+
+        Scores of the same impressions with the same seed have the same draws, so that their differences are paired.
+        """
         rng = np.random.default_rng(seed)
         n = self.num_users
         drawn = [
             self.metrics(np.bincount(rng.integers(0, n, n), minlength=n).astype(float), metrics)
             for _ in range(resamples)
         ]
-        values = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
-        return {name: (_quantile(v, 0.025), _quantile(v, 0.975)) for name, v in values.items()}
+        return {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
 
     def auc(self, weight: np.ndarray) -> float:
         positive, negative = weight * self.label, weight * ~self.label
@@ -186,6 +195,9 @@ def _average(values: np.ndarray, weights: np.ndarray) -> float:
     return float(values @ weights / weights.sum()) if weights.sum() > 0 else float("nan")
 
 
-def _quantile(values: np.ndarray, q: float) -> float:
-    good = values[np.isfinite(values)]
-    return float(np.quantile(good, q)) if len(good) else float("nan")
+def interval(values_R: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of values, of those that are finite; NaN if none is."""
+    good = values_R[np.isfinite(values_R)]
+    if not len(good):
+        return float("nan"), float("nan")
+    return float(np.quantile(good, 0.025)), float(np.quantile(good, 0.975))

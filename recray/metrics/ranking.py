@@ -56,6 +56,14 @@ def num_distinct(target_values: np.ndarray, target_offsets: np.ndarray) -> np.nd
     return np.bincount(r[new], minlength=len(target_offsets) - 1)
 
 
+def shared(values: np.ndarray, offsets: np.ndarray, others: np.ndarray, other_offsets: np.ndarray) -> np.ndarray:
+    """(T,) bool: whether each entry of a row's list is in the other list of that row, too."""
+    span = np.int64(max(values.max(initial=0), others.max(initial=0)) + 1)
+    row_B = np.arange(len(offsets) - 1, dtype=np.int64) * span
+    keys, other_keys = (np.repeat(row_B, np.diff(at)) + v for v, at in ((values, offsets), (others, other_offsets)))
+    return np.asarray(np.isin(keys, other_keys))
+
+
 def per_user(
     hits_BK: np.ndarray, num_targets_B: np.ndarray, ks: Sequence[int], metrics: Mapping[str, ListMetric] | None = None
 ) -> dict[str, np.ndarray]:
@@ -113,14 +121,23 @@ METRICS: dict[str, ListMetric] = {
 }
 
 
-def bootstrap(values_BM: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap(
+    values_BM: np.ndarray, resamples: int, seed: int, user_B: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """95 % percentile interval of each column's mean over rows: (M,) low and (M,) high.
 
-    The same resampled rows serve every column.
+    user_B: the user of each row; users are resampled, since the rows of one are not independent. Each row is a user of its
+    own if it is None. The same resampled users serve every column.
     """
+    size_U = np.ones(len(values_BM))
+    if user_B is not None:
+        _, user_B = np.unique(user_B, return_inverse=True)
+        size_U = np.bincount(user_B).astype(float)
+        values_BM = np.stack([np.bincount(user_B, column) for column in values_BM.T], axis=1)
     rng = np.random.default_rng(seed)
     n = len(values_BM)
     means_RM = np.empty((resamples, values_BM.shape[1]))
     for r in range(resamples):
-        means_RM[r] = np.bincount(rng.integers(0, n, n), minlength=n) @ values_BM / n
+        times_U = np.bincount(rng.integers(0, n, n), minlength=n)
+        means_RM[r] = times_U @ values_BM / (times_U @ size_U)
     return np.quantile(means_RM, 0.025, axis=0), np.quantile(means_RM, 0.975, axis=0)

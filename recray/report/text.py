@@ -1,17 +1,18 @@
-"""The report as plain text, at most 100 columns wide: one row per recommender, one column per metric."""
+"""The report as plain text: what was asked and can be hit, one row per recommender and column per metric, the verdict."""
 
 from __future__ import annotations
 
 from recray.metrics.ranking import METRICS as LIST_METRICS
 from recray.records import Interval, ReportRecord
 
-_TITLES = {
+TITLES = {
     "model": "model (exact search)",
     "index": "model (index)",
     "blended": "model + item-item baseline",
     "reranked": "reranked",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",
+    "rolling_popularity": "rolling popularity",
     "hindsight": "popularity of the split",
     "item_knn": "item-item baseline",
     "oracle": "oracle (upper bound)",
@@ -40,33 +41,53 @@ def _clicks(report: ReportRecord) -> str:
         lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(one):13.4f}" for one in model.values()))
     lines += ["", "reliability      predicted     observed  impressions"]
     lines += [f"{'':13}{one.predicted:13.4f}{one.observed:13.4f}{one.impressions:13,}" for one in report.reliability]
-    lines += ["", f"{counts['unknown_items'] / counts['impressions']:.1%} of the impressions are of unknown items"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_verdict(report)])
 
 
 def _lists(report: ReportRecord) -> str:
     """A table for each K, then counts and what the index loses."""
     ks = sorted({int(name.split("@")[1]) for name in report.metrics["model"]})
-    lines = [
-        f"{report.split} split, full ranking over {report.counts['catalogue']:,} items, {report.counts['queries']:,} queries"
-    ]
+    lines = _asked(report)
     for k in ks:
         lines += _table(report, [f"{name}@{k}" for name in ("recall", "hr", "ndcg", "mrr", "map")])
     lines += _table(report, [f"{name}@{ks[-1]}" for name in _BEYOND])
     if own := [name for name in report.metrics["model"] if name.partition("@")[0] not in (*LIST_METRICS, *_BEYOND)]:
         lines += _table(report, own)
-    lines += ["", *_learned(report, f"ndcg@{ks[0]}"), *_counts(report)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_stages(report), *_verdict(report)])
+
+
+def _asked(report: ReportRecord) -> list[str]:
+    """How many queries and targets there are, and how much of them can be hit."""
+    counts, filters = report.counts, report.config["evaluation"]["filter_seen"]
+    asked, new = max(counts["targets"], 1), counts["targets_without_history"]
+    missed = counts["unknown_targets"] + (counts["seen_targets"] if filters else 0)
+    seen = f"{counts['seen_targets'] / asked:.1%} had been chosen before by their user"
+    return [
+        f"{report.split} split, full ranking over {counts['catalogue']:,} items: {counts['queries']:,} queries of "
+        f"{counts['users']:,} users, {counts['targets']:,} targets",
+        f"at most {1 - missed / asked:.1%} of the targets can be hit: {counts['unknown_targets'] / asked:.1%} are unknown items, "
+        f"{seen}" + (" (evaluation.filter_seen)" if filters else ", which may be recommended again"),
+        f"not asked, since their users have no history: {counts['queries_without_history']:,} queries with {new:,} targets "
+        f"({new / max(asked + new, 1):.1%} of all)",
+    ]
+
+
+def _verdict(report: ReportRecord) -> list[str]:
+    paired = " (differences with 95 % intervals, paired over users)" if report.comparisons else ""
+    left_out = [f"  {TITLES.get(name, name)} is left out: {why}" for name, why in report.left_out.items()]
+    return ["", f"verdict{paired}", *(f"  {one}" for one in report.verdict), *left_out]
 
 
 def _table(report: ReportRecord, names: list[str]) -> list[str]:
     """These metrics of every recommender, and the half width of the model's intervals."""
     lines = ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
     for row, values in report.metrics.items():
-        lines.append(f"{_TITLES.get(row, row):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
+        lines.append(f"{TITLES.get(row, row):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
     model = report.metrics["model"]
     if model[names[0]].low is not None:
         lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(model[n]):13.4f}" for n in names))
+    if names[0] in report.reachable:
+        lines.append(f"{'all targets that can be hit':27}" + "".join(f"{report.reachable[n]:13.4f}" for n in names))
     return lines
 
 
@@ -74,24 +95,11 @@ def _half(interval: Interval) -> float:
     return ((interval.high or 0.0) - (interval.low or 0.0)) / 2
 
 
-def _learned(report: ReportRecord, name: str) -> list[str]:
-    """Where the model lies between popularity and the oracle."""
-    if "oracle" not in report.metrics or "popularity" not in report.metrics:
-        return []
-    low, model, high = (report.metrics[one][name].value for one in ("popularity", "model", "oracle"))
-    share = (model - low) / (high - low) if high > low else float("nan")
-    return [
-        f"{name}: popularity {low:.4f} <= model {model:.4f} <= oracle {high:.4f}: {share:.0%} of what can be learned"
-    ]
-
-
-def _counts(report: ReportRecord) -> list[str]:
-    counts = report.counts
-    unknown = counts["unknown_targets"] / max(counts["targets"], 1)
-    lines = [
-        f"dropped: {counts['queries_without_history']:,} queries without a history; {unknown:.1%} of {counts['targets']:,} targets are "
-        f"unknown items (misses); {counts['short_lists']:,} short lists"
-    ]
+def _stages(report: ReportRecord) -> list[str]:
+    """What the index loses and what re-ranking adds."""
+    lines = (
+        [f"{report.counts['short_lists']:,} lists are shorter than asked for"] if report.counts["short_lists"] else []
+    )
     if report.index:
         lines.append(
             "index: "

@@ -23,8 +23,9 @@ from recray.errors import ConfigError
 from recray.ids import FIRST_ITEM, PAD
 from recray.loading.collate import EvalQuery
 from recray.retrieval import Recommender
+from recray.retrieval.baselines.item_knn import MAX_EVENTS, ItemKNN, mask_excluded
+from recray.retrieval.events import num_events
 from recray.retrieval.exact import ExactSearch, best_of, query_vectors
-from recray.retrieval.item_knn import MAX_EVENTS, ItemKNN, mask_excluded, num_events
 
 _LEAST = 1e-5  # of a share: an item without a score in the baseline is unlikely, not impossible
 

@@ -31,10 +31,10 @@ from recray.loading.jagged import Jagged
 from recray.models import Ranker, Retriever
 from recray.records import CheckpointRecord, IndexRecord
 from recray.retrieval import Recommender, embed
+from recray.retrieval.baselines.item_knn import ItemKNN
 from recray.retrieval.blend import Blended, check_blend
 from recray.retrieval.exact import ExactSearch, query_vectors
 from recray.retrieval.faiss_index import ItemIndex
-from recray.retrieval.item_knn import ItemKNN
 from recray.training import checkpoint
 
 _ROWS = 8192  # candidates that a ranker scores at a time

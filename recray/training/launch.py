@@ -166,9 +166,9 @@ def _same_so_far(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) 
 def _publish(config: Config, artifact: Artifact[CheckpointRecord], epoch: int, seconds: float) -> CheckpointRecord:
     """Copy the best epoch, or the refitted model, to the artefact. Its metric is that of the best epoch of selection."""
     select, refits = selection(config, artifact.uri), config.training.refit
-    best = CheckpointRecord.read(select.folder(epoch))
+    best, last = (CheckpointRecord.read(select.folder(one)) for one in (epoch, select.last_epoch()))
     folder = refit(artifact.uri, epoch).folder(epoch) if refits else select.folder(epoch)
-    update = {"seconds": seconds, "value": best.value, "best_epoch": epoch, "history": best.history, **artifact.lineage}
+    update = {"seconds": seconds, "value": best.value, "best_epoch": epoch, "history": last.history, **artifact.lineage}
     record = checkpoint.publish(folder, artifact.uri, CheckpointRecord.read(folder).model_copy(update=update))
     log.info(
         "train",

@@ -7,19 +7,25 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recray import storage
+from recray import registry, storage
+from recray.config import parse_config
+from recray.config.baselines import RecentPopularityOptions, RollingPopularityOptions
 from recray.data.dataset import PreparedDataset
+from recray.errors import ConfigError, NotApplicableError
 from recray.ids import PAD, UNKNOWN
 from recray.loading.batch import Batch
 from recray.loading.collate import eval_queries
 from recray.models import Ranker, Retriever
 from recray.records import DatasetRecord, Shard
-from recray.retrieval import Recommender, baselines, embed, item_knn
+from recray.retrieval import Recommender, embed
+from recray.retrieval.baselines import hindsight, item_knn, open_baselines, recent_popularity, rolling_popularity
+from recray.retrieval.baselines.popularity import Popularity
 from recray.retrieval.blend import Blended
 from recray.retrieval.exact import ExactSearch
 from recray.retrieval.recommenders import Reranked
 
 N = 12  # item ids 2..11
+S = 1_000_000  # microseconds
 
 
 def _table(rows: list[list[int]], num_targets: list[int], first_time: int) -> pa.Table:
@@ -27,7 +33,7 @@ def _table(rows: list[list[int]], num_targets: list[int], first_time: int) -> pa
         {
             "user": pa.array(range(2, 2 + len(rows)), pa.int32()),
             "item": pa.array(rows, pa.list_(pa.int32())),
-            "time": pa.array([[first_time + i for i in range(len(row))] for row in rows], pa.list_(pa.int64())),
+            "time": pa.array([[(first_time + i) * S for i in range(len(row))] for row in rows], pa.list_(pa.int64())),
             "num_targets": pa.array(num_targets, pa.int32()),
         }
     )
@@ -48,9 +54,16 @@ def dataset(tmp_path: Path) -> PreparedDataset:
         shards[name] = [Shard(file=f"{name}/a.parquet", rows=len(table), events=events, impressions=events)]
     counts = np.bincount(np.concatenate(train), minlength=N)
     storage.write_table(f"{tmp_path}/items.parquet", pa.table({"item": np.arange(N), "count": counts}))
-    split = {"valid_start": 3, "test_start": 5, "last": 9}
+    split = {"valid_start": 3 * S, "test_start": 5 * S, "last": 9 * S}
     DatasetRecord(
-        config={}, fingerprint="f", num_items=N, num_users=7, counts={}, shards=shards, seed=0, split=split
+        config={},
+        fingerprint="f",
+        num_items=N,
+        num_users=7,
+        counts=dict.fromkeys(("events_train", "events_valid"), 13),
+        shards=shards,
+        seed=0,
+        split=split,
     ).write(str(tmp_path))
     return PreparedDataset.open(str(tmp_path))
 
@@ -66,7 +79,7 @@ def test_popularity_leaves_out_what_was_seen(dataset: PreparedDataset, filter_se
     counts = dataset.item_counts()
     (table,) = dataset.iter_tables("test")
     (question,) = eval_queries(table, 8, 5, "user")
-    found = baselines.Popularity(counts).recommend(question, k, filter_seen)[0]
+    found = Popularity(counts).recommend(question, k, filter_seen)[0]
     seen = [[2, 3, 4], [8], [4, 9, 10]]
     assert found.tolist() == [_brute(counts, one if filter_seen else [], k) for one in seen]
 
@@ -74,9 +87,11 @@ def test_popularity_leaves_out_what_was_seen(dataset: PreparedDataset, filter_se
 def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedDataset) -> None:
     (table,) = dataset.iter_tables("test")
     (question,) = eval_queries(table, 8, 5, "user")
-    # Targets before 5 and from 3 on: 7 (train) and 11, 10 (valid); then by train count.
-    recent = dataset.item_counts() / 100 + np.isin(np.arange(N), [7, 10, 11])
-    found = baselines.recent_popularity(dataset, "test", 2).recommend(question, 5, False)[0]
+    # Targets before 5 and from 3 on: 7 (train) and 11, 10 (valid); then by id.
+    recent = np.isin(np.arange(N), [7, 10, 11]).astype(float)
+    found = recent_popularity.build(RecentPopularityOptions(window="2s"), dataset, "test").recommend(
+        question, 5, False
+    )[0]
     assert found[0].tolist() == _brute(recent, [], 5)
 
 
@@ -84,9 +99,72 @@ def test_recent_popularity_counts_the_window_before_the_split(dataset: PreparedD
 def test_hindsight_counts_the_split_itself(dataset: PreparedDataset, split: str, chosen: list[int]) -> None:
     (table,) = dataset.iter_tables("test")
     (question,) = eval_queries(table, 8, 5, "user")
-    found = baselines.hindsight(dataset, split).recommend(question, 6, True)[0]
+    found = hindsight.build(hindsight.Options(), dataset, split).recommend(question, 6, True)[0]
     counts = np.bincount(chosen, minlength=N).astype(float)
     assert found.tolist() == [_brute(counts, seen, 6) for seen in ([2, 3, 4], [8], [4, 9, 10])]
+
+
+def _rolling(
+    time_E: np.ndarray, item_E: np.ndarray, time_B: np.ndarray, window: int | None, half_life: int
+) -> np.ndarray:
+    """Scores by the definition, one query after another."""
+    scores = np.zeros((len(time_B), N))
+    for row, now in enumerate(time_B):
+        age_E, item = (now - time_E)[time_E < now], item_E[time_E < now]
+        np.add.at(scores[row], item, np.exp2(-age_E / half_life) if window is None else age_E <= window)
+    return scores
+
+
+@pytest.mark.parametrize(("window", "half_life"), [(1, 0), (300, 0), (10**9, 0), (None, 1), (None, 40), (None, 10**6)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rolling_popularity_is_its_definition(window: int | None, half_life: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    time_E, item_E = rng.integers(-500, 2_000, 400), rng.integers(2, N, 400)
+    time_B = np.concatenate(
+        [rng.integers(-500, 2_500, 60), [-600, -600, 5_000], time_E[:5]]
+    )  # before all, after all, at events
+    built = rolling_popularity.RollingPopularity(time_E, item_E, N, window, half_life)
+    wanted = _rolling(time_E, item_E, time_B, window, half_life)
+    assert np.allclose(built.scores(time_B), wanted, rtol=1e-9, atol=0 if window else 1e-100)
+
+
+def test_rolling_popularity_does_not_depend_on_how_queries_are_batched() -> None:
+    rng = np.random.default_rng(0)
+    time_E, item_E, time_B = rng.integers(0, 10**6, 5_000), rng.integers(2, N, 5_000), rng.integers(0, 10**6, 64)
+    built = rolling_popularity.RollingPopularity(time_E, item_E, N, None, 3)  # 300,000 half-lives
+    alone = np.concatenate([built.scores(time_B[i : i + 1]) for i in range(64)])
+    assert np.allclose(built.scores(time_B), alone, rtol=1e-12, atol=0)
+
+
+def test_rolling_popularity_counts_events_of_the_split_before_the_query(dataset: PreparedDataset) -> None:
+    built = rolling_popularity.build(RollingPopularityOptions(window="3s"), dataset, "test")
+    (table,) = dataset.iter_tables("test")
+    (query,) = eval_queries(table, 8, 5, "event")
+    assert query.time_B.tolist() == [3 * S, 1 * S, 3 * S, 4 * S]
+    # At 4 s, without what is older than the split's start less the window (2 s): train 6 (2), 10 (2), 7 (3), valid 10 (2),
+    # 11 (3), test 5 and 2 (3).
+    counts = np.bincount([4, 6, 10, 7, 10, 11, 5, 2], minlength=N)
+    assert built.scores(query.time_B.numpy())[3].tolist() == counts.tolist()
+    assert built.recommend(query, 4, False)[0][3].tolist() == _brute(counts, [], 4)
+
+
+def test_rolling_popularity_needs_times_and_one_option(dataset: PreparedDataset) -> None:
+    record = dataset.record.model_copy(update={"has_time": False})
+    with pytest.raises(NotApplicableError, match="the log has no times: it needs"):
+        rolling_popularity.build(RollingPopularityOptions(), PreparedDataset(dataset.uri, record), "test")
+    with pytest.raises(ConfigError, match="has both window and half_life"):
+        parse_config({"evaluation": {"baseline_options": {"rolling_popularity": {"window": "1h", "half_life": "1h"}}}})
+
+
+def test_shipped_baselines_are_built_like_others(dataset: PreparedDataset) -> None:
+    names = registry.names("baseline")
+    config = parse_config({"evaluation": {"baselines": names}})
+    found, left_out = open_baselines(config, dataset, "test", {})
+    assert sorted(found) == sorted(set(names) - {"oracle"}) and not left_out
+    record = dataset.record.model_copy(update={"has_time": False, "counts": {"events_train": 10**8, "events_valid": 0}})
+    found, left_out = open_baselines(config, PreparedDataset(dataset.uri, record), "test", {})
+    assert sorted(left_out) == ["item_knn", "recent_popularity", "rolling_popularity"]
+    assert "100,000,000 events before the split, which are more than 50,000,000" in left_out["item_knn"]
 
 
 BEFORE = {  # items of users 2 to 6 before each split; validation adds 11 and 10 to the first, 10 to the second
@@ -179,8 +257,9 @@ def recommenders(dataset: PreparedDataset) -> dict[str, Recommender]:
         "exact": exact,
         "blended": Blended(exact, exact, built, 1.0, 0.5, 5),
         "reranked": Reranked(exact, _ById(), 5, 2),
-        "popularity": baselines.Popularity(dataset.item_counts()),
-        "hindsight": baselines.hindsight(dataset, "test"),
+        "popularity": Popularity(dataset.item_counts()),
+        "rolling": rolling_popularity.build(RollingPopularityOptions(window="2s"), dataset, "test"),
+        "hindsight": hindsight.build(hindsight.Options(), dataset, "test"),
         "item_knn": built,
     }
 

@@ -12,9 +12,7 @@ from recray.config import Config, load_config, parse_config
 from recray.errors import ConfigError
 from recray.registry import Kind
 
-SHIPPED = [
-    (kind, name) for kind in get_args(Kind) if kind not in ("metric", "baseline") for name in registry.names(kind)
-]
+SHIPPED = [(kind, name) for kind in get_args(Kind) if kind != "metric" for name in registry.names(kind)]
 MODEL = """
 from recray.config import ModelOptions
 
@@ -32,17 +30,19 @@ def test_a_shipped_plugin_is_complete(kind: Kind, name: str) -> None:
     module = registry.load(kind, name)
     options = registry.options(kind, name)
     assert module.Options is options
-    assert callable(getattr(module, {"model": "build", "loss": "loss", "source": "read"}[kind]))
+    assert callable(getattr(module, {"model": "build", "loss": "loss", "source": "read", "baseline": "build"}[kind]))
     assert module.__doc__ and len(module.__doc__) > 60
     if "name" in options.model_fields:
         assert options().name == name
 
 
-@pytest.mark.parametrize("package", ["models", "losses"])
-def test_every_file_of_a_folder_of_plugins_is_registered(package: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "package"), [("model", "models"), ("loss", "losses"), ("baseline", "retrieval.baselines")]
+)
+def test_every_file_of_a_folder_of_plugins_is_registered(kind: Kind, package: str) -> None:
     home = importlib.import_module(f"recray.{package}")
     files = {path.stem for path in Path(home.__path__[0]).glob("*.py")} - {"__init__", "base"}
-    assert files == set(registry.names("model" if package == "models" else "loss"))
+    assert files == set(registry.names(kind))
 
 
 def test_an_unknown_name_shows_the_nearest_all_and_where_it_looked(tmp_path: Path) -> None:

@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from recray.config.baselines import BaselineOptions as Options
 from recray.data.dataset import PreparedDataset
+from recray.data.split import before
+from recray.errors import NotApplicableError
 from recray.ids import FIRST_ITEM
 from recray.loading.collate import EvalQuery
+from recray.retrieval.events import iter_events, num_events
 from recray.retrieval.exact import best_of
 
 MAX_EVENTS = 50_000_000  # each query reads all events
@@ -30,7 +32,7 @@ _ENTRIES = 1 << 25  # of a dense matrix at a time (128 MB)
 
 
 class ItemKNN:
-    """Normalised item-item linear filter (the linear part of GF-CF, Shen et al., CIKM 2021, with other exponents).
+    """Normalised item-item similarities (the linear part of GF-CF, Shen et al., CIKM 2021, with other exponents).
 
     With R (U, N) the user-item matrix of the events of `splits`, a user with items x scores
 
@@ -42,12 +44,9 @@ class ItemKNN:
 
     def __init__(self, dataset: PreparedDataset, splits: Sequence[str]) -> None:
         n, pairs = dataset.record.num_items, [torch.empty(0, dtype=torch.int64)]
-        for table in (table for split in splits for table in dataset.iter_tables(split)):
-            lengths = torch.from_numpy(pc.list_value_length(table["item"].combine_chunks()).to_numpy().astype(np.int64))
-            item = torch.from_numpy(table["item"].combine_chunks().flatten().to_numpy().astype(np.int64))
-            user = torch.repeat_interleave(torch.from_numpy(table["user"].to_numpy().astype(np.int64)), lengths)
-            kept = torch.from_numpy(new_events(table)) & (item >= FIRST_ITEM)
-            pairs.append(torch.unique((user * n + item)[kept]))
+        for user, item, _ in iter_events(dataset, splits):
+            kept = item >= FIRST_ITEM
+            pairs.append(torch.unique(torch.from_numpy((user * n + item)[kept])))
         user_E, item_E = (found := torch.unique(torch.cat(pairs))) // n, found % n
         shape = (dataset.record.num_users, n)
         count_N = torch.bincount(item_E, minlength=n).clamp(min=1).float()
@@ -72,11 +71,6 @@ class ItemKNN:
         return torch.cat([ids for ids, _ in found]).numpy(), torch.cat([scores for _, scores in found]).numpy()
 
 
-def num_events(dataset: PreparedDataset, splits: Sequence[str]) -> int:
-    """Events that each query of a baseline over these splits reads."""
-    return sum(dataset.record.counts[f"events_{split}"] for split in splits)
-
-
 def mask_excluded(scores_BN: Tensor, query: EvalQuery, rows: slice, exclude_seen: bool) -> Tensor:
     """Set the scores of reserved ids, and of seen items, to -inf in place. scores_BN: of these rows of the query."""
     scores_BN[:, :FIRST_ITEM] = -torch.inf
@@ -86,14 +80,14 @@ def mask_excluded(scores_BN: Tensor, query: EvalQuery, rows: slice, exclude_seen
     return scores_BN
 
 
-def new_events(table: pa.Table) -> np.ndarray:
-    """(E,) bool: entries of a table's lists that are positive targets; rows of later splits begin with earlier events."""
-    lengths = pc.list_value_length(table["item"].combine_chunks()).to_numpy()
-    from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
-    new = from_end <= np.repeat(table["num_targets"].to_numpy(), lengths)
-    if "label" in table.column_names:
-        new &= table["label"].combine_chunks().flatten().to_numpy() > 0
-    return np.asarray(new)
+def build(options: Options, dataset: PreparedDataset, split: str) -> ItemKNN:
+    """By all events before the split. Raises NotApplicableError for more than MAX_EVENTS."""
+    events = num_events(dataset, before(split))
+    if events > MAX_EVENTS:
+        raise NotApplicableError(
+            f"each of its queries reads all {events:,} events before the split, which are more than {MAX_EVENTS:,}"
+        )
+    return ItemKNN(dataset, before(split))
 
 
 def _sparse(row_E: Tensor, column_E: Tensor, value_E: Tensor, shape: tuple[int, ...]) -> Tensor:

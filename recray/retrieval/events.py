@@ -1,0 +1,66 @@
+"""The positive events of a prepared dataset, shard by shard, for baselines that count them.
+
+A row of a later split begins with the user's earlier events, which belong to other splits. `iter_events` gives every event
+of a split once: the targets of its rows, and with `data.min_history` also the events that have too few before them to be
+targets.
+
+Shape legend: E events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from recray.data.dataset import PreparedDataset
+from recray.loading.jagged import Column
+
+
+class Events(NamedTuple):
+    """Some events, in the order of their users."""
+
+    user: np.ndarray  # (E,) int64
+    item: np.ndarray  # (E,) int64; UNKNOWN where the model does not know the item
+    time: np.ndarray  # (E,) int64 microseconds, or positions
+
+
+def iter_events(dataset: PreparedDataset, splits: Iterable[str]) -> Iterator[Events]:
+    """All positive events of these splits, one shard at a time."""
+    for split in splits:
+        for table in dataset.iter_tables(split):
+            yield _new_events(table)
+        for table in dataset.iter_early(split):
+            yield _new_events(table)
+
+
+def event_counts(
+    dataset: PreparedDataset, splits: Iterable[str], begin: int | None = None, end: int | None = None
+) -> np.ndarray:
+    """(N,) how often each item was chosen in these splits, at begin <= time < end if they are given."""
+    counts_N = np.zeros(dataset.record.num_items, np.int64)
+    for _, item, time in iter_events(dataset, splits):
+        if begin is not None:
+            item = item[(time >= begin) & (time < end)]
+        counts_N += np.bincount(item, minlength=len(counts_N))
+    return counts_N
+
+
+def num_events(dataset: PreparedDataset, splits: Iterable[str]) -> int:
+    """Positive targets of these splits."""
+    return sum(dataset.record.counts[f"events_{split}"] for split in splits)
+
+
+def _new_events(table: pa.Table) -> Events:
+    """The positive targets of user rows: the last `num_targets` entries of their lists, without those of label 0."""
+    item, time = Column.of(table["item"]), Column.of(table["time"])
+    assert item.offsets is not None
+    lengths = np.diff(item.offsets)
+    from_end = np.repeat(item.offsets[1:], lengths) - np.arange(len(item.values))
+    new = from_end <= np.repeat(table["num_targets"].to_numpy(), lengths)
+    if "label" in table.column_names:
+        new &= Column.of(table["label"]).values > 0
+    user = np.repeat(table["user"].to_numpy(), lengths)
+    return Events(*(x[new].astype(np.int64) for x in (user, item.values, time.values)))
