@@ -1,4 +1,4 @@
-"""Benchmarks, every figure a ratio against something in the same run on the same machine.
+"""Benchmarks, every figure a ratio against something in the same run on the same machine; `table`: a row of results.
 
     python jobs/benchmark.py sequence --events PATH/ml-1m/events.parquet --peers build/peers
     python jobs/benchmark.py ranking --events PATH/ml-1m/events.parquet --peers build/peers
@@ -10,6 +10,7 @@ import typer
 from benchmarks import (
     compare,
     compiling,
+    embedding_table,
     ingest,
     loader,
     memory,
@@ -28,6 +29,7 @@ from benchmarks import (
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 for module in (ingest, loader, sequence, ranking, wide, search, table, startup, scaling, memory, seeds, peers, compare):
     app.command(module.__name__.rpartition(".")[2])(module.run)
+app.command("embedding-table")(embedding_table.run)
 app.command("compile")(compiling.run)
 app.command("tune")(tune.overhead)
 app.command("tune-grid")(tune.against_grid)

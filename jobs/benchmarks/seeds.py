@@ -1,17 +1,23 @@
 """Test metrics of a configuration over seeds, as README states them: each seed draws, trains and is evaluated anew."""
 
+from __future__ import annotations
+
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from benchmarks.figures import report
+
+if TYPE_CHECKING:
+    from recray.records import ReportRecord
 
 _JOBS = Path(__file__).parents[1]
 
@@ -35,15 +41,15 @@ def run(
         name, *keys = one.split()
         variants[name] = keys
     with tempfile.TemporaryDirectory() as temporary:
-        runs = _Runs(config, overrides or [], os.path.abspath(folder or temporary), at_once)
+        runs = Runs(config, overrides or [], os.path.abspath(folder or temporary), at_once)
         with ThreadPoolExecutor(at_once) as pool:
             numbers = range(1, seeds + 1)
             list(pool.map(runs.prepare, numbers))
             done = {
                 (name, n): pool.submit(runs.train, name, keys, n) for n in numbers for name, keys in variants.items()
             }
-            results = {key: future.result() for key, future in done.items()}
-    figures: dict[str, object] = {"seeds": seeds, "commit": _commit()}
+            results = {key: future.result().figures() for key, future in done.items()}
+    figures: dict[str, object] = {"seeds": seeds, "commit": commit()}
     for name in variants:
         ours = [results[name, n] for n in numbers]
         for key in ours[0]:
@@ -55,39 +61,51 @@ def run(
     report(figures, out)
 
 
-class _Runs:
-    """<folder>/data-N is what seed N prepared, <folder>/NAME-N a run on it."""
+@dataclass(frozen=True)
+class Evaluated:
+    """A run's report on the test split, and what its training took."""
+
+    report: ReportRecord
+    seconds: float
+    megabytes: float
+
+    def figures(self) -> dict[str, float]:
+        """Test metrics of the model and of other systems by name, time and memory."""
+        found = dict[str, float]()
+        for system, metrics in self.report.metrics.items():
+            prefix = {"model": "", "blended": "blended ", "index": "index ", "reranked": "reranked "}.get(
+                system, f"baseline {system} "
+            )
+            found |= {f"{prefix}{metric}": value.value for metric, value in metrics.items()}
+        return found | {"train_seconds": self.seconds, "train_peak_mb": self.megabytes}
+
+
+class Runs:
+    """<folder>/NAME-N is a run with seed N; <folder>/data-N holds what all runs of that seed are prepared from."""
 
     def __init__(self, config: str, overrides: list[str], folder: str, at_once: int) -> None:
         self._config, self._overrides, self._folder = config, overrides, folder
         self._threads = max(1, _cores() // at_once)
 
     def prepare(self, seed: int) -> None:
-        if not Path(self._folder, f"data-{seed}", "dataset", "dataset.json").exists():
-            self._stage("prepare", f"data-{seed}", seed, [])
+        self._stage("prepare", "data", seed, [])
 
-    def train(self, name: str, keys: list[str], seed: int) -> dict[str, float]:
-        """Test metrics of the run and its baselines, and what its training took."""
+    def train(self, name: str, keys: list[str], seed: int) -> Evaluated:
+        """Train and evaluate a run, each in a process of its own; what is up to date is only read again."""
         from recray.records import CheckpointRecord, ReportRecord
 
-        run = f"{name}-{seed}"
-        shared = [*keys, f"run.dataset={self._folder}/data-{seed}/dataset"]
-        megabytes = self._stage("train", run, seed, shared)
-        self._stage("evaluate", run, seed, shared)
-        systems = ReportRecord.read(f"{self._folder}/{run}/report/current").metrics
-        figures = {metric: value.value for metric, value in systems.pop("model").items()}
-        for system, metrics in systems.items():
-            prefix = "" if system in ("blended", "index", "reranked") else "baseline "
-            figures |= {f"{prefix}{system} {metric}": value.value for metric, value in metrics.items()}
-        # Of the record: a run that was there is only read again.
-        seconds = CheckpointRecord.read(f"{self._folder}/{run}/checkpoint/current").seconds
-        return figures | {"train_seconds": seconds, "train_peak_mb": megabytes}
+        megabytes = self._stage("train", name, seed, keys)
+        self._stage("evaluate", name, seed, keys)
+        run = f"{self._folder}/{name}-{seed}"
+        report = ReportRecord.read(f"{run}/report/current")
+        return Evaluated(report, CheckpointRecord.read(f"{run}/checkpoint/current").seconds, megabytes)
 
-    def _stage(self, stage: str, run: str, seed: int, keys: list[str]) -> float:
+    def _stage(self, stage: str, name: str, seed: int, keys: list[str]) -> float:
         """The most MB of one stage, in a process of its own."""
-        keys = [*self._overrides, *keys, f"run.output={self._folder}", f"run.name={run}", f"run.seed={seed}"]
-        keys += ["scaling.num_workers=0", f"scaling.threads_per_worker={self._threads}"]
-        command = [sys.executable, str(_JOBS / f"{stage}.py"), self._config, *(p for k in keys for p in ("--set", k))]
+        keys = [*self._overrides, *keys, f"run.output={self._folder}", f"run.name={name}-{seed}", f"run.seed={seed}"]
+        keys += [f"run.dataset={self._folder}/data-{seed}", "scaling.num_workers=0"]
+        keys += [f"scaling.threads_per_worker={self._threads}"]
+        command = [sys.executable, "-m", "recray", stage, self._config, *(p for k in keys for p in ("--set", k))]
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(self._threads)})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -101,6 +119,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "-C", str(_JOBS), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
