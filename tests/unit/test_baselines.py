@@ -21,6 +21,7 @@ from recray.retrieval import Recommender, embed
 from recray.retrieval.baselines import hindsight, item_knn, open_baselines, recent_popularity, rolling_popularity
 from recray.retrieval.baselines.popularity import Popularity
 from recray.retrieval.blend import Blended
+from recray.retrieval.events import event_counts
 from recray.retrieval.exact import ExactSearch
 from recray.retrieval.recommenders import Reranked
 
@@ -156,6 +157,22 @@ def test_rolling_popularity_needs_times_and_one_option(dataset: PreparedDataset)
         parse_config({"evaluation": {"baseline_options": {"rolling_popularity": {"window": "1h", "half_life": "1h"}}}})
 
 
+def test_events_that_are_no_targets_are_counted(dataset: PreparedDataset) -> None:
+    """With data.min_history: two users whose events are too few to be targets, and one whose first event is none."""
+    storage.write_table(f"{dataset.uri}/early-train/a.parquet", _table([[11, 3], [11], [5]], [2, 1, 1], 3))
+    record = dataset.record.model_copy(update={"early": {"train": ["early-train/a.parquet"]}})
+    more = PreparedDataset(dataset.uri, record)
+    added = event_counts(more, ["train", "valid"]) - event_counts(dataset, ["train", "valid"])
+    assert added.tolist() == np.bincount([11, 3, 11, 5], minlength=N).tolist()
+    options = RecentPopularityOptions(window="2s")
+    (table,) = dataset.iter_tables("test")
+    (query,) = eval_queries(table, 8, 5, "user")
+    assert recent_popularity.build(options, more, "test").recommend(query, 1, False)[0].tolist() == [[11]] * 3
+    (block,) = item_knn.ItemKNN(more, ("train", "valid")).blocks(query)
+    wanted = _filter("test", [[2, 3, 4], [8], [4, 9, 10]], {2: [11, 3], 3: [11], 4: [5]})
+    assert np.allclose(block[1].numpy(), wanted, atol=1e-6)
+
+
 def test_shipped_baselines_are_built_like_others(dataset: PreparedDataset) -> None:
     names = registry.names("baseline")
     config = parse_config({"evaluation": {"baselines": names}})
@@ -173,11 +190,11 @@ BEFORE = {  # items of users 2 to 6 before each split; validation adds 11 and 10
 }
 
 
-def _filter(split: str, seen: list[list[int]]) -> np.ndarray:
+def _filter(split: str, seen: list[list[int]], early: dict[int, list[int]] | None = None) -> np.ndarray:
     """x D_i^-3/4 R' D_u^-1 R D_i^-1/4 in float64."""
     r, x = np.zeros((5, N)), np.zeros((len(seen), N))
     for user, items in enumerate(BEFORE[split]):
-        r[user, items] = 1
+        r[user, items + (early or {}).get(user + 2, [])] = 1
     for row, items in enumerate(seen):
         x[row, items] = 1
     count = np.maximum(r.sum(0), 1)
