@@ -31,7 +31,7 @@ from recray.report.verdict import verdict
 from recray.training import checkpoint
 
 _BATCH = 8192
-_Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logit
+_Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logit, new (no history)
 
 
 def evaluate_clicks(config: Config, split: str) -> ReportRecord:
@@ -67,6 +67,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
             "clicks": int((label > 0).sum()),
             "users": model.num_users,
             "unknown_items": int((scored["target"] == UNKNOWN).sum()),
+            "without_history": int(scored["new"].sum()),
         },
         reliability=[ReliabilityBin(**vars(one)) for one in model.reliability()],
         seconds=time.perf_counter() - started,
@@ -86,9 +87,10 @@ def _score_shards(dataset: PreparedDataset, model_uri: str, split: str, numbers:
         pieces = []
         for batch in impressions(table, _BATCH, history_length):
             assert batch.target_Q is not None and batch.label_Q is not None and batch.weight_Q is not None
-            columns = (batch.user_B, batch.target_Q, batch.label_Q, batch.weight_Q, model.logits(batch).float())
+            new = batch.history.lengths() == 0
+            columns = (batch.user_B, batch.target_Q, batch.label_Q, batch.weight_Q, model.logits(batch).float(), new)
             pieces.append([column.numpy() for column in columns])
-        names = ("user", "target", "label", "weight", "logit")
+        names = ("user", "target", "label", "weight", "logit", "new")
         yield {name: np.concatenate(column) for name, column in zip(names, zip(*pieces, strict=True), strict=True)}
 
 

@@ -31,6 +31,8 @@ def _clicks(report: ReportRecord) -> str:
     heads = {"normalized_entropy": "norm.entropy", "gauc_impressions": "gauc_impr"}
     lines = [
         f"{report.split} split: {counts['impressions']:,} impressions, {counts['clicks']:,} clicks, {counts['users']:,} users",
+        f"{counts['unknown_items'] / counts['impressions']:.1%} of the impressions are of unknown items, "
+        f"{counts['without_history'] / counts['impressions']:.1%} of users without a history",
         "",
         f"{'':27}" + "".join(f"{heads.get(name, name):>13}" for name in model),
     ]

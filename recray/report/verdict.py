@@ -170,9 +170,6 @@ def _clicks(report: ReportRecord) -> Iterator[str]:
             f"popularity has AUC {popularity:.4f}: clicks are on the less popular items, and the opposite order has "
             f"{1 - popularity:.4f}"
         )
-    unknown = report.counts["unknown_items"] / max(report.counts["impressions"], 1)
-    if unknown:
-        yield f"{unknown:.1%} of the impressions are of items that the model does not know"
 
 
 def _click_advice(report: ReportRecord) -> Iterator[str]:

@@ -14,6 +14,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError
 from recray.records import CheckpointRecord
 from recray.report.text import render
+from recray.retrieval.events import event_counts
 
 
 def _config(folder: Path, *overrides: str) -> Config:
@@ -36,6 +37,13 @@ def run(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     recray.prepare(config)
     recray.train(config)
     return config
+
+
+def test_events_that_are_no_targets_are_kept_for_baselines(run: Config) -> None:
+    dataset = PreparedDataset.of(recray.Run(run))
+    counts = event_counts(dataset, ["train"])
+    assert dataset.record.early["train"] and counts.sum() > dataset.record.counts["events_train"]
+    assert (counts == dataset.item_counts()).all()  # of the catalogue, which is counted before rows are cut
 
 
 def _losses(config: Config) -> list[float]:
@@ -78,6 +86,10 @@ def test_report_of_a_ranker(run: Config) -> None:
     assert model["auc"].value > 0.8
     assert sum(one.impressions for one in report.reliability) == report.counts["impressions"]
     assert np.mean([one.observed for one in report.reliability]) == pytest.approx(1 / 3, abs=0.01)
+    (compared,) = report.comparisons
+    assert compared.gain == pytest.approx(model["auc"].value - popularity["auc"].value)
+    assert compared.low is not None and compared.high is not None and compared.low < compared.gain < compared.high
+    assert any("than popularity: auc" in line for line in report.verdict)
     assert "reliability" in render(report) and "norm.entropy" in render(report)
 
 

@@ -137,7 +137,11 @@ def test_rolling_popularity_does_not_depend_on_how_queries_are_batched() -> None
     assert np.allclose(built.scores(time_B), alone, rtol=1e-12, atol=0)
 
 
-def test_rolling_popularity_counts_events_of_the_split_before_the_query(dataset: PreparedDataset) -> None:
+@pytest.mark.parametrize("entries", [1, 3 * N, 1 << 23])  # one query at a time, three, and all of them
+def test_rolling_popularity_counts_events_of_the_split_before_the_query(
+    dataset: PreparedDataset, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rolling_popularity, "_ENTRIES", entries)
     built = rolling_popularity.build(RollingPopularityOptions(window="3s"), dataset, "test")
     (table,) = dataset.iter_tables("test")
     (query,) = eval_queries(table, 8, 5, "event")
@@ -146,7 +150,11 @@ def test_rolling_popularity_counts_events_of_the_split_before_the_query(dataset:
     # 11 (3), test 5 and 2 (3).
     counts = np.bincount([4, 6, 10, 7, 10, 11, 5, 2], minlength=N)
     assert built.scores(query.time_B.numpy())[3].tolist() == counts.tolist()
-    assert built.recommend(query, 4, False)[0][3].tolist() == _brute(counts, [], 4)
+    scores = built.scores(query.time_B.numpy())
+    seen = [[2, 3, 4], [8], [4, 9, 10], [4, 9, 10, 2]]
+    for exclude, without in ((False, [[]] * 4), (True, seen)):
+        found = built.recommend(query, 4, exclude)[0].tolist()
+        assert found == [_brute(row, had, 4) for row, had in zip(scores, without, strict=True)]
 
 
 def test_rolling_popularity_needs_times_and_one_option(dataset: PreparedDataset) -> None:
@@ -169,7 +177,7 @@ def test_events_that_are_no_targets_are_counted(dataset: PreparedDataset) -> Non
     (query,) = eval_queries(table, 8, 5, "user")
     assert recent_popularity.build(options, more, "test").recommend(query, 1, False)[0].tolist() == [[11]] * 3
     (block,) = item_knn.ItemKNN(more, ("train", "valid")).blocks(query)
-    wanted = _filter("test", [[2, 3, 4], [8], [4, 9, 10]], {2: [11, 3], 3: [11], 4: [5]})
+    wanted = _neighbours("test", [[2, 3, 4], [8], [4, 9, 10]], {2: [11, 3], 3: [11], 4: [5]})
     assert np.allclose(block[1].numpy(), wanted, atol=1e-6)
 
 
@@ -190,7 +198,7 @@ BEFORE = {  # items of users 2 to 6 before each split; validation adds 11 and 10
 }
 
 
-def _filter(split: str, seen: list[list[int]], early: dict[int, list[int]] | None = None) -> np.ndarray:
+def _neighbours(split: str, seen: list[list[int]], early: dict[int, list[int]] | None = None) -> np.ndarray:
     """x D_i^-3/4 R' D_u^-1 R D_i^-1/4 in float64."""
     r, x = np.zeros((5, N)), np.zeros((len(seen), N))
     for user, items in enumerate(BEFORE[split]):
@@ -208,7 +216,7 @@ def test_item_knn_is_its_formula(
 ) -> None:
     monkeypatch.setattr(item_knn, "_ENTRIES", entries)
     seen = [[2, 3, 4], [8], [4, 9, 10]]
-    scores = _filter(split, seen)
+    scores = _neighbours(split, seen)
     (table,) = dataset.iter_tables("test")
     (question,) = eval_queries(table, 8, 5, "user")
     built = item_knn.ItemKNN(dataset, ("train",) if split == "valid" else ("train", "valid"))
@@ -245,13 +253,13 @@ def test_blend_orders_what_both_find_by_both_scores(
     built = item_knn.ItemKNN(dataset, ("train", "valid"))
     blend = Blended(exact, exact, built, weight, temperature, candidates)
     ids, scores = blend.recommend(question, 4, filter_seen)
-    by_filter = _filter("test", seen)
+    by_neighbours = _neighbours("test", seen)
     by_model = (vectors @ torch.tensor([1.0, 0.5])).double().numpy()
-    total = by_model / temperature + weight * np.log(by_filter / by_filter.sum(1, keepdims=True) + 1e-5)
+    total = by_model / temperature + weight * np.log(by_neighbours / by_neighbours.sum(1, keepdims=True) + 1e-5)
     for row, had in enumerate(seen):
         had = had if filter_seen else []
         wanted = max(4, candidates)
-        allowed = set(_brute(by_model, had, wanted)) | set(_brute(by_filter[row], had, wanted))
+        allowed = set(_brute(by_model, had, wanted)) | set(_brute(by_neighbours[row], had, wanted))
         best = _brute(np.where(np.isin(np.arange(N), list(allowed)), total[row], -1e9), had, 4)
         assert ids[row].tolist() == best
         assert np.allclose(scores[row], total[row, best], atol=1e-4)

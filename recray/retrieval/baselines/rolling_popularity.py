@@ -26,7 +26,6 @@ from recray.data.split import before, duration
 from recray.errors import NotApplicableError
 from recray.ids import FIRST_ITEM
 from recray.loading.collate import EvalQuery
-from recray.retrieval.baselines.item_knn import mask_excluded
 from recray.retrieval.events import iter_events
 from recray.retrieval.exact import best_of
 
@@ -48,15 +47,20 @@ class RollingPopularity:
         self._window, self._half_life = window, half_life
 
     def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        # In order of time, so that the blocks of a large catalogue read disjoint events.
+        order = torch.argsort(query.time_B, stable=True)
         ids, scores = [], []
-        at_once = max(1, _ENTRIES // self._num_items)
-        for low in range(0, query.batch.num_rows, at_once):
-            rows = slice(low, low + at_once)
+        for rows in order.split(max(1, _ENTRIES // self._num_items)):
             scores_BN = torch.from_numpy(self.scores(query.time_B[rows].numpy()).astype(np.float32))
-            found, best = best_of(mask_excluded(scores_BN, query, rows, exclude_seen), k)
+            scores_BN[:, :FIRST_ITEM] = -torch.inf
+            if exclude_seen:
+                seen = query.seen.take(rows)
+                scores_BN[seen.row_index(), seen.values] = -torch.inf
+            found, best = best_of(scores_BN, k)
             ids.append(found)
             scores.append(best)
-        return torch.cat(ids).numpy(), torch.cat(scores).numpy()
+        back = torch.argsort(order)
+        return torch.cat(ids)[back].numpy(), torch.cat(scores)[back].numpy()
 
     def scores(self, time_B: np.ndarray) -> np.ndarray:
         """(B, N) score of every item for queries at these times."""
