@@ -242,5 +242,6 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     work = Work(config, settings["dataset"], settings["folder"], settings["until"])
     report = ray.train.report if settings["report"] else None
-    with releasing_ddp(), threads(config.scaling):
-        fit(work, RayContext(config.scaling), report)
+    context = RayContext(config.scaling)
+    with releasing_ddp(), threads(config.scaling, context.local_size):
+        fit(work, context, report)
