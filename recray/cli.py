@@ -10,12 +10,15 @@ import logging
 import os
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recray import log
 from recray.errors import RecrayError
+
+if TYPE_CHECKING:
+    from recray.config import Config
 
 _GLOBAL = ("--quiet", "-q", "--verbose", "-v", "--json")  # accepted anywhere on the command line
 _json = False
@@ -74,7 +77,8 @@ def run(
     from recray import storage
     from recray.report.text import render
 
-    record = recray.run(recray.load_config(config, overrides or []))
+    settings = _load(config, overrides, reads_log=True)
+    record = recray.run(settings)
     _result("evaluate", "report", render(record), record.model_dump(mode="json"))
     if report == "-":
         typer.echo(record.model_dump_json())
@@ -88,7 +92,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     import recray
     from recray.artifacts import Run
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides, reads_log=True)
     record = recray.prepare(settings)
     _made("prepare", Run(settings).dataset().uri, record, "")
 
@@ -99,7 +103,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     import recray
     from recray.artifacts import Run
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides)
     record = recray.train(settings)
     _made("train", Run(settings).checkpoint().uri, record, f"{record.metric} = {record.value:.4f} (validation)")
 
@@ -115,7 +119,7 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     from recray.tuning.console import summary
     from recray.tuning.store import sweep_uri
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides)
     record = recray.tune(settings)
     _result("tune", "result", summary(record, sweep_uri(settings)), record.model_dump(mode="json"))
 
@@ -126,7 +130,7 @@ def index(config: ConfigPath, overrides: Overrides = None) -> None:
     import recray
     from recray.artifacts import Run
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides)
     record = recray.index(settings)
     _made(
         "index",
@@ -148,7 +152,8 @@ def evaluate(
     import recray
     from recray.report.text import render
 
-    report = recray.evaluate(recray.load_config(config, overrides or []), split.value)
+    settings = _load(config, overrides)
+    report = recray.evaluate(settings, split.value)
     _result("evaluate", "report", render(report), report.model_dump(mode="json"))
 
 
@@ -165,7 +170,8 @@ def recommend(
     """Write every user's final list (user, item, rank, score): what the index finds, in the order of retrieval.ranker."""
     import recray
 
-    record = recray.recommend(recray.load_config(config, overrides or []), output, users, k)
+    settings = _load(config, overrides)
+    record = recray.recommend(settings, output, users, k)
     _made("recommend", output, record, f"{record.counts['users']:,} users")
 
 
@@ -191,8 +197,9 @@ def submit(
     from recray.cluster.submit import Jobs
     from recray.config import load_config
 
+    settings = load_config(config, overrides or [])
     jobs = Jobs(address)
-    job = jobs.submit(load_config(config, overrides or []), requirements)
+    job = jobs.submit(settings, requirements)
     typer.echo(f"job {job}; stop it with: ray job stop --address {address} {job}")
     if not detach:
         raise typer.Exit(jobs.wait(job, typer.echo, report))
@@ -297,6 +304,22 @@ def _options(
     # Results are JSON lines of the same logger: --quiet must not drop them.
     form: log.Format = "json" if json else "rich" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "plain"
     log.configure(form, level)
+
+
+def _load(path: str, overrides: list[str] | None, reads_log: bool = False) -> Config:
+    """The configuration, and what can be seen to fail before torch and Ray are loaded, which takes seconds."""
+    from recray import storage
+    from recray.cluster import runtime
+    from recray.config import load_config
+    from recray.data import sources
+
+    config = load_config(path, overrides or [])
+    storage.check_writable(config.run_uri)
+    if reads_log or config.scaling.num_workers > 1 or (runtime.is_shared() and config.scaling.num_workers):
+        runtime.check()
+    if reads_log:
+        sources.check(config)
+    return config
 
 
 def _made(stage: str, uri: str, record: Any, note: str) -> None:

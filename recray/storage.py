@@ -254,6 +254,24 @@ def fingerprint(files: Sequence[FileInfo]) -> str:
     return digest.hexdigest()
 
 
+def check_writable(uri: str) -> None:
+    """Raise StorageError if a local folder cannot be made and written to. Leaves nothing behind; asks no object store."""
+    system, path = resolve(uri)
+    if not isinstance(system, pafs.LocalFileSystem):
+        return
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    try:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder")
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"{uri} cannot be written ({path}: {reason}): set run.output to a folder where you can write"
+        ) from error
+
+
 @contextlib.contextmanager
 def _errors(uri: str, done: str) -> Iterator[None]:
     """Every failure below names the location."""

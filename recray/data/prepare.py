@@ -41,7 +41,7 @@ from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig
-from recray.data import features, kinds, negatives, partition, split, vocab
+from recray.data import features, kinds, negatives, partition, sources, split, vocab
 from recray.data.sources.base import Source
 from recray.errors import ConfigError, DataError
 from recray.ids import NUM_RESERVED, SPLITS
@@ -64,6 +64,7 @@ def prepare(config: Config) -> DatasetRecord:
     run = Run(config)
     if config.run.dataset and storage.exists(storage.join(config.run.dataset, DatasetRecord.file_name())):
         return run.dataset().record
+    sources.check(config)
     runtime.start(config.scaling)
     with unwrapped():
         source: Source = registry.load("source", config.data.source, config.run.plugins).read(
