@@ -16,6 +16,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import LineageError, StorageError
 from recray.records import CheckpointRecord
 from recray.training import checkpoint
+from recray.training.check import check_validation
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
 from recray.training.phase import Phase
 from recray.training.state import TrainProgress, TrainState
@@ -53,6 +54,7 @@ def train(
         storage.delete_folder(artifact.uri)
     if not run.begin(artifact):
         return artifact.record
+    check_validation(config, dataset)
     until = until if until is not None and until < config.training.epochs else None
     select = selection(config, artifact.uri)
     _resume_or_extend(run, artifact, select)
@@ -120,7 +122,13 @@ def _load_last(state: TrainState, phase: Phase) -> None:
     last = phase.last_epoch()
     while last:
         try:
-            return state.load(phase.folder(last))
+            state.load(phase.folder(last))
+            if names := state.non_finite():
+                raise LineageError(
+                    f"{phase.folder(last)} holds values that are not finite ({', '.join(names[:3])}): set "
+                    f"training.resume = false to start over"
+                )
+            return
         except (StorageError, LineageError):  # the latter where its record is gone
             found = phase.last_epoch()
             if found == last:
