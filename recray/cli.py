@@ -77,7 +77,7 @@ def run(
     from recray import storage
     from recray.report.text import render
 
-    settings = _load(config, overrides, reads_log=True)
+    settings = _load(config, overrides, starts_ray=True)
     record = recray.run(settings)
     _result("evaluate", "report", render(record), record.model_dump(mode="json"))
     if report == "-":
@@ -92,7 +92,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     import recray
     from recray.artifacts import Run
 
-    settings = _load(config, overrides, reads_log=True)
+    settings = _load(config, overrides, starts_ray=True)
     record = recray.prepare(settings)
     _made("prepare", Run(settings).dataset().uri, record, "")
 
@@ -306,19 +306,16 @@ def _options(
     log.configure(form, level)
 
 
-def _load(path: str, overrides: list[str] | None, reads_log: bool = False) -> Config:
+def _load(path: str, overrides: list[str] | None, starts_ray: bool = False) -> Config:
     """The configuration, and what can be seen to fail before torch and Ray are loaded, which takes seconds."""
     from recray import storage
     from recray.cluster import runtime
     from recray.config import load_config
-    from recray.data import sources
 
     config = load_config(path, overrides or [])
     storage.check_writable(config.run_uri)
-    if reads_log or config.scaling.num_workers > 1 or (runtime.is_shared() and config.scaling.num_workers):
+    if starts_ray or config.scaling.num_workers > 1 or (runtime.is_shared() and config.scaling.num_workers):
         runtime.check()
-    if reads_log:
-        sources.check(config)
     return config
 
 

@@ -79,14 +79,15 @@ class _Plan:
     types: dict[str, pa.DataType]  # standard type of each role's column over all files
 
 
-_inspected: list[tuple[DataConfig, list[_Footer], dict[str, pa.DataType]]] = []
+_checked: list[tuple[DataConfig, list[_Footer], dict[str, pa.DataType]]] = []  # by `check`, for the `read` after it
 
 
 def read(config: DataConfig, seed: int) -> Source:
     """The log as a Ray Dataset in standard columns. Raises DataError or StorageError that names the file."""
     import ray.data
 
-    footers, types = _inspect(config)
+    held = _checked.pop() if _checked else None
+    _, footers, types = held if held is not None and held[0] is config else _inspect(config)
     full = [footer for footer in footers if footer.rows]
     if not full:
         raise DataError(f"the {len(footers)} Parquet files from {footers[0].uri} on hold no rows; check data.path")
@@ -107,17 +108,13 @@ def read(config: DataConfig, seed: int) -> Source:
 
 def check(config: DataConfig) -> None:
     """Raises what `read` would about paths and columns, from the footers of the files."""
-    _inspect(config)
+    _checked[:] = [_inspect(config)]
 
 
-def _inspect(config: DataConfig) -> tuple[list[_Footer], dict[str, pa.DataType]]:
-    """Every file's footer, and the standard type of each role's column. `check` and `read` share the last result."""
-    if _inspected and _inspected[0][0] is config:
-        return _inspected[0][1:]
+def _inspect(config: DataConfig) -> tuple[DataConfig, list[_Footer], dict[str, pa.DataType]]:
+    """Every file's footer, and the standard type of each role's column."""
     footers = _footers(config)
-    types = _check_columns(config.columns, footers)
-    _inspected[:] = [(config, footers, types)]
-    return footers, types
+    return config, footers, _check_columns(config.columns, footers)
 
 
 def _footers(config: DataConfig) -> list[_Footer]:
