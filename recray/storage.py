@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from recray import strict_json
 from recray.errors import DataError, StorageError
 
 _GLOB = "*?["
@@ -189,7 +190,7 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, value: Any) -> None:
-    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+    write_bytes(uri, (strict_json.dumps(value, indent=2) + "\n").encode())
 
 
 def delete_folder(uri: str) -> None:

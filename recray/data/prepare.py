@@ -27,6 +27,7 @@ number of CPUs. Only sums, merged counts and file names reach the driver.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import log, registry, storage
+from recray import locks, log, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
@@ -66,13 +67,14 @@ def prepare(config: Config) -> DatasetRecord:
         return run.dataset().record
     sources.check(config)
     runtime.start(config.scaling)
-    with unwrapped():
+    with unwrapped(), contextlib.ExitStack() as stack:
         source: Source = registry.load("source", config.data.source, config.run.plugins).read(
             config.data, config.run.seed
         )
         artifact = run.artifact(DATASET, [source.fingerprint])
         if not run.begin(artifact):
             return artifact.record
+        stack.enter_context(locks.exclusive(artifact.uri))
         storage.delete_folder(artifact.uri)  # what a process that was killed has left
         artifact.mark()
         work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))

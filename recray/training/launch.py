@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recray import log, storage
+from recray import locks, log, storage
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import unwrap
@@ -46,10 +46,25 @@ def train(
 
     Raises ConfigError, LineageError, ResourceError, or RecrayError if training diverges.
     """
-    started = time.perf_counter()
     run = Run(config)
     dataset = dataset or PreparedDataset.of(run)
     artifact = run.artifact(CHECKPOINT, [dataset.record.id])
+    if config.training.resume and artifact.complete():
+        run.begin(artifact)
+        return artifact.record
+    with locks.exclusive(artifact.uri):
+        return _train(run, dataset, artifact, on_epoch, callback, until)
+
+
+def _train(
+    run: Run,
+    dataset: PreparedDataset,
+    artifact: Artifact[CheckpointRecord],
+    on_epoch: OnEpoch | None,
+    callback: UserCallback | None,
+    until: int | None,
+) -> CheckpointRecord:
+    started, config = time.perf_counter(), run.config
     if not config.training.resume:
         storage.delete_folder(artifact.uri)
     if not run.begin(artifact):
