@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helpers.datasets import EVENTS, USERS, small_dataset
 from recray import storage
 from recray.artifacts import DATASET, Run
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError, RecrayError, StorageError
 from recray.layers.hooks import run_hooks, step_hooks
-from recray.records import CheckpointRecord, DatasetRecord, Shard
+from recray.records import CheckpointRecord
 from recray.retrieval.embed import sample_queries
 from recray.training import launch, optim
 from recray.training import trainer as trainers
@@ -30,7 +31,6 @@ from recray.training.phase import Phase
 from recray.training.trainer import Trainer
 from recray.training.validate import validate
 
-USERS, ITEMS, EVENTS = 12, 20, 8
 OWN_MODEL = '''
 import torch
 from torch import Tensor, nn
@@ -81,35 +81,6 @@ def build(options, dataset, items):
 '''
 
 
-def _table(users: range, targets: int, labelled: bool) -> pa.Table:
-    generator = np.random.default_rng(0)
-    columns: dict[str, Any] = {
-        "user": pa.array(np.array([2 + user for user in users], np.int32)),
-        "item": pa.array([generator.integers(2, ITEMS, EVENTS) for _ in users], pa.list_(pa.int32())),
-        "time": pa.array([np.arange(EVENTS) for _ in users], pa.list_(pa.int64())),
-        "num_targets": pa.array([targets] * len(users), pa.int32()),
-    }
-    if labelled:
-        columns["label"] = pa.array([np.arange(EVENTS) % 2 for _ in users], pa.list_(pa.float32()))
-    return pa.table(columns)
-
-
-def _dataset(folder: Path, valid_users: int = USERS, labelled: bool = False) -> PreparedDataset:
-    shards = {}
-    for split, users, targets in (("train", USERS, EVENTS - 2), ("valid", valid_users, 2)):
-        storage.write_table(str(folder / split / "part.parquet"), _table(range(users), targets, labelled))
-        events = users * targets
-        shards[split] = [Shard(file=f"{split}/part.parquet", rows=users, events=events, impressions=events)]
-    counts = pa.array(np.r_[0, 0, np.ones(ITEMS - 2)].astype(np.int64))
-    storage.write_table(str(folder / "items.parquet"), pa.table({"item": pa.array(range(ITEMS)), "count": counts}))
-    DatasetRecord(
-        **{"fingerprint": "", "num_items": ITEMS, "num_users": USERS + 2, "counts": {}, "seed": 0, "shards": shards},  # type: ignore[arg-type]
-        columns={"label": "list<float>"} if labelled else {},
-        has_time=False,
-    ).write(str(folder))
-    return PreparedDataset.open(str(folder))
-
-
 def _config(folder: Path, *overrides: str, model: str = "two_tower") -> Config:
     table = {
         "run": {"output": str(folder / "runs"), "dataset": str(folder / "data")},
@@ -141,7 +112,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_resumed_phase_takes_the_steps_of_an_uninterrupted_one(tmp_path: Path, losses: list[float]) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     keys = (
         "model.hidden=[8]",
         "model.dropout=0.3",
@@ -168,7 +139,7 @@ def test_a_resumed_phase_takes_the_steps_of_an_uninterrupted_one(tmp_path: Path,
 
 
 def test_only_the_best_and_the_last_epoch_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     values = iter([0.1, 0.4, 0.2, 0.3])
     monkeypatch.setattr(trainers, "validate", lambda *_: next(values))
     trainer = _trainer(tmp_path)
@@ -187,7 +158,7 @@ def test_only_the_best_and_the_last_epoch_are_kept(tmp_path: Path, monkeypatch: 
 def test_patience(
     metric: str, values: list[float], epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     found = iter(values)
     monkeypatch.setattr(trainers, "validate", lambda *_: next(found))
     progress = _trainer(tmp_path, "training.patience=2", f"training.metric={metric}").fit()
@@ -195,7 +166,7 @@ def test_patience(
 
 
 def test_validation_every_third_epoch_and_after_the_last(tmp_path: Path) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     history = _trainer(tmp_path, "training.validate_every=3").fit().history
     assert ["ndcg@10" in entry for entry in history] == [False, False, True, True]
 
@@ -204,7 +175,7 @@ def test_a_models_own_hook_ends_every_step(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "own_models").mkdir()
     (tmp_path / "own_models" / "centred.py").write_text(OWN_MODEL)
     monkeypatch.syspath_prepend(tmp_path)
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     trainer = _trainer(tmp_path, "training.epochs=1", "training.accumulation_steps=2", model="own_models.centred")
     model: Any = trainer.state.model
     assert trainer.hooks == step_hooks(model) and model in trainer.hooks
@@ -277,7 +248,7 @@ def test_hooks_see_what_all_workers_saw_in_one_sum() -> None:
 
 def test_a_metric_of_clicks_is_read_from_a_state_as_it_was_saved(tmp_path: Path) -> None:
     """normalized_entropy is computed as a numpy scalar, which state.pt must not hold."""
-    _dataset(tmp_path / "data", labelled=True)
+    small_dataset(tmp_path / "data", labelled=True)
     trainer = _trainer(tmp_path, "training.metric=normalized_entropy", "training.epochs=1", model="din")
     progress = trainer.fit()
     trainer.state.load(trainer.phase.folder(1))
@@ -287,7 +258,7 @@ def test_a_metric_of_clicks_is_read_from_a_state_as_it_was_saved(tmp_path: Path)
 @pytest.mark.parametrize("model", ["two_tower", "din"])
 def test_a_validation_shard_with_fewer_users_than_workers(model: str, tmp_path: Path) -> None:
     """Worker 1 of 2 has no user; it must still take part, and add nothing."""
-    dataset = _dataset(tmp_path / "data", valid_users=1, labelled=model == "din")
+    dataset = small_dataset(tmp_path / "data", valid_users=1, labelled=model == "din")
     trainer = _trainer(tmp_path, model=model)
     context: Any = LocalContext()
     alone = validate(trainer.state.model, dataset, context, trainer.config)
@@ -310,7 +281,7 @@ def test_a_validation_shard_with_fewer_users_than_workers(model: str, tmp_path: 
 def test_weights_that_overflow_are_neither_saved_nor_resumed_from(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     trainer = _trainer(tmp_path, "optim.ema_decay=0.5")
     real, last_step = trainer.state.ema.update, 2 * trainer.data.steps
 
@@ -334,7 +305,7 @@ def test_weights_that_overflow_are_neither_saved_nor_resumed_from(
 
 def test_an_epoch_on_disk_that_is_not_finite_is_not_resumed_from(tmp_path: Path) -> None:
     """Such as recray 0.1 left: also its published copy would be of no use."""
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     trainer = _trainer(tmp_path)
     trainer.fit(until=1)
     with torch.no_grad():
@@ -349,7 +320,7 @@ def test_an_epoch_on_disk_that_is_not_finite_is_not_resumed_from(tmp_path: Path)
     ("model", "metric"), [("two_tower", "ndcg@10"), ("sasrec", "ndcg@10"), ("din", "auc"), ("din", "log_loss")]
 )
 def test_scores_that_are_not_finite_are_refused(model: str, metric: str, tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "data", labelled=model == "din")
+    dataset = small_dataset(tmp_path / "data", labelled=model == "din")
     trainer = _trainer(tmp_path, f"training.metric={metric}", model=model)
     with torch.no_grad():
         for parameter in trainer.state.model.parameters():
@@ -360,7 +331,7 @@ def test_scores_that_are_not_finite_are_refused(model: str, metric: str, tmp_pat
 
 
 def test_nothing_is_published_by_a_training_that_diverges(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "data")
+    dataset = small_dataset(tmp_path / "data")
     config = _config(tmp_path, "optim.name=sgd", "optim.learning_rate=1e30")
     dataset.record.model_copy(update={"keys": DATASET.values(config)}).write(dataset.uri)
     with pytest.raises(RecrayError, match=r"(loss is|weights are not|scores that are not) .*lower optim.learning_rate"):
@@ -370,13 +341,13 @@ def test_nothing_is_published_by_a_training_that_diverges(tmp_path: Path) -> Non
 
 
 def test_a_ranker_without_labels_is_refused(tmp_path: Path) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     with pytest.raises(ConfigError, match=r"is a ranker and needs click labels; .* has none: set data.columns.label"):
         _trainer(tmp_path, model="din")
 
 
 def test_half_life_without_times_is_refused(tmp_path: Path) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     with pytest.raises(ConfigError, match=r"half_life = '2d' needs timestamps, and .* has positions only"):
         _trainer(tmp_path, "training.half_life=2d").fit()
 
@@ -442,7 +413,7 @@ NEW, UNKNOWN, SEEN = ([4, 5], 2), ([4, 5, 1, 1], 2), ([4, 5, 6, 5, 6], 2)
 def test_a_validation_split_that_no_model_can_answer(
     rows: list[tuple[list[int], int]], overrides: list[str], message: str, tmp_path: Path, losses: list[float]
 ) -> None:
-    dataset = _dataset(tmp_path / "data")
+    dataset = small_dataset(tmp_path / "data")
     _rewrite_valid(dataset, rows)
     config = _config(tmp_path, *overrides, "training.epochs=1")
     dataset.record.model_copy(update={"keys": DATASET.values(config)}).write(dataset.uri)
@@ -473,7 +444,7 @@ ONE, TWO = ([4, 5, 6], 2), ([4, 5, 7], 2)
 def test_a_validation_split_that_tells_no_click_metric(
     metric: str, labels: list[list[float]], weights: list[list[float]] | None, clicks: str, tmp_path: Path
 ) -> None:
-    dataset = _dataset(tmp_path / "data", labelled=True)
+    dataset = small_dataset(tmp_path / "data", labelled=True)
     columns = {"label": labels} | ({"weight": weights} if weights else {})
     _rewrite_valid(dataset, [ONE, TWO], **columns)
     names = dict.fromkeys(columns, "list<float>")
@@ -487,7 +458,7 @@ def test_a_validation_split_that_tells_no_click_metric(
 
 
 def test_an_index_is_tuned_on_training_users_where_validation_has_only_new_ones(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "data")
+    dataset = small_dataset(tmp_path / "data")
     trainer = _trainer(tmp_path)
     expected = sample_queries(trainer.state.model, dataset, trainer.config)  # type: ignore[arg-type]
     assert len(expected) == USERS
@@ -497,7 +468,7 @@ def test_an_index_is_tuned_on_training_users_where_validation_has_only_new_ones(
 
 
 def test_training_examples_without_weight_teach_nothing(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "data")
+    dataset = small_dataset(tmp_path / "data")
     table = storage.read_table(dataset.file_uri("train/part.parquet"))
     weight = pa.array([[0.0] * EVENTS] * USERS, pa.list_(pa.float32()))
     storage.write_table(dataset.file_uri("train/part.parquet"), table.append_column("weight", weight))
@@ -508,7 +479,7 @@ def test_training_examples_without_weight_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_longer_than_training_is_refused_before_it(tmp_path: Path, losses: list[float]) -> None:
-    _dataset(tmp_path / "data")  # 5 steps an epoch
+    small_dataset(tmp_path / "data")  # 5 steps an epoch
     _trainer(tmp_path, "optim.warmup_steps=20")
     with pytest.raises(
         ConfigError, match=r"warmup_steps = 21 is more than the 20 steps .*4 epochs of 5.* example to 2"
@@ -540,7 +511,7 @@ def test_a_loss_scale_that_fp16_cannot_raise_again_ends_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients that always overflow halve it at every step, and no step is taken."""
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     trainer = _trainer(tmp_path)
     for scale, found in ((2.0**-23, []), (2.0**-25, ["the loss scale"])):
         monkeypatch.setattr(trainer.state, "scaler", torch.amp.GradScaler("cpu", init_scale=scale, enabled=True))
@@ -551,7 +522,7 @@ def test_an_epoch_that_vanishes_while_it_is_read_is_replaced_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The workers of a killed driver still write: epoch 2 is complete, and epoch 1 deleted, before it is loaded."""
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     trainer = _trainer(tmp_path, "training.epochs=3")
     trainer.fit(until=2)
     other = _trainer(tmp_path, "training.epochs=3")
