@@ -25,6 +25,7 @@ from recray.retrieval.embed import sample_queries
 from recray.training import launch, optim
 from recray.training import trainer as trainers
 from recray.training.check import check_validation
+from recray.training.checkpoint import load_model
 from recray.training.console import Progress
 from recray.training.distributed import LocalContext, data_parallel, releasing_ddp
 from recray.training.phase import Phase
@@ -465,6 +466,31 @@ def test_an_index_is_tuned_on_training_users_where_validation_has_only_new_ones(
     _rewrite_valid(dataset, [NEW] * 3)
     found = sample_queries(trainer.state.model, dataset, trainer.config)  # type: ignore[arg-type]
     assert found.shape == (USERS, 4) and np.isfinite(found).all() and len(np.unique(found, axis=0)) == USERS
+
+
+@pytest.mark.parametrize("name", ["a b", "ü#1?", "50%:x"])
+def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / name / "data")
+    config = _config(tmp_path / name, "training.epochs=1")
+    dataset.record.model_copy(update={"keys": DATASET.values(config)}).write(dataset.uri)
+    record = launch.train(config)
+    assert load_model(Run(config).checkpoint().uri)[1] == record and launch.train(config) == record
+
+
+def test_two_trainings_of_one_artefact(tmp_path: Path) -> None:
+    """The second one starts while the first one trains; the first one is not disturbed."""
+    dataset = small_dataset(tmp_path / "data")
+    config = _config(tmp_path)
+    dataset.record.model_copy(update={"keys": DATASET.values(config)}).write(dataset.uri)
+    refused: list[str] = []
+
+    def second(entry: dict[str, float]) -> None:
+        with pytest.raises(StorageError, match=r"is being written by process \d+ on .*another run.name") as error:
+            launch.train(_config(tmp_path, "training.resume=false"))
+        refused.append(str(error.value))
+
+    assert len(launch.train(config, second).history) >= 1 and len(refused) == 4
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_training_examples_without_weight_teach_nothing(tmp_path: Path) -> None:
