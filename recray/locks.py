@@ -9,8 +9,6 @@ import platform
 from collections.abc import Iterator
 from typing import TextIO
 
-import pyarrow.fs as pafs
-
 from recray import storage
 from recray.errors import StorageError
 
@@ -21,11 +19,10 @@ def exclusive(uri: str) -> Iterator[None]:
 
     Raises StorageError that names the process that is in it.
     """
-    system, path = storage.resolve(uri)
-    if not isinstance(system, pafs.LocalFileSystem):
+    if "://" in uri and not uri.startswith("file://"):
         yield
         return
-    path += ".lock"
+    path = f"{storage.resolve(uri)[1]}.lock"
     with _locked(uri, path):
         try:
             yield
