@@ -78,6 +78,8 @@ def run(
     from recray.report.text import render
 
     settings = _load(config, overrides, starts_ray=True)
+    if report is not None and report != "-":
+        storage.check_writable(os.path.dirname(report) or ".")
     record = recray.run(settings)
     _result("evaluate", "report", render(record), record.model_dump(mode="json"))
     if report == "-":
@@ -119,7 +121,7 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     from recray.tuning.console import summary
     from recray.tuning.store import sweep_uri
 
-    settings = _load(config, overrides)
+    settings = _load(config, overrides, starts_ray=True)
     record = recray.tune(settings)
     _result("tune", "result", summary(record, sweep_uri(settings)), record.model_dump(mode="json"))
 
@@ -169,8 +171,10 @@ def recommend(
 ) -> None:
     """Write every user's final list (user, item, rank, score): what the index finds, in the order of retrieval.ranker."""
     import recray
+    from recray import storage
 
     settings = _load(config, overrides)
+    storage.check_writable(output)
     record = recray.recommend(settings, output, users, k)
     _made("recommend", output, record, f"{record.counts['users']:,} users")
 

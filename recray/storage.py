@@ -269,7 +269,7 @@ def check_writable(uri: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(
-            f"{uri} cannot be written ({path}: {reason}): set run.output to a folder where you can write"
+            f"{uri} cannot be written ({path}: {reason}): choose a folder where you can write"
         ) from error
 
 

@@ -30,6 +30,8 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # How soon the driver sees that training has finished.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # On a busy machine a worker process may take longer than Ray's default of 60 s to start, and would be killed.
+    "RAY_worker_register_timeout_seconds": "300",
 }
 _CONNECT_SECONDS = 6.0  # for all of it: resolving the name, connecting, and the head's answer
 _CLIENT_PORT = 10001  # the port of ray:// addresses that name none

@@ -56,7 +56,7 @@ def config(tmp_path: Path) -> str:
         ("train", "optim.lerning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("evaluate", "training.metric=NDCG@10", "did you mean 'ndcg@10'?"),
         ("tune", "training.half_life=soon", "write a number and d, h, m or s"),
-        ("index", "run.output=/proc/runs", "set run.output to a folder where you can write"),
+        ("index", "run.output=/proc/runs", "choose a folder where you can write"),
         ("run", "run.output={config}/runs", "is no folder"),
         ("train", "run.output=s4://runs", "the scheme 's4://' is not known"),
         ("train", "training.precision=fp16", "needs a GPU"),
