@@ -45,7 +45,7 @@ def test_durations(text: str, microseconds: int) -> None:
 
 
 def test_what_is_no_duration_is_seen_when_the_configuration_is_read() -> None:
-    with pytest.raises(ConfigError, match="'7 weeks' is not a duration.*'7d'"):
+    with pytest.raises(ConfigError, match=r"'7 weeks' is not a duration.*'7d'"):
         split.duration("7 weeks")
     for key in ("data.split.valid", "data.split.test", "training.half_life"):
         with pytest.raises(ConfigError, match=rf"{key}.*not a duration.*'12h'"):
