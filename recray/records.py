@@ -207,7 +207,7 @@ class Comparison(Part):
     system: str
     other: str  # a baseline, or the stage before it
     metric: str
-    gain: float  # difference of the means; above 0: the system is better, also where lower values are
+    gain: Number  # difference of the means; above 0: the system is better, also where lower values are
     low: float | None = None
     high: float | None = None
 

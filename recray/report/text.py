@@ -42,7 +42,7 @@ def _clicks(report: ReportRecord) -> str:
         cells = (_cell(values[name].value) if name in values else f"{'-':>13}" for name in model)
         lines.append(f"{row:27}" + "".join(cells))
     if model["auc"].low is not None:
-        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(one):13.4f}" for one in model.values()))
+        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(_cell(_half(one)) for one in model.values()))
     lines += ["", "reliability      predicted     observed  impressions"]
     lines += [f"{'':13}{one.predicted:13.4f}{one.observed:13.4f}{one.impressions:13,}" for one in report.reliability]
     return "\n".join([*lines, *_verdict(report)])
@@ -89,7 +89,7 @@ def _table(report: ReportRecord, names: list[str]) -> list[str]:
         lines.append(f"{TITLES.get(row, row):27}" + "".join(_cell(values[n].value) for n in names))
     model = report.metrics["model"]
     if model[names[0]].low is not None:
-        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(model[n]):13.4f}" for n in names))
+        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(_cell(_half(model[n])) for n in names))
     if names[0] in report.reachable:
         lines.append(f"{'all targets that can be hit':27}" + "".join(f"{report.reachable[n]:13.4f}" for n in names))
     return lines
