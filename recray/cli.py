@@ -118,10 +118,11 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     best.toml, the winner for `recray run`, to <output>/<name>/tune/current.
     """
     import recray
-    from recray.tuning.console import summary
-    from recray.tuning.store import sweep_uri
 
     settings = _load(config, overrides, starts_ray=True)
+    from recray.tuning.console import summary  # loads torch
+    from recray.tuning.store import sweep_uri
+
     record = recray.tune(settings)
     _result("tune", "result", summary(record, sweep_uri(settings)), record.model_dump(mode="json"))
 

@@ -51,8 +51,8 @@ def config(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("verb", "value", "message"),
     [
-        ("prepare", "run.seed=1", "has no column 'usr'; did you mean 'user'?"),
-        ("run", "run.seed=1", "has no column 'usr'; did you mean 'user'?"),
+        ("prepare", "run.seed=1", "did you mean 'user'?"),
+        ("run", "run.seed=1", "did you mean 'user'?"),
         ("train", "optim.lerning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("evaluate", "training.metric=NDCG@10", "did you mean 'ndcg@10'?"),
         ("tune", "training.half_life=soon", "write a number and d, h, m or s"),
