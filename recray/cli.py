@@ -6,16 +6,19 @@ lines on standard output: {"stage": ..., "event": ..., "values": ...}.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from recray import log
-from recray.errors import RecrayError
+from recray.errors import Interrupted, RecrayError
 
 _GLOBAL = ("--quiet", "-q", "--verbose", "-v", "--json")  # accepted anywhere on the command line
 _json = False
@@ -74,7 +77,9 @@ def run(
     from recray import storage
     from recray.report.text import render
 
-    record = recray.run(recray.load_config(config, overrides or []))
+    settings = recray.load_config(config, overrides or [])
+    with _stoppable():
+        record = recray.run(settings)
     _result("evaluate", "report", render(record), record.model_dump(mode="json"))
     if report == "-":
         typer.echo(record.model_dump_json())
@@ -100,7 +105,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from recray.artifacts import Run
 
     settings = recray.load_config(config, overrides or [])
-    record = recray.train(settings)
+    with _stoppable():
+        record = recray.train(settings)
     _made("train", Run(settings).checkpoint().uri, record, f"{record.metric} = {record.value:.4f} (validation)")
 
 
@@ -297,6 +303,19 @@ def _options(
     # Results are JSON lines of the same logger: --quiet must not drop them.
     form: log.Format = "json" if json else "rich" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "plain"
     log.configure(form, level)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM or Ctrl-C saves the training state first; the exit code is 128 + the signal's number, as in a shell."""
+    from recray.training import interrupt
+
+    with interrupt.graceful():
+        try:
+            yield
+        except Interrupted as error:
+            log.warning("train", str(error), event="stopped")
+            raise typer.Exit(128 + (interrupt.received() or signal.SIGTERM)) from None
 
 
 def _made(stage: str, uri: str, record: Any, note: str) -> None:
