@@ -38,7 +38,7 @@ def train(
 ) -> CheckpointRecord:
     """Train the model on the run's prepared dataset, and publish the best epoch as the run's checkpoint.
 
-    An interrupted training resumes after its last complete epoch. One that is complete for this configuration is
+    An interrupted training resumes from its newest saved state (training.save_every). One that is complete for this configuration is
     returned without training.
 
     on_epoch: called with every epoch's entry of the history, if training runs in this process.

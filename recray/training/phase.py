@@ -1,10 +1,11 @@
 """One phase of training: which shards it trains on, for how many epochs, and where its epochs are kept.
 
 "train" (selection) trains on the train split and validates. "refit" trains a fresh model on train and validation events
-together, for the number of epochs that selection found best. Each keeps its best and its last epoch:
+together, for the number of epochs that selection found best. Each keeps its best epoch and the two newest states:
 
-    <root>/epoch-0002/      best so far
-           epoch-0005/      last; training resumes from it
+    <root>/epoch-0002/                  best so far
+           epoch-0005/
+           epoch-0005-step-00001200/    1,200 steps into epoch 6; training resumes from it
 """
 
 from __future__ import annotations
