@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from typing import Any
+from typing import IO, Any, cast
 
+import pyarrow as pa
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -42,9 +43,26 @@ def save_weights(folder: str, weights: dict[str, Tensor]) -> dict[str, FileDiges
 
 
 def save_state(folder: str, state: dict[str, Any]) -> dict[str, FileDigest]:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return _write(folder, _STATE, buffer.getvalue())
+    with storage.writer(storage.join(folder, _STATE)) as stream:
+        hashing = _Hashing(stream)
+        torch.save(state, cast(IO[bytes], hashing))  # without a second copy in memory
+    return {_STATE: FileDigest(bytes=hashing.size, sha256=hashing.digest.hexdigest())}
+
+
+class _Hashing(io.RawIOBase):
+    """A stream that hashes what is written to it."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream, self.size, self.digest = stream, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._stream.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
 
 
 def save_record(

@@ -12,10 +12,10 @@ import torch
 from recray import log, storage
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import private_ray, resources, runtime
-from recray.cluster.errors import unwrap
+from recray.cluster.errors import lost_worker, summary, unwrap
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import LineageError, RecrayError, StorageError
+from recray.errors import ClusterError, LineageError, StorageError
 from recray.records import CheckpointRecord
 from recray.training import checkpoint, interrupt
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
@@ -38,8 +38,8 @@ def train(
 ) -> CheckpointRecord:
     """Train the model on the run's prepared dataset, and publish the best epoch as the run's checkpoint.
 
-    An interrupted training resumes from its newest saved state (training.save_every). One that is complete for this configuration is
-    returned without training.
+    An interrupted training resumes from its newest saved state (training.save_every). One that is complete for this
+    configuration is returned without training.
 
     on_epoch: called with every epoch's entry of the history, if training runs in this process.
     callback: receives the same entries from Ray Train workers, if training runs in those.
@@ -65,7 +65,7 @@ def train(
         with threads(config.scaling), interrupt.polled():
             fit(work, LocalContext(config.scaling.use_gpu), on_epoch)
     else:
-        _run_workers(work, callback, select)
+        _run_workers(work, callback)
     last = CheckpointRecord.read(select.folder(select.last_epoch()))
     if until is not None and last.epoch >= until:  # else training.patience ended it before
         message = f"stopped after epoch {last.epoch} of {config.training.epochs}, as requested"
@@ -215,40 +215,39 @@ def _in_this_process(config: Config, dataset_uri: str) -> bool:
     return scaling.num_workers == 0
 
 
-def _run_workers(work: Work, callback: UserCallback | None, select: Phase) -> None:
-    """Train on Ray workers. A lost worker or node ends all of them; they start again from the last saved state.
-
-    Errors of recray's own (a wrong value, a loss that is not finite) would come back, and are raised at once.
-    """
-    failures = 0
+def _run_workers(work: Work, callback: UserCallback | None) -> None:
+    """Train on Ray workers. A lost worker or node ends all of them, and they start again from the last saved state."""
+    failures, most = 0, work.config.scaling.max_failures
     while True:
-        before = _progress(work, select)
+        before = _states(work)
         try:
             return _run_workers_once(work, callback)
-        except RecrayError:
-            raise
         except Exception as error:
-            failures = 1 if _progress(work, select) != before else failures + 1
-            if failures > work.config.scaling.max_failures:
+            if not lost_worker(error):
                 raise
+            failures = 1 if _states(work) != before else failures + 1
+            if failures > most:
+                raise ClusterError(
+                    f"training workers were lost {failures} times without progress, the last time by: {summary(error)}. "
+                    f"Look at the nodes and their memory; the same command resumes from the last saved state"
+                ) from error
             delay = _BACKOFF[min(failures, len(_BACKOFF)) - 1]
             log.warning(
                 "train",
-                f"training workers were lost ({_first_line(error)}): starting them again from the last saved state in "
-                f"{delay:.0f} s (failure {failures} of {work.config.scaling.max_failures} without progress)",
+                f"training workers were lost ({summary(error)}): they start again from the last saved state in {delay:.0f} s "
+                f"(failure {failures} of {most} without progress)",
                 event="restart",
                 values={"failures": failures, "seconds": delay},
             )
             time.sleep(delay)
 
 
-def _progress(work: Work, select: Phase) -> tuple[Position, ...]:
-    """The positions on disk; they change when training makes progress."""
-    return (*select.saved(), *refit(work.folder, max(1, select.last_epoch())).saved())
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+def _states(work: Work) -> list[str]:
+    """Folders of saved states, of all phases. They change when training makes progress."""
+    roots = [selection(work.config, work.folder).root]
+    refits = storage.join(work.folder, "refit")
+    roots += [storage.join(refits, name) for name in storage.list_folders(refits)]
+    return [storage.join(root, name) for root in roots for name in storage.list_folders(root)]
 
 
 def _run_workers_once(work: Work, callback: UserCallback | None) -> None:

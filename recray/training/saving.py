@@ -23,6 +23,7 @@ from torch import Tensor
 
 from recray import storage
 from recray.data.split import duration
+from recray.errors import StorageError
 from recray.records import FileDigest
 from recray.training.distributed import Context
 from recray.training.phase import Phase
@@ -57,31 +58,37 @@ class Saver:
     def flags(self, stop: bool) -> Flags:
         """This worker's flags of the current step."""
         write = self._write
-        due = self._context.rank == 0 and (write is None or write.done()) and self._is_due()
-        return Flags(float(due), float(stop), float(write is not None and write.done()))
+        written = write is not None and write.done()
+        if write is not None and written:
+            write.raise_error()
+        due = self._context.rank == 0 and (write is None or written) and self._is_due()
+        return Flags(float(due), float(stop), float(written))
 
     def after_step(self, flags: Flags) -> None:
         """At the end of a step, with the sums of all workers' flags."""
-        if self._write is not None and flags.written == self._context.world_size:
-            self._finish()
+        if flags.written == self._context.world_size:
+            self._complete_write()
         if flags.due or flags.stop:
             started = time.perf_counter()
-            self._begin()
+            self.wait()
+            progress = self._state.progress
+            folder = self._phase.folder(progress.epoch, progress.sums.steps)
+            self._write = _Write(self._copy(self._state.snapshot(self._context)), folder)
+            self.restart_clock()
             if flags.stop:
-                self.wait(complete=True)
+                self.wait()
             self.blocked += time.perf_counter() - started
 
-    def wait(self, complete: bool = False) -> None:
-        """Wait for the write in progress. complete: make it one to resume from; otherwise an epoch's state follows."""
+    def wait(self) -> None:
+        """Wait for the write in progress. Raises its error, on all workers, if one of them could not write."""
         if self._write is None:
             return
         self._write.thread.join()
-        self._context.barrier()
-        if complete:
-            self._finish()
-        else:
+        failed = self._write.error is not None
+        if float(self._context.sum(torch.tensor([float(failed)]))):
             self._write.raise_error()
-            self._write = None
+            raise StorageError(f"{self._write.folder}: another worker could not write its part")
+        self._complete_write()
         self._context.barrier()
 
     def restart_clock(self) -> None:
@@ -98,19 +105,10 @@ class Saver:
             return self._state.progress.step - self._saved_step >= self._steps
         return self._seconds > 0 and time.monotonic() - self._saved_at >= self._seconds
 
-    def _begin(self) -> None:
-        self.wait(complete=True)
-        progress = self._state.progress
-        folder = self._phase.folder(progress.epoch, progress.sums.steps)
-        self._write = _Write(self._copy(self._state.snapshot(self._context)), folder)
-        self.restart_clock()
-
-    def _finish(self) -> None:
+    def _complete_write(self) -> None:
+        """All workers have written their part."""
         write, self._write = self._write, None
-        assert write is not None
-        write.thread.join()
-        write.raise_error()
-        if self._context.rank == 0:
+        if write is not None and self._context.rank == 0:
             self._complete(write.folder, digests(write.folder, write.files, self._context.world_size))
 
     def _copy(self, snapshot: Snapshot) -> Snapshot:
@@ -143,7 +141,7 @@ class _Write:
         self.folder = folder
         self.files: dict[str, FileDigest] = {}
         self._snapshot = snapshot
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="recray-save", daemon=True)
         self.thread.start()
 
@@ -151,14 +149,14 @@ class _Write:
         try:
             self.files = self._snapshot.write(self.folder)
         except BaseException as error:  # raised in the training loop
-            self._error = error
+            self.error = error
 
     def done(self) -> bool:
         return not self.thread.is_alive()
 
     def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
 
 def digests(folder: str, own: dict[str, FileDigest], world_size: int) -> dict[str, FileDigest]:

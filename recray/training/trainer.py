@@ -132,7 +132,8 @@ class Trainer:
             sums.seconds = before + self.meter.seconds
             progress.consume(self.context.world_size, self.data.rows_per_step)
             self._save_if_due(step.flags)
-        assert sums.rows == self.data.rows, f"the epoch consumed {sums.rows} rows of {self.data.rows}"
+        if sums.rows != self.data.rows:
+            raise RecrayError(f"the epoch consumed {sums.rows} rows of {self.data.rows}: this is a defect of recray")
         self._check_weights()
         entry = {"epoch": epoch + 1.0, "loss": sums.loss / sums.weight, **self.meter.end_epoch(batches.seconds())}
         return entry | {"seconds": before + entry["seconds"], "saving_seconds": self.saver.take_blocked()}

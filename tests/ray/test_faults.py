@@ -19,7 +19,9 @@ import recray
 from helpers.configs import simulated_table
 from helpers.runs import selection
 from recray import storage
+from recray.cluster.errors import lost_worker, summary
 from recray.config import Config, parse_config
+from recray.errors import RecrayError
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -83,6 +85,21 @@ def _epochs(child: subprocess.Popen[str], count: int) -> None:
 def _same_weights(a: Config, b: Config) -> bool:
     one, other = (load_file(f"{c.run_uri}/checkpoint/current/model.safetensors") for c in (a, b))
     return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+
+
+def test_only_lost_workers_are_started_again() -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+
+    def group(*failures: Exception) -> WorkerGroupError:
+        return WorkerGroupError("failed", dict(enumerate(failures)))
+
+    gone = RuntimeError("[enforce fail at pair.cc] Connection closed by peer [127.0.0.1]:1234")
+    assert lost_worker(group(gone, ActorDiedError())) and lost_worker(group(gone))
+    assert not lost_worker(group(TypeError("unsupported operand"))) and not lost_worker(
+        group(RecrayError("loss"), gone)
+    )
+    assert summary(group(ValueError("first line\nlast line"))) == "last line"
 
 
 def test_a_killed_worker_is_replaced_and_a_stopped_driver_resumes(prepared: Config, tmp_path: Path) -> None:
