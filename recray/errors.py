@@ -9,14 +9,7 @@
     +-- DependencyError     an optional package is missing
     +-- ResourceError       the machine or cluster lacks what was asked for
     +-- ClusterError        a Ray cluster cannot be reached, or refuses
-    +-- ConfigError       the configuration is wrong: a key, a value, a combination
-    +-- DataError         the input data is wrong: a column, a type, a value, a file
-    +-- StorageError      a URI cannot be read or written
-    +-- LineageError      two artefacts that do not belong together
-    +-- DependencyError   an optional package is missing
-    +-- ResourceError     the machine or cluster lacks what was asked for
-    +-- ClusterError      a Ray cluster cannot be reached, or refuses
-    +-- Interrupted       training was asked to stop, and has saved its state
+    +-- Interrupted         training was asked to stop, and has saved its state
 
 A message says what is wrong, where, what is allowed and what to do next. The
 message is the only constructor argument, so every error survives pickling and
