@@ -93,7 +93,7 @@ CHECKPOINT = Stage(
     CheckpointRecord,
     # Selection ranks validation users as evaluation does.
     ("model", "loss", "optim", "training", "run.seed", "evaluation.filter_seen", "evaluation.queries"),
-    excluded=("loss.chunk_size", "training.resume", "training.compile"),
+    excluded=("loss.chunk_size", "training.resume", "training.compile", "training.save_every"),
 )
 INDEX = Stage(
     "index",
@@ -138,6 +138,7 @@ NO_RESULT = (
     "loss.chunk_size",
     "training.resume",
     "training.compile",
+    "training.save_every",
     "evaluation.batch_size",
     *_TUNE_FREE,
 )

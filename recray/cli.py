@@ -6,16 +6,19 @@ lines on standard output: {"stage": ..., "event": ..., "values": ...}.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recray import log
-from recray.errors import RecrayError
+from recray.errors import Interrupted, RecrayError
 
 if TYPE_CHECKING:
     from recray.config import Config
@@ -80,7 +83,8 @@ def run(
     settings = _load(config, overrides, starts_ray=True)
     if report is not None and report != "-":
         storage.check_writable(os.path.dirname(report) or ".")
-    record = recray.run(settings)
+    with _stoppable():
+        record = recray.run(settings)
     _result("evaluate", "report", render(record), record.model_dump(mode="json"))
     if report == "-":
         typer.echo(record.model_dump_json())
@@ -106,7 +110,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from recray.artifacts import Run
 
     settings = _load(config, overrides)
-    record = recray.train(settings)
+    with _stoppable():
+        record = recray.train(settings)
     _made("train", Run(settings).checkpoint().uri, record, f"{record.metric} = {record.value:.4f} (validation)")
 
 
@@ -322,6 +327,19 @@ def _load(path: str, overrides: list[str] | None, starts_ray: bool = False) -> C
     if starts_ray or config.scaling.num_workers > 1 or (runtime.is_shared() and config.scaling.num_workers):
         runtime.check()
     return config
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM or Ctrl-C saves the training state first; the exit code is 128 + the signal's number, as in a shell."""
+    from recray.training import interrupt
+
+    with interrupt.graceful():
+        try:
+            yield
+        except Interrupted as error:
+            log.warning("train", str(error), event="stopped")
+            raise typer.Exit(128 + (interrupt.received() or signal.SIGTERM)) from None
 
 
 def _made(stage: str, uri: str, record: Any, note: str) -> None:

@@ -9,6 +9,7 @@
     +-- DependencyError     an optional package is missing
     +-- ResourceError       the machine or cluster lacks what was asked for
     +-- ClusterError        a Ray cluster cannot be reached, or refuses
+    +-- Interrupted         training was asked to stop, and has saved its state
 
 A message says what is wrong, where, what is allowed and what to do next. The
 message is the only constructor argument, so every error survives pickling and
@@ -50,3 +51,7 @@ class ResourceError(RecrayError):
 
 class ClusterError(RecrayError):
     """A Ray cluster cannot be reached, or refuses."""
+
+
+class Interrupted(RecrayError):
+    """Training was asked to stop, and has saved its state."""

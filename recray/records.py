@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 import recray
 from recray import storage
-from recray.errors import LineageError
+from recray.errors import LineageError, StorageError
 
 
 class Record(BaseModel):
@@ -88,6 +88,22 @@ def feature_column(role: Role, name: str) -> str:
     return f"{role}_{name}"
 
 
+class FileDigest(Part):
+    """Size and hash of a file, by which a damaged one is recognized."""
+
+    bytes: int
+    sha256: str
+
+    def check(self, uri: str) -> None:
+        """Raises StorageError if the file at `uri` is missing, or is not the one that was written."""
+        found = storage.digest(uri)
+        if found != (self.bytes, self.sha256):
+            raise StorageError(
+                f"{uri} is damaged: it has {found[0]:,} bytes with sha256 {found[1][:12]}, written were {self.bytes:,} "
+                f"bytes with sha256 {self.sha256[:12]}: restore it, or delete its folder and run the stage again"
+            )
+
+
 class Feature(Part):
     """One encoded feature column of a prepared dataset."""
 
@@ -147,13 +163,14 @@ class CheckpointRecord(Record):
     """Trained weights and all that is needed to rebuild and resume them."""
 
     epoch: int  # epochs completed
-    step: int
+    step: int  # optimizer steps, those of an epoch that is not complete included
     rows: int  # training rows consumed over all workers since the start
     metric: str
     value: float  # validation value of `metric`, reduced over all workers
     best_epoch: int = 0  # the one with the best validation value so far; 0 before the first validation
     history: list[dict[str, float]] = []  # one entry per epoch trained, later ones than the best among them
     dataset_uri: str
+    files: dict[str, FileDigest] = {}  # all others in the folder
     pieces: int = 0  # files that row_sharded tables lie in, one a training worker
 
 

@@ -185,6 +185,24 @@ def local_file(uri: str) -> Iterator[str]:
         yield copy
 
 
+def digest(uri: str) -> tuple[int, str]:
+    """Size in bytes, and SHA-256, of a file."""
+    system, path = resolve(uri)
+    size, found = 0, hashlib.sha256()
+    with _errors(uri, "read"), system.open_input_stream(path) as stream:
+        while part := stream.read(_PART_BYTES):
+            size += len(part)
+            found.update(part)
+    return size, found.hexdigest()
+
+
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens when it is not there."""
+    system, path = resolve(uri)
+    with _errors(uri, "deleted"), contextlib.suppress(FileNotFoundError):
+        system.delete_file(path)
+
+
 def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 

@@ -102,14 +102,14 @@ def _prepared(folder: str, columns: dict[str, "np.ndarray"]) -> "PreparedDataset
 
 def _measure(dataset: "PreparedDataset", folder: str, epochs: int, rounds: int) -> dict[str, object]:
     from recray.loading.collate import iter_batches
-    from recray.loading.sampler import ShardGroup, epoch_plan, num_examples
+    from recray.loading.sampler import ShardGroup, epoch_order, num_examples
     from recray.training.distributed import read_shards, stream_shards
 
     shards = [ShardGroup.of(shard) for shard in dataset.record.shards["train"]]
     rows = sum(num_examples(shard, "events") for shard in shards)
 
     def cut_from(read: Callable[..., Iterator[Any]], epochs: int) -> Iterator[int]:
-        plans = [epoch_plan(shards, 1, epoch, 0, 1, "events") for epoch in range(epochs)]
+        plans = [epoch_order(shards, 1, epoch, "events") for epoch in range(epochs)]
         tables = read(dataset, shards, list(itertools.chain(*plans)))
         for parts in plans:
             for batch in iter_batches((next(tables) for _ in parts), _BATCH, "events", _HISTORY, 1):
@@ -151,11 +151,11 @@ def _write_flat(dataset: "PreparedDataset", shards: list[Any], folder: str) -> l
     import pyarrow.parquet as pq
 
     from recray.loading.collate import iter_batches
-    from recray.loading.sampler import epoch_plan
+    from recray.loading.sampler import epoch_order
     from recray.training.distributed import read_shards
 
     files = []
-    tables = read_shards(dataset, shards, epoch_plan(shards, 1, 0, 0, 1, "events"))
+    tables = read_shards(dataset, shards, epoch_order(shards, 1, 0, "events"))
     for at, batch in enumerate(iter_batches(tables, 262_144, "events", _HISTORY, 1)):
         padded = batch.history.padded(_HISTORY).int().flatten().numpy()
         assert batch.target_Q is not None and batch.weight_Q is not None

@@ -15,6 +15,10 @@ from recray.errors import RecrayError
 _IN_TRACEBACK = re.compile(
     r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\nFailed to apply |\nTo change retry |\Z)", re.MULTILINE | re.DOTALL
 )
+# What the workers that are left say when another one is gone.
+_LOST = re.compile(
+    r"gloo|nccl|processgroup|connection (closed|reset|refused)|timed out waiting|broken pipe", re.IGNORECASE
+)
 _DEPTH = 8  # of wrappers; a chain of causes may be a ring
 
 
@@ -43,6 +47,35 @@ def unwrapped() -> Iterator[None]:
         if found is None or found is error:
             raise
         raise found from None
+
+
+def lost_worker(error: BaseException) -> bool:
+    """Whether training ended because a process or node was lost, or did not answer: it can be started again.
+
+    The other workers fail in a collective, whose text is all that tells. An error of recray's own, or of a model, would
+    come back.
+    """
+    from ray import exceptions
+
+    if unwrap(error) is not None:
+        return False
+    system = (
+        exceptions.RayActorError,
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.RaySystemError,
+    )
+    causes = list(_causes(error, _DEPTH))
+    if any(isinstance(cause, (*system, exceptions.OutOfMemoryError)) for cause in causes):
+        return True
+    return any(_LOST.search(str(cause)) is not None for cause in causes)
+
+
+def summary(error: BaseException) -> str:
+    """One line about an error that Ray wrapped: the last line of its innermost text."""
+    innermost = list(_causes(error, _DEPTH))[-1]
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()] or [type(innermost).__name__]
+    return lines[-1][:200]
 
 
 def _is_plain(error: BaseException) -> TypeGuard[RecrayError]:

@@ -104,6 +104,11 @@ class TrainingConfig(Section):
     )
     patience: int = Field(0, ge=0, description="validations without improvement before training stops; 0 = never stop")
     validate_every: int = Field(1, ge=1, description="epochs between validations")
+    save_every: str = Field(
+        "10m",
+        pattern=r"^(\d+(\.\d+)?[dhms]|[1-9]\d* steps|)$",
+        description="time or steps between saves inside an epoch, from which training resumes: 10m, 500 steps; empty = only at the end of epochs",
+    )
     resume: bool = Field(True, description="resume from the run's last checkpoint if there is one")
 
     @field_validator("half_life")
@@ -130,6 +135,11 @@ class ScalingConfig(Section):
     reader: Literal["auto", "ray_data", "worker"] = Field(
         "auto",
         description="who reads shards during training: Ray Data tasks on any node, or each worker; auto: ray_data with several nodes or remote storage",
+    )
+    max_failures: int = Field(
+        3,
+        ge=0,
+        description="with Ray workers: restarts after a worker or node was lost, without progress since the last one",
     )
     wait_seconds: float = Field(
         900, ge=0, description="on a cluster: seconds to wait for nodes of the autoscaler or for resources in use"

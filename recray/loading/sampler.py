@@ -13,7 +13,8 @@ the same on every worker.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,25 +57,59 @@ def num_examples(shard: ShardGroup, examples: Examples) -> int:
     return shard.rows if examples == "sequences" else shard.events
 
 
-def epoch_plan(
-    shards: list[ShardGroup], seed: int, epoch: int, rank: int, world_size: int, examples: Examples
-) -> list[ShardSlice]:
-    """The slices of worker `rank`, in the order in which it trains on them."""
+# What the workers have consumed of an epoch: (number of workers, examples that each of them took), one per start of the
+# training. Two numbers are enough, since shares and orders are arithmetic: see `remaining`.
+Segments = Sequence[tuple[int, int]]
+
+
+def epoch_order(shards: list[ShardGroup], seed: int, epoch: int, examples: Examples) -> list[ShardSlice]:
+    """All examples of an epoch, in the order in which a single worker trains on them."""
     order = np.random.default_rng([seed, epoch, 1]).permutation(len(shards))
-    total = sum(num_examples(shard, examples) for shard in shards)
+    sizes = [(index, num_examples(shards[index], examples)) for index in order.tolist()]
+    return [ShardSlice(epoch, index, 0, size) for index, size in sizes if size]
+
+
+def share(slices: list[ShardSlice], rank: int, world_size: int) -> list[ShardSlice]:
+    """The part of worker `rank`: the rank-th of `world_size` contiguous parts, whose sizes differ by at most one."""
+    total = num_rows(slices)
     begin, end = rank * total // world_size, (rank + 1) * total // world_size
-    slices, at = [], 0
-    for index in order.tolist():
-        size = num_examples(shards[index], examples)
-        start, stop = max(begin - at, 0), min(end - at, size)
+    found, at = [], 0
+    for one in slices:
+        start, stop = max(one.start, one.start + begin - at), min(one.stop, one.start + end - at)
         if start < stop:
-            slices.append(ShardSlice(epoch, index, start, stop))
-        at += size
+            found.append(replace(one, start=start, stop=stop))
+        at += one.stop - one.start
+    return found
+
+
+def remaining(slices: list[ShardSlice], segments: Segments) -> list[ShardSlice]:
+    """What is left of `slices` after training that was interrupted, possibly several times and with other numbers of workers.
+
+    Each of W workers takes its share from the start. After n examples the rest of all W shares, one behind the other, is
+    what the next start shares out. With the same W every worker goes on exactly where it was: (r T) // W - r n =
+    (r (T - W n)) // W.
+    """
+    for workers, taken in segments:
+        slices = [one for rank in range(workers) for one in _skip(share(slices, rank, workers), taken)]
     return slices
 
 
-def steps_per_epoch(shards: list[ShardGroup], world_size: int, batch_size: int, examples: Examples) -> int:
-    """Batches of the worker with the most examples. The others end the epoch with batches of weight 0."""
-    total = sum(num_examples(shard, examples) for shard in shards)
-    largest = -(-total // world_size)
+def _skip(slices: list[ShardSlice], count: int) -> list[ShardSlice]:
+    """Without the first `count` examples."""
+    found = []
+    for one in slices:
+        skipped = min(count, one.stop - one.start)
+        count -= skipped
+        if one.start + skipped < one.stop:
+            found.append(replace(one, start=one.start + skipped))
+    return found
+
+
+def num_rows(slices: list[ShardSlice]) -> int:
+    return sum(one.stop - one.start for one in slices)
+
+
+def num_batches(rows: int, world_size: int, batch_size: int) -> int:
+    """Batches of the worker with the most of `rows` examples. The others end the epoch with batches of weight 0."""
+    largest = -(-rows // world_size)
     return -(-largest // batch_size)

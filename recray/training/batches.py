@@ -23,7 +23,17 @@ from recray.loading.batch import Batch
 from recray.loading.collate import iter_batches, padding_like
 from recray.loading.examples import Decay
 from recray.loading.prefetch import DeviceLoader
-from recray.loading.sampler import ShardGroup, ShardSlice, epoch_plan, num_examples, steps_per_epoch
+from recray.loading.sampler import (
+    Segments,
+    ShardGroup,
+    ShardSlice,
+    epoch_order,
+    num_batches,
+    num_examples,
+    num_rows,
+    remaining,
+    share,
+)
 from recray.models import Examples
 from recray.training.distributed import Context
 from recray.training.phase import Phase
@@ -54,32 +64,56 @@ class TrainingData:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        batches = steps_per_epoch(self.shards, self.context.world_size, self.batch_size, self.examples)
-        return -(-batches // self.config.training.accumulation_steps)
+        """Optimizer steps of a whole epoch."""
+        return self._steps(self.rows)
 
-    def loader(self, epochs: range) -> DeviceLoader:
+    @property
+    def rows_per_step(self) -> int:
+        """Training examples that a worker takes in one step, unless it runs out of them."""
+        return self.batch_size * self.config.training.accumulation_steps
+
+    def rest(self, epoch: int, segments: Segments = ()) -> list[ShardSlice]:
+        """What all workers together still have to train on in an epoch (from 0), of which `segments` are done."""
+        return remaining(epoch_order(self.shards, self.config.run.seed, epoch, self.examples), segments)
+
+    def loader(self, epochs: range, segments: Segments = ()) -> DeviceLoader:
         """Batches of these epochs, one epoch after the other without a pause: (batch, False if it is padding).
+
+        segments: what is done of the first epoch.
 
         Raises ConfigError if training.half_life is set and the dataset has no times.
         """
-        world, seed = self.context.world_size, self.config.run.seed
-        plans = [epoch_plan(self.shards, seed, epoch, self.context.rank, world, self.examples) for epoch in epochs]
+        plans, batches = [], []
+        for epoch in epochs:
+            rest = self.rest(epoch, segments if epoch == epochs.start else ())
+            plans.append(share(rest, self.context.rank, self.context.world_size))
+            batches.append(self._steps(num_rows(rest)) * self.config.training.accumulation_steps)
         tables = self.context.tables(self.dataset, self.shards, [part for plan in plans for part in plan])
-        return DeviceLoader(tables, partial(self._padded, plans, self._decay()), self.context.device)
+        return DeviceLoader(tables, partial(self._padded, plans, batches, self._decay()), self.context.device)
+
+    def _steps(self, rows: int) -> int:
+        batches = num_batches(rows, self.context.world_size, self.batch_size)
+        return -(-batches // self.config.training.accumulation_steps)
+
+    def steps_left(self, epoch: int, segments: Segments) -> int:
+        """Optimizer steps until the end of an epoch, of which `segments` are done."""
+        return self._steps(num_rows(self.rest(epoch, segments)))
 
     def _padded(
-        self, plans: list[list[ShardSlice]], decay: Decay | None, tables: Iterator[tuple[ShardSlice, pa.Table]]
+        self,
+        plans: list[list[ShardSlice]],
+        wanted: list[int],
+        decay: Decay | None,
+        tables: Iterator[tuple[ShardSlice, pa.Table]],
     ) -> Iterator[tuple[Batch, bool]]:
         """Tables to equally many batches an epoch on every worker."""
-        wanted = self.steps * self.config.training.accumulation_steps
         batch: Batch | None = None
-        for plan in plans:
+        for plan, batches in zip(plans, wanted, strict=True):
             count = 0
             for batch in self._cut((next(tables) for _ in plan), decay):
                 yield batch, True
                 count += 1
-            for _ in range(count, wanted):
+            for _ in range(count, batches):
                 if batch is None:  # this worker has no rows at all: any row shows what padding must look like
                     file = self.dataset.file_uri(self.shards[0].files[0])
                     row = storage.read_table(file).slice(0, 1)

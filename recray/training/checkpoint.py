@@ -12,9 +12,12 @@ A checkpoint needs no other file: `load_model` builds the model from the configu
 
 from __future__ import annotations
 
+import hashlib
 import io
-from typing import Any
+import json
+from typing import IO, Any, cast
 
+import pyarrow as pa
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -27,37 +30,72 @@ from recray.errors import LineageError
 from recray.layers import embedding
 from recray.loading.batch import Feature, ItemTable, Jagged
 from recray.models import Ranker, Retriever, build_model
-from recray.records import CheckpointRecord, DatasetRecord
+from recray.records import CheckpointRecord, DatasetRecord, FileDigest
 from recray.training import sharded_tables
 from recray.training.sharded_tables import ShardedTables
 
 _WEIGHTS, _ITEMS, _STATE = "model.safetensors", "items.safetensors", "state.pt"
 
 
-def save_weights(folder: str, weights: dict[str, Tensor]) -> None:
+def save_weights(folder: str, weights: dict[str, Tensor]) -> dict[str, FileDigest]:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    storage.write_bytes(storage.join(folder, _WEIGHTS), save_tensors(plain))
+    return _write(folder, _WEIGHTS, save_tensors(plain))
 
 
-def save_state(folder: str, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    storage.write_bytes(storage.join(folder, _STATE), buffer.getvalue())
+def save_state(folder: str, state: dict[str, Any]) -> dict[str, FileDigest]:
+    with storage.writer(storage.join(folder, _STATE)) as stream:
+        hashing = _Hashing(stream)
+        torch.save(state, cast(IO[bytes], hashing))  # without a second copy in memory
+    return {_STATE: FileDigest(bytes=hashing.size, sha256=hashing.digest.hexdigest())}
 
 
-def save_record(folder: str, record: CheckpointRecord, dataset: DatasetRecord, items: ItemTable) -> CheckpointRecord:
-    """Write what rebuilds the model, then the record, which completes the checkpoint."""
-    storage.write_bytes(storage.join(folder, _ITEMS), save_tensors(_pack(items)))
-    storage.write_json(storage.join(folder, DatasetRecord.file_name()), dataset.model_dump(mode="json"))
-    return record.write(folder)
+class _Hashing(io.RawIOBase):
+    """A stream that hashes what is written to it."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream, self.size, self.digest = stream, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._stream.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+
+def save_record(
+    folder: str, record: CheckpointRecord, dataset: DatasetRecord, items: ItemTable, files: dict[str, FileDigest]
+) -> CheckpointRecord:
+    """Write what rebuilds the model, then the record, which completes the checkpoint. files: what is written already."""
+    body = json.dumps(dataset.model_dump(mode="json"), indent=2).encode()
+    files = files | _write(folder, _ITEMS, save_tensors(_pack(items)))
+    files |= _write(folder, DatasetRecord.file_name(), body)
+    return record.model_copy(update={"files": files}).write(folder)
+
+
+def _write(folder: str, name: str, data: bytes) -> dict[str, FileDigest]:
+    storage.write_bytes(storage.join(folder, name), data)
+    return {name: FileDigest(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
 
 
 def publish(folder: str, target: str, record: CheckpointRecord) -> CheckpointRecord:
     """Copy an epoch without its training state to `target`, with `record`, which is written last."""
     tables = [sharded_tables.file_name("tables", piece, record.pieces) for piece in range(record.pieces)]
-    for name in (_WEIGHTS, _ITEMS, DatasetRecord.file_name(), *tables):
+    kept = (_WEIGHTS, _ITEMS, DatasetRecord.file_name(), *tables)
+    for name in kept:
         storage.copy_file(storage.join(folder, name), storage.join(target, name))
-    return record.write(target)
+    files = {name: digest for name, digest in record.files.items() if name in kept}
+    return record.model_copy(update={"files": files}).write(target)
+
+
+def verify(folder: str) -> CheckpointRecord:
+    """The record of a checkpoint whose files are what was written. Raises StorageError or LineageError if one is not."""
+    record = CheckpointRecord.read(folder)
+    for name, digest in record.files.items():
+        digest.check(storage.join(folder, name))
+    return record
 
 
 def record_of(folder: str, dataset: PreparedDataset) -> CheckpointRecord:

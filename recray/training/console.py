@@ -15,7 +15,7 @@ from recray import log
 # Of an entry, what the text of an epoch does not repeat; the event has all numbers.
 _TIMES = (
     *("epoch", "loss", "seconds", "events_per_second", "waiting_share", "first_batch_seconds", "first_step_at"),
-    *("read_seconds", "cut_seconds", "copy_seconds", "validation_seconds"),
+    *("read_seconds", "cut_seconds", "copy_seconds", "validation_seconds", "saving_seconds"),
 )
 _SLOW = 0.1  # share of an epoch spent waiting for batches that is worth advice
 _ADVICE = {
@@ -40,6 +40,11 @@ class Progress:
         self._events = self._waited = self._first_wait = self._first_step_at = 0.0
         self._count = 0
 
+    @property
+    def seconds(self) -> float:
+        """Since the epoch was started or resumed."""
+        return time.perf_counter() - self._started
+
     def start_epoch(self, epoch: int) -> None:
         self._reset()
         # A library is silent: the bar appears only where messages are shown, too.
@@ -60,7 +65,7 @@ class Progress:
             self._first_wait, self._first_step_at = waited, time.time()
         self._count += 1
         if self._bar is not None:
-            seconds = time.perf_counter() - self._started
+            seconds = self.seconds
             self._bar.update(self._id, advance=1, loss=loss, rate=self._events / seconds, wait=self._waited / seconds)
 
     def end_epoch(self, stages: dict[str, float]) -> dict[str, float]:
@@ -74,7 +79,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds
         took = {name: value - self._stages.get(name, 0.0) for name, value in stages.items()}
         self._stages = stages
         self._advise((self._waited - self._first_wait) / seconds, took)

@@ -7,23 +7,27 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from recray import locks, log, storage
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import private_ray, resources, runtime
-from recray.cluster.errors import unwrap
+from recray.cluster.errors import lost_worker, summary, unwrap
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import LineageError, StorageError
+from recray.errors import ClusterError, LineageError, StorageError
 from recray.records import CheckpointRecord
-from recray.training import checkpoint
+from recray.training import checkpoint, interrupt
 from recray.training.check import check_validation
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
-from recray.training.phase import Phase
+from recray.training.phase import Phase, Position
 from recray.training.state import TrainProgress, TrainState
 from recray.training.trainer import OnEpoch, Trainer
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
+
+_BACKOFF = (5.0, 20.0, 60.0)  # seconds before workers start again
 
 
 def train(
@@ -35,8 +39,8 @@ def train(
 ) -> CheckpointRecord:
     """Train the model on the run's prepared dataset, and publish the best epoch as the run's checkpoint.
 
-    An interrupted training resumes after its last complete epoch. One that is complete for this configuration is
-    returned without training.
+    An interrupted training resumes from its newest saved state (training.save_every). One that is complete for this
+    configuration is returned without training.
 
     on_epoch: called with every epoch's entry of the history, if training runs in this process.
     callback: receives the same entries from Ray Train workers, if training runs in those.
@@ -75,7 +79,7 @@ def _train(
     _resume_or_extend(run, artifact, select)
     work = Work(config, dataset.uri, artifact.uri, until)
     if _in_this_process(config, dataset.uri):
-        with threads(config.scaling):
+        with threads(config.scaling), interrupt.polled():
             fit(work, LocalContext(config.scaling.use_gpu), on_epoch)
     else:
         _run_workers(work, callback)
@@ -103,9 +107,11 @@ def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
     """Train on this worker until the best epoch is known; with training.refit then on train and validation events."""
     keep_memory()
     config, dataset = work.config, PreparedDataset.open(work.dataset_uri)
-    progress = _fit_phase(work, dataset, selection(config, work.folder), context, on_epoch)
+    local = isinstance(context, LocalContext)
+    stop = interrupt.StopRequest(None if local else work.folder, context.rank)
+    progress = _fit_phase(work, dataset, selection(config, work.folder), context, stop, on_epoch)
     if config.training.refit and work.until is None:
-        _fit_phase(work, dataset, refit(work.folder, progress.best_epoch), context)
+        _fit_phase(work, dataset, refit(work.folder, progress.best_epoch), context, stop)
 
 
 def selection(config: Config, folder: str) -> Phase:
@@ -120,49 +126,63 @@ def refit(folder: str, epochs: int) -> Phase:
 
 
 def _fit_phase(
-    work: Work, dataset: PreparedDataset, phase: Phase, context: Context, on_epoch: OnEpoch | None = None
+    work: Work,
+    dataset: PreparedDataset,
+    phase: Phase,
+    context: Context,
+    stop: interrupt.StopRequest,
+    on_epoch: OnEpoch | None = None,
 ) -> TrainProgress:
     """Train or resume one phase. Its model is freed on return, before the next phase builds another."""
-    trainer = Trainer(work.config, dataset, phase, context)
-    _load_last(trainer.state, phase)
+    trainer = Trainer(work.config, dataset, phase, context, stop)
+    _resume(trainer.state, phase, context)
     return trainer.fit(on_epoch, work.until)
 
 
-def _load_last(state: TrainState, phase: Phase) -> None:
-    """Resume from the last epoch on disk, if there is one.
+def _resume(state: TrainState, phase: Phase, context: Context) -> None:
+    """Load the newest state on disk whose files are intact, if there is one.
 
-    Workers of a driver that was killed train on for some seconds: they write the next epoch and delete the one before it,
-    possibly while it is being read here. Then the next one is read.
+    Worker 0 decides which: all must load the same one.
     """
-    last = phase.last_epoch()
-    while last:
+    at = _newest_intact(phase) if context.rank == 0 else Position(0)
+    chosen = context.sum(torch.tensor([at.epoch, at.steps], dtype=torch.float64))
+    at = Position(*(int(number) for number in chosen))
+    if at == Position(0):
+        return
+    state.load(phase.folder(*at))
+    if names := state.non_finite():
+        raise LineageError(
+            f"{phase.folder(*at)} holds values that are not finite ({', '.join(names[:3])}): set training.resume = false to "
+            f"start over"
+        )
+    if context.rank == 0:
+        values = {"epoch": at.epoch, "steps": at.steps}
+        log.info(phase.name, f"resuming after {at}", event="resume", values=values)
+
+
+def _newest_intact(phase: Phase) -> Position:
+    """The newest position on disk whose files have their digests; (0, 0) if there is none."""
+    for at in phase.saved():
         try:
-            state.load(phase.folder(last))
-            if names := state.non_finite():
-                raise LineageError(
-                    f"{phase.folder(last)} holds values that are not finite ({', '.join(names[:3])}): set "
-                    f"training.resume = false to start over"
-                )
-            return
-        except (StorageError, LineageError):  # the latter where its record is gone
-            found = phase.last_epoch()
-            if found == last:
-                raise
-            last = found
+            checkpoint.verify(phase.folder(*at))
+        except (StorageError, LineageError) as error:
+            # Workers of a driver that was killed train on for some seconds, and delete old states.
+            message = f"the state after {at} cannot be used, trying the one before: {error}"
+            log.warning(phase.name, message, event="damaged", values={"epoch": at.epoch, "steps": at.steps})
+        else:
+            return at
+    return Position(0)
 
 
 def _resume_or_extend(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) -> None:
-    """Say where training resumes. A training that differs only in its number of epochs is a start, if it is the same so far."""
-    last = select.last_epoch()
-    if not last:
-        shorter = _same_so_far(run, artifact, select)
-        if shorter is None:
-            return
-        last = shorter.last_epoch()
-        # The best one first: training resumes from the last one, and publishes the best.
-        for epoch in sorted({last, CheckpointRecord.read(shorter.folder(last)).best_epoch}):
-            storage.copy_folder(shorter.folder(epoch), select.folder(epoch))
-    log.info("train", f"resuming after epoch {last}", event="resume", values={"epoch": last})
+    """A training that differs only in its number of epochs is a start, if it is the same so far."""
+    shorter = None if select.saved() else _same_so_far(run, artifact, select)
+    if shorter is None:
+        return
+    last = shorter.last_epoch()
+    # The best one first: training resumes from the last one, and publishes the best.
+    for epoch in sorted({last, CheckpointRecord.read(shorter.folder(last)).best_epoch}):
+        storage.copy_folder(shorter.folder(epoch), select.folder(epoch))
 
 
 def _same_so_far(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) -> Phase | None:
@@ -218,6 +238,41 @@ def _in_this_process(config: Config, dataset_uri: str) -> bool:
 
 
 def _run_workers(work: Work, callback: UserCallback | None) -> None:
+    """Train on Ray workers. A lost worker or node ends all of them, and they start again from the last saved state."""
+    failures, most = 0, work.config.scaling.max_failures
+    while True:
+        before = _states(work)
+        try:
+            return _run_workers_once(work, callback)
+        except Exception as error:
+            if not lost_worker(error):
+                raise
+            failures = 1 if _states(work) != before else failures + 1
+            if failures > most:
+                raise ClusterError(
+                    f"training workers were lost {failures} times without progress, the last time by: {summary(error)}. "
+                    f"Look at the nodes and their memory; the same command resumes from the last saved state"
+                ) from error
+            delay = _BACKOFF[min(failures, len(_BACKOFF)) - 1]
+            log.warning(
+                "train",
+                f"training workers were lost ({summary(error)}): they start again from the last saved state in {delay:.0f} s "
+                f"(failure {failures} of {most} without progress)",
+                event="restart",
+                values={"failures": failures, "seconds": delay},
+            )
+            time.sleep(delay)
+
+
+def _states(work: Work) -> list[str]:
+    """Folders of saved states, of all phases. They change when training makes progress."""
+    roots = [selection(work.config, work.folder).root]
+    refits = storage.join(work.folder, "refit")
+    roots += [storage.join(refits, name) for name in storage.list_folders(refits)]
+    return [storage.join(root, name) for root in roots for name in storage.list_folders(root)]
+
+
+def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
     config = work.config
     runtime.start(config.scaling, tasks=False)
     if not runtime.is_own():
@@ -252,7 +307,8 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
     if runtime.is_own():
         private_ray.drop_placement_group_cleaner(trainer)
     try:
-        trainer.fit()
+        with interrupt.forwarded(work.folder):
+            trainer.fit()
     except Exception as error:
         raise (unwrap(error) or error) from error
 

@@ -11,6 +11,7 @@ for, and processes of one machine share the file cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -20,14 +21,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from recray import storage
+from recray.records import FileDigest
 
 
 def file_name(kind: str, piece: int, count: int) -> str:
     return f"{kind}-{piece:05d}-of-{count:05d}.safetensors"
 
 
-def write(folder: str, kind: str, piece: int, count: int, tensors: dict[str, Tensor]) -> None:
-    """Write file `piece` of `count`; float32 tensors with an entry per row of this piece.
+def write(folder: str, kind: str, piece: int, count: int, tensors: dict[str, Tensor]) -> dict[str, FileDigest]:
+    """Write file `piece` of `count`; float32 tensors with an entry per row of this piece. Returns the file's digest.
 
     safetensors' own writer needs all bytes in memory a second time, so the format is written here: the length of the
     header (8 bytes, little endian), the header (JSON), and the tensors' bytes.
@@ -41,10 +43,15 @@ def write(folder: str, kind: str, piece: int, count: int, tensors: dict[str, Ten
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with storage.writer(storage.join(folder, file_name(kind, piece, count))) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+    name, head = file_name(kind, piece, count), len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    with storage.writer(storage.join(folder, name)) as stream:
+        stream.write(head)
         for tensor in plain.values():
-            stream.write(tensor.view(-1).numpy().view("uint8"))
+            data = tensor.view(-1).numpy().view("uint8")
+            digest.update(data.data)
+            stream.write(data)
+    return {name: FileDigest(bytes=len(head) + at, sha256=digest.hexdigest())}
 
 
 class ShardedTables:

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recray import storage
 from recray.errors import LineageError
 from recray.layers import embedding
 from recray.models import Ranker, Retriever
+from recray.records import FileDigest
 from recray.training import checkpoint, fsdp, sharded_tables
 from recray.training.distributed import Context
 from recray.training.optim import Ema, Optimizers
@@ -39,11 +41,21 @@ class TrainProgress:
     best_epoch: int = 0  # 0 before the first validation
     best_value: float | None = None  # of the validation metric
     history: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
+    # Of the epoch that is being trained:
+    segments: list[tuple[int, int]] = field(default_factory=list)  # what is consumed (recray.loading.sampler.remaining)
+    sums: EpochSums = field(default_factory=lambda: EpochSums())
+
+    def consume(self, workers: int, rows: int) -> None:
+        """Note that each of `workers` took `rows` more examples of the epoch."""
+        if self.segments and self.segments[-1][0] == workers:
+            rows += self.segments.pop()[1]
+        self.segments.append((workers, rows))
 
     def end_epoch(self, entry: dict[str, float], rows: int, metric: str, higher_is_better: bool = True) -> None:
         """Add an epoch; `entry` holds `metric` if the epoch was validated."""
         self.epoch += 1
         self.rows += rows
+        self.segments, self.sums = [], EpochSums()
         self.history.append(entry)
         if metric in entry:
             self._compare(entry[metric], higher_is_better)
@@ -54,6 +66,44 @@ class TrainProgress:
             self.best_value, self.best_epoch, self.epochs_without_improvement = value, self.epoch, 0
         else:
             self.epochs_without_improvement += 1
+
+
+@dataclass
+class EpochSums:
+    """Sums over the steps of an epoch so far. A resumed epoch adds to them, so that it reports what an undisturbed one does."""
+
+    steps: int = 0
+    loss: float = 0.0  # of losses times weights
+    weight: float = 0.0
+    rows: int = 0  # examples that were trained on, over all workers
+    seconds: float = 0.0
+
+
+@dataclass
+class Snapshot:
+    """What one worker writes of a training state. Its tensors are the state's own, or copies on the host."""
+
+    weights: dict[str, Tensor]  # model.safetensors
+    body: dict[str, Any]  # state.pt
+    tables: dict[str, dict[str, Tensor]]  # kind -> this worker's rows of sharded tables
+    rank: int
+    world_size: int
+
+    def write(self, folder: str) -> dict[str, FileDigest]:
+        """Write this worker's files, and return their digests. Those of workers other than 0 are in a file, too."""
+        files: dict[str, FileDigest] = {}
+        for kind, tensors in self.tables.items():
+            files |= sharded_tables.write(folder, kind, self.rank, self.world_size, tensors)
+        if self.rank == 0:
+            return files | checkpoint.save_weights(folder, self.weights) | checkpoint.save_state(folder, self.body)
+        if files:
+            body = {name: one.model_dump() for name, one in files.items()}
+            storage.write_json(storage.join(folder, self.digest_file(self.rank)), body)
+        return files
+
+    @staticmethod
+    def digest_file(rank: int) -> str:
+        return f"digests-{rank:05d}.json"
 
 
 @dataclass
@@ -92,28 +142,34 @@ class TrainState:
         stuck = self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE
         return [*found, "the loss scale"] if stuck else found
 
-    def save(self, folder: str, context: Context) -> None:
-        """Write the state to `folder`. Called by all workers; returns once all of them have written their part."""
-        sharded = embedding.sharded(self.model)
+    def save(self, folder: str, context: Context) -> dict[str, FileDigest]:
+        """Write the state to `folder`. Called by all workers; returns once all of them have written their part.
+
+        Returns the digests of this worker's files.
+        """
+        files = self.snapshot(context).write(folder)
+        context.barrier()
+        return files
+
+    def snapshot(self, context: Context) -> Snapshot:
+        """What this worker saves. Called by all workers, since what FSDP shards is gathered."""
+        sharded, state = embedding.sharded(self.model), self.optimizers.table_state()
+        parts: dict[str, dict[str, Tensor]] = {}
         if sharded:
-            self._save_tables(folder, context)
-        tables = self.optimizers.table_state()
+            moments = {f"{n}:{k}": x for n in sharded for k, x in state[n].items() if isinstance(x, Tensor)}
+            parts = {"tables": {name: table.weight for name, table in sharded.items()}, "tables-state": moments}
         for name in sharded:  # their tensors are in files of their own
-            tables[name] = {key: value for key, value in tables[name].items() if not isinstance(value, Tensor)}
-        # Gathering what FSDP shards is a collective: all workers gather, worker 0 writes.
-        weights = fsdp.whole({name: value for name, value in self.ema.weights().items() if name not in sharded})
+            state[name] = {key: value for key, value in state[name].items() if not isinstance(value, Tensor)}
         body = {
             "progress": asdict(self.progress),
             "optimizer": self.optimizers.state_dict(),
-            "tables": tables,
+            "tables": state,
             "table_files": self.table_files,
             "scaler": self.scaler.state_dict(),
             "trained": fsdp.whole(self.model.state_dict()) if self.ema.decay else None,
         }
-        if context.rank == 0:
-            checkpoint.save_weights(folder, weights)
-            checkpoint.save_state(folder, body)
-        context.barrier()
+        weights = fsdp.whole({name: value for name, value in self.ema.weights().items() if name not in sharded})
+        return Snapshot(weights, body, parts, context.rank, context.world_size)
 
     def load(self, folder: str) -> None:
         """Read what `save` wrote, with any number of workers. Raises LineageError if other tables are sparse now."""
@@ -128,15 +184,8 @@ class TrainState:
         self.optimizers.load_state_dict(body["optimizer"])
         self.scaler.load_state_dict(body["scaler"])
         self.ema.load(published)
-        self.progress = TrainProgress(**body["progress"])
-
-    def _save_tables(self, folder: str, context: Context) -> None:
-        """Write this worker's rows of sharded tables, and their optimizer state."""
-        sharded, state = embedding.sharded(self.model), self.optimizers.table_state()
-        rows = {name: table.weight for name, table in sharded.items()}
-        moments = {f"{n}:{key}": value for n in sharded for key, value in state[n].items() if isinstance(value, Tensor)}
-        for kind, tensors in (("tables", rows), ("tables-state", moments)):
-            sharded_tables.write(folder, kind, context.rank, context.world_size, tensors)
+        progress = body["progress"]
+        self.progress = TrainProgress(**{**progress, "sums": EpochSums(**progress["sums"])})
 
     def _load_tables(self, folder: str, body: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Fill the tables that are not dense, and their optimizer state; takes their rows out of `weights`."""

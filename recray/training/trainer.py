@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recray import log
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import ConfigError, DataError, RecrayError
+from recray.errors import ConfigError, DataError, Interrupted, RecrayError
 from recray.layers import embedding
 from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Batch, ItemTable
@@ -31,14 +32,15 @@ from recray.loading.prefetch import DeviceLoader
 from recray.losses.base import Objective
 from recray.metrics import higher_is_better
 from recray.models import Ranker, Retriever, build_model
-from recray.records import CheckpointRecord
+from recray.records import CheckpointRecord, FileDigest
 from recray.training import checkpoint, fsdp, optim
 from recray.training.accumulate import Accumulation
 from recray.training.batches import TrainingData
 from recray.training.console import Progress
 from recray.training.distributed import Context, without_cudnn_attention
 from recray.training.embedding_plan import table_plan
-from recray.training.phase import Phase
+from recray.training.phase import Phase, Position
+from recray.training.saving import Flags, Saver, digests
 from recray.training.state import TrainProgress, TrainState
 from recray.training.validate import validate
 
@@ -52,12 +54,22 @@ class Step(NamedTuple):
     loss: float  # weighted mean
     weight: float  # sum of the weights of queries
     queries: float  # number of queries
+    rows: float  # number of training examples
+    flags: Flags
 
 
 class Trainer:
     """Trains one phase on one worker. Every epoch ends in `phase.folder(epoch)`, which training can resume from."""
 
-    def __init__(self, config: Config, dataset: PreparedDataset, phase: Phase, context: Context) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: PreparedDataset,
+        phase: Phase,
+        context: Context,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """stop: asked on every worker after each step; training saves its state and ends once it is true on one."""
         self.config, self.dataset, self.phase, self.context = config, dataset, phase, context
         _check_labels(config, dataset)
         self.items = item_table(dataset)
@@ -74,6 +86,8 @@ class Trainer:
         )
         self.data = TrainingData(config, dataset, phase, model.examples, context)
         _check_warmup(config, phase, self.data.steps)
+        self.stop = stop
+        self.saver = Saver(self.state, context, phase, config.training.save_every, self._save_record)
         self.meter = Progress(phase.name, phase.epochs, self.data.steps, enabled=context.rank == 0)
 
     def fit(self, on_epoch: OnEpoch | None = None, until: int | None = None) -> TrainProgress:
@@ -82,11 +96,12 @@ class Trainer:
         on_epoch: called on every worker with the epoch's entry of the history, once the epoch is on disk.
 
         Raises RecrayError if the loss, the weights or the validation scores are not finite; that epoch is not saved.
+        Raises Interrupted if training was asked to stop; the state of the last step is saved.
         """
         last = self.phase.epochs if until is None else min(until, self.phase.epochs)
         epochs = range(self.state.progress.epoch, last)
         # The loader reads ahead over the borders of epochs: no epoch waits for its first batch but the first.
-        with without_cudnn_attention(), self.data.loader(epochs) as batches:
+        with without_cudnn_attention(), self.data.loader(epochs, self.state.progress.segments) as batches:
             for epoch in epochs:
                 if self._out_of_patience():
                     break
@@ -99,33 +114,38 @@ class Trainer:
         return self.state.progress
 
     def train_epoch(self, epoch: int, batches: DeviceLoader) -> dict[str, float]:
-        """All steps of an epoch (from 0). Returns its entry of the history, without validation."""
+        """The steps of an epoch (from 0) that are left. Returns its entry of the history, without validation."""
+        progress, sums = self.state.progress, self.state.progress.sums
         self.meter.start_epoch(epoch)
-        # Seeded by epoch, so that a resumed epoch draws the same dropout and negatives as an uninterrupted one. Workers
-        # must draw different negatives; a single worker draws the same with Ray and without.
-        torch.manual_seed(self.config.run.seed * 1_000_003 + epoch * 1009 + self.context.rank)
-        loss, weight, rows = 0.0, 0.0, 0
-        for _ in range(self.data.steps):
+        before = sums.seconds
+        for _ in range(self.data.steps_left(epoch, progress.segments)):
             started = time.perf_counter()
             micro = [next(batches) for _ in range(self.config.training.accumulation_steps)]
             waited = time.perf_counter() - started
+            self._seed_draws(epoch, sums.steps)
             step = self.train_step(micro)
             self.meter.step(step.loss, events=step.queries, waited=waited)
-            loss, weight = loss + step.loss * step.weight, weight + step.weight
-            rows += sum(batch.num_rows for batch, real in micro if real)
-        self._check_rows(rows)
+            sums.steps += 1
+            sums.loss, sums.weight = sums.loss + step.loss * step.weight, sums.weight + step.weight
+            sums.rows += int(step.rows)
+            sums.seconds = before + self.meter.seconds
+            progress.consume(self.context.world_size, self.data.rows_per_step)
+            self._save_if_due(step.flags)
+        if sums.rows != self.data.rows:
+            raise RecrayError(f"the epoch consumed {sums.rows} rows of {self.data.rows}: this is a defect of recray")
         self._check_weights()
-        if not weight:
+        if not sums.weight:
             raise DataError(
                 f"all {self.data.rows:,} training examples have weight 0, so nothing is learned: check data.columns.weight"
                 f"{' and raise training.half_life' if self.config.training.half_life else ''}"
             )
-        return {"epoch": epoch + 1.0, "loss": loss / weight, **self.meter.end_epoch(batches.seconds())}
+        entry = {"epoch": epoch + 1.0, "loss": sums.loss / sums.weight, **self.meter.end_epoch(batches.seconds())}
+        return entry | {"seconds": before + entry["seconds"], "saving_seconds": self.saver.take_blocked()}
 
     def train_step(self, micro: MicroBatches) -> Step:
         """One optimizer step on the global batch, of which `micro` is this worker's part."""
         state, config = self.state, self.config.optim
-        total_weight, queries = self.context.sum(_amounts(micro).to(self.context.device))
+        total_weight, queries, rows, *flags = self._exchange_amounts(micro)
         weight = torch.where(total_weight > 0, total_weight, torch.ones_like(total_weight))  # all rows weigh nothing
         rate = optim.learning_rate(config, state.progress.step, self.phase.epochs * self.data.steps)
         state.optimizers.set_learning_rate(rate)
@@ -140,7 +160,33 @@ class Trainer:
         state.optimizers.step(state.scaler)
         state.ema.update()
         state.progress.step += 1
-        return Step(loss, float(total_weight), float(queries))
+        return Step(loss, float(total_weight), float(queries), float(rows), Flags(*map(float, flags)))
+
+    def _exchange_amounts(self, micro: MicroBatches) -> Tensor:
+        """Sums over all workers: weights, queries and rows of batches that are no padding, and the flags of saving."""
+        real = [batch for batch, is_real in micro if is_real]
+        weights = [batch.weight_Q for batch in real if batch.weight_Q is not None]
+        amounts = [float(sum(w.sum() for w in weights)), float(sum(map(len, weights)))]
+        rows = float(sum(batch.num_rows for batch in real))
+        own = torch.tensor([*amounts, rows, *self.saver.flags(self.stop())])
+        return self.context.sum(own.to(self.context.device))
+
+    def _seed_draws(self, epoch: int, step: int) -> None:
+        """Seed dropout and negatives by where training is, so that a resumed training draws what an undisturbed one does.
+
+        Workers must draw different negatives; a single worker draws the same with Ray and without.
+        """
+        entropy = [self.config.run.seed, epoch, step, self.context.rank]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+        torch.default_generator.manual_seed(seed)
+        if self.context.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _save_if_due(self, flags: Flags) -> None:
+        self.saver.after_step(flags)
+        if flags.stop:
+            at = Position(self.state.progress.epoch, self.state.progress.sums.steps)
+            raise Interrupted(f"training was asked to stop: {at} is saved; the same command resumes there")
 
     def validate(self) -> dict[str, float]:
         """The validation metric of the averaged weights, over all workers, and the seconds that it took."""
@@ -177,10 +223,6 @@ class Trainer:
         last = epoch + 1 == self.phase.epochs
         return self.phase.name == "train" and (last or (epoch + 1) % self.config.training.validate_every == 0)
 
-    def _check_rows(self, rows: int) -> None:
-        total = int(self.context.sum(torch.tensor([float(rows)], dtype=torch.float64)))
-        assert total == self.data.rows, f"the epoch consumed {total} rows of {self.data.rows}"
-
     def _check_weights(self) -> None:
         """The update after a finite loss can still overflow. Such an epoch must be neither published nor resumed from."""
         names = self.state.non_finite()
@@ -196,13 +238,19 @@ class Trainer:
         progress, context = self.state.progress, self.context
         metric = self.config.training.metric
         progress.end_epoch(entry, self.data.rows, metric, higher_is_better(metric, self.config.run.plugins))
+        self.saver.wait()
         folder = self.phase.folder(progress.epoch)
-        self.state.save(folder, context)
+        files = self.state.save(folder, context)
         if context.rank == 0:
-            checkpoint.save_record(folder, self._record(), self.dataset.record, self.items)
-            self.phase.delete_before(progress.epoch, progress.best_epoch)
+            self._save_record(folder, digests(folder, files, context.world_size))
         context.barrier()  # no worker may report the epoch, or end, before it is on disk
+        self.saver.restart_clock()
         self.meter.report(entry)
+
+    def _save_record(self, folder: str, files: dict[str, FileDigest]) -> None:
+        """Complete a saved state, on worker 0."""
+        checkpoint.save_record(folder, self._record(), self.dataset.record, self.items, files)
+        self.phase.delete_old(self.state.progress.best_epoch)
 
     def _record(self) -> CheckpointRecord:
         progress, metric = self.state.progress, self.config.training.metric
@@ -213,7 +261,7 @@ class Trainer:
             step=progress.step,
             rows=progress.rows,
             metric=metric,
-            value=progress.history[-1].get(metric, 0.0),
+            value=progress.history[-1].get(metric, 0.0) if progress.history else 0.0,
             best_epoch=progress.best_epoch,
             history=progress.history,
             dataset_uri=self.dataset.uri,
@@ -227,12 +275,6 @@ def _objective(config: Config, model: nn.Module, items: ItemTable, context: Cont
     # A loss may need how often items occur, on the device; features stay where the model keeps them.
     counts = ItemTable(items.counts_N.to(context.device))
     return Objective(model, config.loss, counts, context, config.run.plugins)
-
-
-def _amounts(micro: MicroBatches) -> Tensor:
-    """(2,): sum of weights, and number of queries, of batches that are no padding."""
-    weights = [batch.weight_Q for batch, real in micro if real and batch.weight_Q is not None]
-    return torch.tensor([float(sum(w.sum() for w in weights)), float(sum(map(len, weights)))])
 
 
 def _check_labels(config: Config, dataset: PreparedDataset) -> None:

@@ -8,7 +8,7 @@
     tune.json                      TuneRecord, written last
     tune.html  best.toml
 
-A trial whose record is finished is never run again. One that is not, or has no record, is resumed from its last epoch.
+A trial whose record is finished is never run again. One that is not, or has no record, is resumed from its newest state.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_an_output_that_goes_with_the_job_is_refused(cluster: Cluster, tmp_path:
         *("python", "-m", "recray", "prepare", "jobs/configs/demo.toml"),
     )
     assert done.returncode != 0
-    assert "goes with the Ray job whose working folder it is in" in done.stdout
+    assert "will be deleted with it: give s3://" in done.stdout
 
 
 def test_a_wrong_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:

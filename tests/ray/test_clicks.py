@@ -99,6 +99,7 @@ def test_two_tasks_report_what_one_process_reports(run: Config) -> None:
     assert shared.metrics == alone.metrics
 
 
+@pytest.mark.slow  # test_pipeline.py asks the same of a retriever
 def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(run: Config, tmp_path: Path) -> None:
     config = _with_dataset(run, tmp_path, "scaling.num_workers=1", "scaling.reader=ray_data")
     record = recray.train(config)
@@ -106,6 +107,7 @@ def test_one_ray_worker_gives_the_losses_of_the_loop_without_ray(run: Config, tm
     assert record.metric == "auc" and record.value == pytest.approx(recray.train(run).value, abs=1e-6)
 
 
+@pytest.mark.slow  # test_pipeline.py asks the same of a retriever
 def test_two_workers_learn_as_much(run: Config, tmp_path: Path) -> None:
     config = _with_dataset(run, tmp_path, "scaling.num_workers=2")
     record, one = recray.train(config), recray.train(run)

@@ -236,7 +236,7 @@ def build(options, dataset, items):
 """
 
 
-@pytest.mark.parametrize("scheduler", ["none", "asha"])
+@pytest.mark.parametrize("scheduler", [pytest.param("none", marks=pytest.mark.slow), "asha"])
 def test_a_killed_sweep_resumes_and_a_killed_trial_does_not_stop_it(tmp_path: Path, scheduler: str) -> None:
     """kill -9 on the driver after three lines about trials; the next start does the rest, and nothing twice."""
     (tmp_path / "odd_models").mkdir()

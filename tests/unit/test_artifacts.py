@@ -49,6 +49,7 @@ TABLE = {
     "training": _TRAINING,
     "training.resume": "-",
     "training.compile": "-",
+    "training.save_every": "-",
     "training.refit": "checkpoint",
     "scaling": "-",
     "retrieval": "index",

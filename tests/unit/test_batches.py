@@ -13,7 +13,7 @@ from recray.loading.batch import Jagged
 from recray.loading.collate import eval_queries, impressions, iter_batches, padding_like
 from recray.loading.examples import Decay
 from recray.loading.jagged import Column
-from recray.loading.sampler import ShardGroup, ShardSlice, epoch_plan, steps_per_epoch
+from recray.loading.sampler import ShardGroup, ShardSlice, epoch_order, num_batches, share
 
 
 def _table(lengths: list[int], num_targets: list[int] | None = None, first_user: int = 2) -> pa.Table:
@@ -43,7 +43,7 @@ def _shard(table: pa.Table) -> ShardGroup:
 def test_the_sampler_gives_what_its_docstring_says() -> None:
     shards = [_shard(_table([5])), _shard(_table([3]))]
     epoch = next(e for e in range(20) if np.random.default_rng([0, e, 1]).permutation(2).tolist() == [1, 0])
-    plans = [epoch_plan(shards, 0, epoch, rank, 2, "events") for rank in range(2)]
+    plans = [share(epoch_order(shards, 0, epoch, "events"), rank, 2) for rank in range(2)]
     assert [[(s.shard, s.start, s.stop) for s in plan] for plan in plans] == [[(1, 0, 3), (0, 0, 1)], [(0, 1, 5)]]
 
 
@@ -100,13 +100,13 @@ def test_rows_of_lists_are_taken_as_a_loop_takes_them() -> None:
 @pytest.mark.parametrize("examples", ["events", "sequences"])
 def test_plan_gives_every_example_to_one_worker_and_equal_shares(world_size: int, examples: str) -> None:
     shards = [_shard(_table([5, 1, 9])), _shard(_table([2])), _shard(_table([30, 1, 1, 1]))]
-    plans = [epoch_plan(shards, 3, 1, rank, world_size, examples) for rank in range(world_size)]  # type: ignore[arg-type]
+    plans = [share(epoch_order(shards, 3, 1, examples), rank, world_size) for rank in range(world_size)]  # type: ignore[arg-type]
     shares = [sum(s.stop - s.start for s in p) for p in plans]
     assert max(shares) - min(shares) <= 1
     taken = [(s.shard, i) for p in plans for s in p for i in range(s.start, s.stop)]
     sizes = [s.events if examples == "events" else s.rows for s in shards]
     assert sorted(taken) == [(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
-    assert steps_per_epoch(shards, world_size, 4, examples) == -(-max(shares) // 4)  # type: ignore[arg-type]
+    assert num_batches(sum(sizes), world_size, 4) == -(-max(shares) // 4)
 
 
 def test_events_see_only_what_came_before() -> None:
@@ -134,7 +134,7 @@ def test_batches_span_shards_and_any_split_of_the_work_gives_the_same_rows() -> 
         """User and item of every example."""
         found = []
         for rank in range(world_size):
-            parts = epoch_plan(shards, 1, 0, rank, world_size, "events")
+            parts = share(epoch_order(shards, 1, 0, "events"), rank, world_size)
             for batch in iter_batches(((p, tables[p.shard]) for p in parts), 5, "events", 3, seed=1):
                 assert batch.target_Q is not None
                 found += list(zip(batch.user_B.tolist(), batch.target_Q.tolist(), strict=True))

@@ -103,7 +103,7 @@ def _written(config: Config, mode: Mode, workers: int) -> tuple[str, dict[str, T
         **{"epoch": 1, "step": 0, "rows": 7, "metric": "ndcg@10", "value": 0.0, "dataset_uri": ""},  # type: ignore[arg-type]
         pieces=state.table_files,
     )
-    checkpoint.save_record(folder, record, RECORD, TABLE)
+    checkpoint.save_record(folder, record, RECORD, TABLE, {})
     return folder, whole
 
 
