@@ -12,6 +12,7 @@ from recray.config import Config
 from recray.data.prepare import prepare
 from recray.evaluation import evaluate
 from recray.records import ReportRecord
+from recray.retrieval import faiss_index
 from recray.retrieval.build import index
 from recray.training.launch import train
 
@@ -21,6 +22,8 @@ def run(config: Config) -> ReportRecord:
 
     Raises a RecrayError of the stage that fails; what the stages before it made stays, and the next call continues.
     """
+    if config.model.family == "retriever":
+        faiss_index.check(config.retrieval.index)
     prepare(config)
     train(config)
     if config.model.family == "retriever":
