@@ -242,7 +242,7 @@ class ReportRecord(Record):
     verdict: list[str] = []  # what the figures say, in words
     index: dict[str, Number] = {}  # what the index loses against exact search
     rerank: dict[str, Number] = {}  # what a ranker adds to the lists, and what its candidates cost
-    reliability: list[ReliabilityBin] = []  # clicks: by falling probability
+    reliability: list[ReliabilityBin] = []  # clicks: by falling probability; none where negatives were drawn
 
 
 class ListsRecord(Record):

@@ -22,6 +22,10 @@ def run(config: Config) -> ReportRecord:
 
     Raises a RecrayError of the stage that fails; what the stages before it made stays, and the next call continues.
     """
+    if config.model.family == "retriever":
+        from recray.retrieval import faiss_index
+
+        faiss_index.check(config.retrieval.index)
     prepare(config)
     # Torch takes seconds to load, which an error in the log should not wait for.
     from recray.evaluation import evaluate

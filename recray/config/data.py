@@ -108,11 +108,15 @@ class NegativesConfig(Section):
     """
 
     per_positive: int = Field(1, ge=1, description="negatives per event, with the event's user, time and context")
-    draw: Literal["popularity", "uniform", "recent"] = Field(
+    draw: Literal["popularity", "uniform", "recent", "targets"] = Field(
         "popularity",
-        description="popularity: in proportion to train events; uniform: all items alike; recent: from the log's last events before the positive",
+        description="popularity: in proportion to train events; uniform: all items alike; recent: from the last events of all users before the positive; targets: from all events that are targets in the positive's split",
     )
-    recent_events: int = Field(10_000, ge=1, description="recent: number of events before the positive to draw from")
+    recent_events: int = Field(
+        10_000,
+        ge=1,
+        description="recent: number of events before the positive to draw from, of those with data.min_history earlier ones",
+    )
 
 
 class DataConfig(Section):

@@ -116,7 +116,7 @@ def count(
     boundaries: split.Boundaries | None,
     draw: split.Draw | None,
     context: dict[str, FeatureConfig],
-    sample: float,
+    sample: negatives.Sample,
 ) -> tuple[Any, ...]:
     """Step 3: (events per split, train counts of items, a sample of positive events, counts of each context feature...)."""
     part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
@@ -126,8 +126,10 @@ def count(
     train = part.table.filter(pa.array(train_E))
     chosen = pa.array(positive_E[train_E].astype(np.int64))
     items = pa.table({"value": train["item"], "n": np.ones(len(train), np.int64), "chosen": chosen})
-    drawn_E = positive_E & negatives.sampled(part.table["order"].to_numpy(), sample)
-    drawn = part.table.filter(pa.array(drawn_E)).select(["time", "item"])
+    drawn_E = positive_E & negatives.sampled(part.table["order"].to_numpy(), sample.share)
+    drawn_E &= user_rows.num_earlier(part.user_E, positive_E) >= sample.min_history
+    place_E = part.code_E.astype(np.int64) if sample.by_split else part.table["time"].to_numpy()
+    drawn = pa.table({"place": place_E, "item": part.table["item"]}).filter(pa.array(drawn_E))
     values = [features.count_values(train[feature_column("context", name)], kind) for name, kind in context.items()]
     return sizes, features.merge(items), drawn, *values
 

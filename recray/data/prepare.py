@@ -133,15 +133,15 @@ class _Work:
         boundaries = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else None
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
 
-        share = self._sample_share(counts["events_kept"])
+        sample = self._sample(counts["events_kept"])
         outputs = self._each(
-            partition.count, stats, boundaries, draw, columns.context, share, num_returns=3 + len(columns.context)
+            partition.count, stats, boundaries, draw, columns.context, sample, num_returns=3 + len(columns.context)
         )
         _add(counts, self._get([out[0] for out in outputs]))
         split.check(counts, first, last, boundaries, self.source.has_time)
         items = self._catalogue(self._merge([out[1] for out in outputs]), counts)
         fitted = self._fit(items, columns, [out[3:] for out in outputs])
-        sampler = self._sampler(items, share, [out[2] for out in outputs])
+        sampler = self._sampler(items, sample.share, [out[2] for out in outputs])
         keys = items["item"].combine_chunks()
         encoders = partition.Encoders(
             keys, fitted["context"], fitted["user"], columns.users, sampler, self.config.min_history, self.seed
@@ -205,23 +205,25 @@ class _Work:
                 )
         return {"context": context, "user": user, "item": {feature.name: feature for feature in item}}
 
-    def _sample_share(self, num_events: int) -> float:
-        """The share of the log's events that negatives are drawn from. Raises ConfigError if they cannot be drawn as configured."""
-        wanted = self.config.negatives
+    def _sample(self, num_events: int) -> negatives.Sample:
+        """The events that negatives are drawn from. Raises ConfigError if they cannot be drawn as configured."""
+        wanted, share = self.config.negatives, min(1.0, negatives.MAX_SAMPLE / num_events)
         if wanted is None:
-            return 0.0
+            return negatives.Sample()
         if self.config.columns.label:
             raise ConfigError(
                 f"data.negatives draws items for logs without labels, and data.columns.label = '{self.config.columns.label}' "
                 f"has them: leave out one of the two"
             )
+        if wanted.draw == "targets":
+            return negatives.Sample(share, by_split=True, min_history=self.config.min_history)
         if wanted.draw != "recent":
-            return 0.0
+            return negatives.Sample()
         if not self.source.has_time:
             raise ConfigError(
-                "data.negatives.draw = 'recent' needs times, and this log has positions only: use 'popularity'"
+                "data.negatives.draw = 'recent' needs times, and this log has positions only: use 'targets' or 'popularity'"
             )
-        return min(1.0, negatives.MAX_SAMPLE / num_events)
+        return negatives.Sample(share, min_history=self.config.min_history)
 
     def _sampler(self, items: pa.Table, share: float, samples: list[Any]) -> negatives.Sampler | None:
         import ray
@@ -230,11 +232,11 @@ class _Work:
             return None
         if not share:
             return negatives.Sampler(self.config.negatives, items["count"].to_numpy())
-        drawn = pa.concat_tables(ray.get(samples)).sort_by([("time", "ascending"), ("item", "ascending")])
+        drawn = pa.concat_tables(ray.get(samples)).sort_by([("place", "ascending"), ("item", "ascending")])
+        # With unknown items, which validation and test positives have, too.
         ids = vocab.item_ids(drawn["item"], items["item"].combine_chunks())
-        known = ids >= NUM_RESERVED
-        time = drawn["time"].to_numpy()
-        return negatives.Sampler(self.config.negatives, items["count"].to_numpy(), time[known], ids[known], share)
+        place = drawn["place"].to_numpy()
+        return negatives.Sampler(self.config.negatives, items["count"].to_numpy(), place, ids, share)
 
     def _write(
         self,

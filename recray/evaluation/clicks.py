@@ -1,5 +1,8 @@
 """Evaluation of a ranker: how well it separates clicks from non-clicks, and how well its probabilities are calibrated.
 
+Calibration is left out where prepare drew the negatives: the share of clicks is then that of `data.negatives.per_positive`,
+and an item's share depends on how often it is drawn, so that no probability of a click can be checked.
+
 Every impression of the split is scored. Shards are divided among `scaling.num_workers` tasks; metrics are computed from
 all scores together, so they are exact and do not depend on the number of tasks.
 """
@@ -54,7 +57,11 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     popularity = Clicks(user, dataset.item_counts()[scored["target"]].astype(np.float64), label, weight)
     wanted = click_metrics(config)
     of_any_score = {name: metric for name, metric in wanted.items() if not metric.needs_probabilities}
-    systems = {"model": _Summary.of(model, config, wanted), "popularity": _Summary.of(popularity, config, of_any_score)}
+    drawn = dataset.record.config["data"]["negatives"] is not None
+    systems = {
+        "model": _Summary.of(model, config, of_any_score if drawn else wanted),
+        "popularity": _Summary.of(popularity, config, of_any_score),
+    }
     report = ReportRecord(
         **artifact.lineage,
         config=config.model_dump(mode="json"),
@@ -69,7 +76,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
             "unknown_items": int((scored["target"] == UNKNOWN).sum()),
             "without_history": int(scored["new"].sum()),
         },
-        reliability=[ReliabilityBin(**vars(one)) for one in model.reliability()],
+        reliability=[] if drawn else [ReliabilityBin(**vars(one)) for one in model.reliability()],
         seconds=time.perf_counter() - started,
     )
     report = report.model_copy(update={"verdict": verdict(report, record, config)}).write(artifact.uri)

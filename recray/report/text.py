@@ -43,7 +43,13 @@ def _clicks(report: ReportRecord) -> str:
         lines.append(f"{row:27}" + "".join(cells))
     if model["auc"].low is not None:
         lines.append(f"{'  model, 95 % interval +-':27}" + "".join(_cell(_half(one)) for one in model.values()))
-    lines += ["", "reliability      predicted     observed  impressions"]
+    if report.reliability:
+        lines += ["", "reliability      predicted     observed  impressions"]
+    else:
+        lines += [
+            "",
+            "no calibration: negatives were drawn (data.negatives), so the share of clicks is not that of real impressions",
+        ]
     lines += [f"{'':13}{one.predicted:13.4f}{one.observed:13.4f}{one.impressions:13,}" for one in report.reliability]
     return "\n".join([*lines, *_verdict(report)])
 

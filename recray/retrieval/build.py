@@ -35,6 +35,7 @@ def index(config: Config) -> IndexRecord:
             f"(two_tower, sasrec), and let the ranker reorder what it finds (retrieval.ranker)"
         )
     run = Run(config)
+    faiss_index.check(config.retrieval.index)
     source, artifact = run.checkpoint(), run.index_artifact()
     if not run.begin(artifact):
         return artifact.record
@@ -45,7 +46,11 @@ def index(config: Config) -> IndexRecord:
     vectors_ND = embed.item_vectors(source, model, dataset.record.num_items, scaling)
     factory = faiss_index.choose(len(vectors_ND)) if options.index == "auto" else options.index
     building = time.perf_counter()
-    built, device = faiss_index.build(vectors_ND, factory, options.use_gpu)
+    try:
+        built, device = faiss_index.build(vectors_ND, factory, options.use_gpu)
+    except ConfigError:
+        run.discard(artifact)  # no half-written index stays; the one in use is another folder
+        raise
     building = time.perf_counter() - building
     queries_QD = embed.sample_queries(model, dataset, config)
     chosen, recall, curve = sweep(built, vectors_ND, queries_QD, options.k, options.recall_target)

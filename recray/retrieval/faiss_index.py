@@ -1,8 +1,14 @@
-"""Choose, build, open and search a faiss index over item vectors. The only module that imports faiss."""
+"""Choose, build, open and search a faiss index over item vectors. Only this module and faiss_build import faiss."""
 
 from __future__ import annotations
 
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +17,16 @@ import pyarrow as pa
 
 from recray import storage
 from recray.cluster import cpus
-from recray.errors import DependencyError, ResourceError
+from recray.errors import ConfigError, DependencyError, ResourceError
 from recray.ids import FIRST_ITEM, PAD
 from recray.records import IndexRecord
+from recray.retrieval import faiss_build
 
-_TRAIN_PER_LIST = 64  # training vectors per inverted list; faiss warns below 39
 _EXACT_BELOW = 200_000  # items; with fewer, exact search takes a few milliseconds per query
+# Factory strings that are built in this process, among them all that `choose` returns.
+_PLAIN = re.compile(r"Flat|SQ8|HNSW(?:[4-9]|[1-9]\d)|IVF[1-9]\d*(?:_HNSW32)?,(?:Flat|SQ8)")
+# Time limit of a build in another process. Graphs take about a millisecond per item and core.
+_CHILD_SECONDS, _CHILD_SECONDS_PER_ITEM = 120.0, 0.005
 
 
 def _faiss() -> Any:
@@ -44,33 +54,82 @@ def choose(num_items: int) -> str:
     return f"IVF{lists},Flat" if num_items < 10_000_000 else f"IVF{lists}_HNSW32,SQ8"
 
 
+def check(factory: str) -> None:
+    """Raise ConfigError for a factory string that faiss cannot parse, whatever the vectors are."""
+    if factory == "auto" or _PLAIN.fullmatch(factory):
+        return
+    faiss = _faiss()
+    small = re.sub(r"(IVF|HNSW|NSG)\d+", r"\g<1>16", factory)  # large numbers allocate memory
+    try:
+        faiss.index_factory(16, small, faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, MemoryError) as error:
+        if "could not parse" in str(error) or "stoi" in str(error):
+            raise _refusal(factory, str(error).replace(small, factory)) from None
+
+
 def build(vectors_ND: np.ndarray, factory: str, use_gpu: str) -> tuple[Any, str]:
     """A trained index over all rows (ids 0..N-1 in order), and where it was built: 'gpu' or 'cpu'.
 
-    Raises ResourceError if use_gpu is "always" and faiss finds no GPU.
+    Raises ConfigError for a factory string that faiss refuses for these vectors, or that would end this process: all but
+    the plainest are built in another one. Raises ResourceError if use_gpu is "always" and faiss finds no GPU.
     """
     faiss = _faiss()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     if use_gpu == "always" and not gpus:
         raise ResourceError("retrieval.use_gpu = 'always', but faiss finds no GPU: install recray[gpu], or set 'auto'")
-    index = faiss.index_factory(vectors_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    device = "cpu"
-    # Without a GPU, index_cpu_to_gpu would return an empty index instead of an error.
-    if gpus and use_gpu != "never" and not factory.startswith("HNSW"):
-        index, device = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), "gpu"
-    if not index.is_trained:
-        lists = getattr(faiss.downcast_index(index), "nlist", 256)
-        wanted = min(len(vectors_ND), max(lists * _TRAIN_PER_LIST, 10_000))
-        sample = np.random.default_rng(0).choice(len(vectors_ND), wanted, replace=False)
-        index.train(np.ascontiguousarray(vectors_ND[np.sort(sample)], np.float32))
-    index.add(np.ascontiguousarray(vectors_ND, np.float32))
-    return (faiss.index_gpu_to_cpu(index) if device == "gpu" else index), device
+    lists = re.match(r"(?:.*,)?IVF(\d+)", factory)
+    if lists and int(lists[1]) > len(vectors_ND):
+        raise _refusal(factory, f"it has {int(lists[1]):,} lists, more than the {len(vectors_ND):,} vectors to index")
+    gpu = use_gpu if gpus else "never"  # without a GPU, faiss would return an empty index instead of an error
+    if not _PLAIN.fullmatch(factory):
+        return _in_child(vectors_ND, factory, gpu)
+    try:
+        return faiss_build.build(vectors_ND, factory, gpu)
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        raise _refusal(factory, str(error)) from None
+
+
+def _in_child(vectors_ND: np.ndarray, factory: str, gpu: str) -> tuple[Any, str]:
+    limit = _CHILD_SECONDS + len(vectors_ND) * _CHILD_SECONDS_PER_ITEM
+    with tempfile.TemporaryDirectory() as folder:
+        vectors, out = os.path.join(folder, "vectors.npy"), os.path.join(folder, "index.faiss")
+        np.save(vectors, vectors_ND)
+        command = [sys.executable, "-P", faiss_build.__file__, vectors, factory, gpu, out]
+        path = os.pathsep.join(filter(None, sys.path))
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=limit, env={**os.environ, "PYTHONPATH": path}
+            )
+        except subprocess.TimeoutExpired:
+            raise _refusal(factory, f"building it did not end within {limit:,.0f} s") from None
+        told = (done.stderr.strip().splitlines() or [""])[-1]
+        if done.returncode == faiss_build.REFUSED:
+            raise _refusal(factory, told)
+        if done.returncode:
+            raise _refusal(factory, f"building it ended the process ({_ending(done.returncode)}): {told}")
+        return _faiss().read_index(out), done.stdout
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _refusal(factory: str, error: str) -> ConfigError:
+    """faiss says: Error in <function> at <file>:<line>: Error: '<condition>' failed: <explanation>"""
+    condition, _, explanation = error.partition(" failed: ")
+    said = explanation or condition.rpartition(".cpp:")[2].partition(": ")[2] or condition
+    if "METRIC_L2" in said:
+        said = f"it has no inner products, which models score with ({said})"
+    return ConfigError(
+        f"retrieval.index = '{factory}': faiss cannot build this index over these vectors: {said.strip()}. "
+        f"Use 'auto', 'Flat', 'HNSW32', or another factory string of faiss"
+    )
 
 
 def settings(index: Any) -> list[dict[str, int]]:
     """Search settings to sweep: nprobe or efSearch; a single empty one for an exact index."""
     faiss = _faiss()
-    inner = _inner(faiss, index)
+    inner = faiss_build.inner(faiss, index)
     if hasattr(inner, "nprobe"):
         return [{"nprobe": n} for n in _powers(1, inner.nlist)]
     if hasattr(inner, "hnsw"):
@@ -86,18 +145,11 @@ def _powers(first: int, last: int) -> list[int]:
 
 
 def apply(index: Any, setting: dict[str, int]) -> None:
-    inner = _inner(_faiss(), index)
+    inner = faiss_build.inner(_faiss(), index)
     if "nprobe" in setting:
         inner.nprobe = setting["nprobe"]
     if "efSearch" in setting:
         inner.hnsw.efSearch = setting["efSearch"]
-
-
-def _inner(faiss: Any, index: Any) -> Any:
-    index = faiss.downcast_index(index)
-    while hasattr(index, "base_index") or isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.base_index if hasattr(index, "base_index") else index.index)
-    return index
 
 
 def serialize(index: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import itertools
 from collections.abc import Iterable
@@ -65,13 +66,17 @@ def check(config: Config, resource_problems: list[str]) -> Space:
 
 
 def _metric(config: Config) -> list[str]:
-    metric = config.tune.metric
-    if metric in (None, "loss", config.training.metric):
+    metric, own = config.tune.metric, config.training.metric
+    if metric in (None, "loss", own):
         return []
-    return [
-        f"tune.metric = '{metric}' is never reported: an epoch reports {config.training.metric} (training.metric) and loss; "
-        f"set training.metric = '{metric}' and leave tune.metric out"
-    ]
+    problem = f"tune.metric = '{metric}' is never reported: an epoch reports {own} (training.metric) and loss"
+    if difflib.get_close_matches(str(metric), ["loss"], 1):
+        return [f"{problem}; did you mean 'loss'?"]
+    try:
+        with_values(config, {"training.metric": metric})
+    except ConfigError as error:  # misspelt
+        return [line.replace("training.metric", "tune.metric") for line in _lines(error)]
+    return [f"{problem}; set training.metric = '{metric}' and leave tune.metric out"]
 
 
 def _ordered(space: dict[str, Axis]) -> tuple[dict[str, Axis], list[str]]:

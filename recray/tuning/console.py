@@ -14,6 +14,7 @@ from rich.table import Table
 
 from recray import log, storage
 from recray.records import Trial, TuneRecord
+from recray.tuning.importance import unmeasured
 from recray.tuning.objective import Objective
 from recray.tuning.space import plain, show
 
@@ -110,5 +111,7 @@ def summary(record: TuneRecord, sweep_uri: str) -> str:
     if record.importance:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in record.importance.items())
         lines += ["", f"importance (variance explained by a key alone): {shares}"]
+    if unknown := ", ".join(f"{key} ({why})" for key, why in unmeasured(record.trials).items()):
+        lines += ["", f"importance unknown: {unknown}"]
     page = storage.join(sweep_uri, "tune.html")
     return "\n".join([*lines, "", *([page] if storage.exists(page) else []), f"next: recray run {sweep_uri}/best.toml"])

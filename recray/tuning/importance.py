@@ -19,26 +19,52 @@ def importance(trials: list[Trial]) -> dict[str, float]:
 
     over g groups of trials: one per choice, or quantile bins of the values drawn from a range (quarters, or halves when
     there are few trials). Unlike eta^2 its expectation is 0 for a key that has no effect. Ranks are used because a
-    single diverged trial would otherwise make up most of the variance. Trials without the key are left out. Interactions
-    between keys are not measured.
+    single diverged trial would otherwise make up most of the variance; equal values share their mean rank. Trials
+    without the key are left out. Interactions between keys are not measured.
+
+    A key of which nothing can be said is left out; `unmeasured` says why.
     """
-    known = [trial for trial in trials if trial.best is not None]
     found: dict[str, float] = {}
-    for key in {key: None for trial in known for key in trial.values}:
-        having = [trial for trial in known if key in trial.values]
-        if len(having) < _MIN_TRIALS:
+    for key, having in _by_key(trials).items():
+        if _why_not(key, having):
             continue
-        ranks = np.argsort(np.argsort([trial.best or 0.0 for trial in having])).astype(float)
+        ranks = _ranks(having)
         groups = _groups([trial.values[key] for trial in having])
         parts = [ranks[groups == group] for group in np.unique(groups)]
         total = float(((ranks - ranks.mean()) ** 2).sum())
         within = float(sum(((part - part.mean()) ** 2).sum() for part in parts))
         free = len(ranks) - len(parts)
-        if len(parts) < 2 or not free:
-            found[key] = 0.0
-            continue
         found[key] = max(0.0, (total - within - (len(parts) - 1) * within / free) / total)
     return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+
+
+def unmeasured(trials: list[Trial]) -> dict[str, str]:
+    """Key -> why its importance is unknown, of the keys that `importance` leaves out."""
+    return {key: why for key, having in _by_key(trials).items() if (why := _why_not(key, having))}
+
+
+def _by_key(trials: list[Trial]) -> dict[str, list[Trial]]:
+    """The trials that have a result and the key, of every key."""
+    keys = {key: None for trial in trials for key in trial.values}
+    return {key: [trial for trial in trials if trial.best is not None and key in trial.values] for key in keys}
+
+
+def _why_not(key: str, having: list[Trial]) -> str:
+    """Why the importance of a key cannot be measured; empty if it can."""
+    if len({repr(trial.values[key]) for trial in having}) == 1:
+        return "not varied"
+    if len(having) < _MIN_TRIALS:
+        return "too few trials"
+    if len({trial.best for trial in having}) == 1:
+        return "all results are equal"
+    groups = len(np.unique(_groups([trial.values[key] for trial in having])))
+    return "too few trials for its values" if groups == len(having) else ""
+
+
+def _ranks(trials: list[Trial]) -> np.ndarray:
+    """Ranks of the trials' values, from 0; equal values have their mean rank."""
+    _, place, count = np.unique([trial.best or 0.0 for trial in trials], return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place]
 
 
 def _groups(values: list[Any]) -> np.ndarray:

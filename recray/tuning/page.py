@@ -9,6 +9,7 @@ import numpy as np
 
 from recray.records import Trial, TuneRecord
 from recray.tuning.console import count_statuses
+from recray.tuning.importance import unmeasured
 from recray.tuning.objective import Objective
 from recray.tuning.space import plain, show
 
@@ -113,7 +114,7 @@ def _curves(record: TuneRecord) -> str:
 
 def _keys(record: TuneRecord) -> str:
     """A plot per key, the most important first: its value in every trial against the trial's best value."""
-    space, plots = record.config["tune"]["space"], []
+    space, unknown, plots = record.config["tune"]["space"], unmeasured(record.trials), []
     for key in dict.fromkeys([*record.importance, *(key for trial in record.trials for key in trial.values)]):
         drawn = [trial for trial in _winner_last(record) if key in trial.values and trial.best is not None]
         numeric = all(type(trial.values[key]) in (int, float) for trial in drawn)
@@ -123,7 +124,8 @@ def _keys(record: TuneRecord) -> str:
             for trial in drawn
             for value in [trial.values[key]]
         ]
-        importance = f"{record.importance[key]:.0%}" if key in record.importance else "unknown, too few trials"
+        why = f", {unknown[key]}" if key in unknown else ""
+        importance = f"{record.importance[key]:.0%}" if key in record.importance else f"unknown{why}"
         plots.append(_figure(traces, f"{key}: importance {importance}.", key, record.metric, kind))
     return "".join(plots)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -10,60 +10,149 @@ from typing import Any
 
 import numpy as np
 
-from recray.errors import ConfigError
 from recray.records import Trial
 from recray.tuning.objective import Objective
 from recray.tuning.space import Point, Space
 
 _MAX_REDRAWS = 200  # invalid or repeated draws in a row after which the space counts as used up
 _STARTUP = 10  # random points before TPE has enough trials to model
+_MAX_BALANCED = 100_000  # points of a grid whose order is planned
+_DEFAULT_TRIALS = {"random": 24, "tpe": 24, "pbt": 8}
 
 
-class PointList:
-    """A fixed order of points: a grid's, or random ones without repetitions."""
+def num_trials(space: Space) -> int:
+    """How many trials a search has at most."""
+    options = space.base.tune
+    if options.search == "grid":
+        return sum(1 for _ in space.grid())
+    return options.trials or _DEFAULT_TRIALS[options.search]
 
-    def __init__(self, points: Iterator[Point]) -> None:
-        self._points: list[Point] = []
-        self._more = points
+
+class GridSearch:
+    """Every point of the grid, shuffled when trials may be stopped early.
+
+    Early stopping compares a trial with those before it. In the grid's own order each may be better than the last, and
+    none would be stopped.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._points = list(space.grid())
+        if space.base.tune.scheduler != "none":
+            order = np.random.default_rng([space.base.run.seed, 8])
+            order.shuffle(self._points)  # type: ignore[arg-type]
 
     def point(self, number: int, known: Point | None = None) -> Point | None:
         """The point of a trial (from 1); `known` if it was started before; None when there are no more."""
         if known is not None:
             return known
-        self._points += itertools.islice(self._more, max(0, number - len(self._points)))
         return self._points[number - 1] if number <= len(self._points) else None
 
     def learn(self, trial: Trial) -> None:
         """A trial that finished or paused: nothing to learn from it here."""
 
 
-def grid_points(space: Space) -> Iterator[Point]:
-    """Every point of the grid, shuffled when trials may be stopped early.
+class RandomSearch:
+    """Random points, stratified: valid, each once, and every key's values as evenly used as they can be.
 
-    Early stopping compares a trial with those before it. In the grid's own order each may be better than the last, and
-    none would be stopped.
+    A key with few values gets each of them equally often, and the counts of any two differ by at most one after every
+    trial. A range, or a key with more values than there are trials, is cut into one interval per trial, of which each is
+    used once (a Latin hypercube: McKay et al. 1979). Keys are drawn independently of each other. A finite space is
+    searched without repetition to its end.
+
+    Interrupted and resumed with more trials, points avoid what the earlier ones have used.
     """
-    if space.base.tune.scheduler == "none":
-        return space.grid()
-    points = list(space.grid())
-    order = np.random.default_rng([space.base.run.seed, 8])
-    order.shuffle(points)  # type: ignore[arg-type]
-    return iter(points)
+
+    def __init__(self, space: Space, past: list[Trial]) -> None:
+        self._space, self._total = space, num_trials(space)
+        self._points = {trial.number: trial.values for trial in past}
+        self._balanced = _balanced_grid(space, self._total)
+
+    def point(self, number: int, known: Point | None = None) -> Point | None:
+        """As of GridSearch. Points before `number` are drawn first, so that a trial's point does not depend on the order."""
+        if known is not None:
+            self._points[number] = known
+        for one in range(1, number + 1):
+            if one not in self._points and (point := self._draw(one)) is not None:
+                self._points[one] = point
+        return self._points.get(number)
+
+    def learn(self, trial: Trial) -> None:
+        """A trial that finished or paused: nothing to learn from it here."""
+
+    def _draw(self, number: int) -> Point | None:
+        """A new point; None when the space has no more."""
+        rng = np.random.default_rng([self._space.base.run.seed, 7, number])
+        seen = {repr(point) for point in self._points.values()}
+        if self._balanced is None:
+            for _ in range(_MAX_REDRAWS):
+                point = self._stratified(rng)
+                if repr(point) not in seen and self._space.valid(point):
+                    return point
+        # What is left of a finite space, of which random draws may find nothing in reach.
+        left = self._balanced or (self._space.grid() if _is_finite(self._space) else iter(()))
+        return next((point for point in left if repr(point) not in seen and self._space.valid(point)), None)
+
+    def _stratified(self, rng: np.random.Generator) -> Point:
+        point: Point = {}
+        for key in self._space.axes:
+            if self._space.is_active(key, point):
+                used = [other[key] for other in self._points.values() if key in other]
+                point[key] = self._least_used(key, used, rng)
+        return point
+
+    def _least_used(self, key: str, used: list[Any], rng: np.random.Generator) -> Any:
+        space, values, total = self._space, self._space.values(key), self._total
+        if values is not None and len(values) <= total and not space.axes[key].log:
+            return values[_rarest([sum(value == other for other in used) for value in values], rng)]
+        counts, middle = [0] * total, [space.at(key, (i + 0.5) / total) for i in range(total)]
+        for value in used:
+            # Several intervals of a logarithmic range may round to one integer.
+            own = [i for i in range(total) if middle[i] == value] or [int(space.position(key, value) * total)]
+            counts[min(own[-1], total - 1) if len(own) == 1 else min(own, key=counts.__getitem__)] += 1
+        return space.at(key, (_rarest(counts, rng) + rng.random()) / total)
 
 
-def random_points(space: Space) -> Iterator[Point]:
-    """Valid points, each once."""
+def _rarest(counts: list[int], rng: np.random.Generator) -> int:
+    """One of the places with the lowest count, at random."""
+    rare = np.flatnonzero(np.array(counts) == min(counts))
+    return int(rng.choice(rare))
+
+
+def _is_finite(space: Space) -> bool:
+    return all(space.values(key) is not None for key in space.axes)
+
+
+def _balanced_grid(space: Space, total: int) -> Iterator[Point] | None:
+    """Every point of a small grid once, such that after each point the counts of any two values of a key differ by at most one.
+
+    From a random point on, all keys step to their next value (in a random order) at once, and after the last to the first.
+    After the least common multiple of their numbers of values this comes back to where it began: every value was used
+    equally often. Then the same from a point that was not met yet. None for other spaces.
+    """
+    values = {key: space.values(key) for key in space.axes}
+    sizes = [len(one) for one in values.values() if one is not None]
+    if (
+        any(axis.when or axis.log for axis in space.axes.values())
+        or len(sizes) < len(values)
+        or max(sizes) > total
+        or math.prod(sizes) > _MAX_BALANCED
+    ):
+        return None
     rng = np.random.default_rng([space.base.run.seed, 7])
-    seen: set[str] = set()
-    redraws = 0
-    while redraws < _MAX_REDRAWS:
-        point = space.draw(rng)
-        if repr(point) in seen or not space.valid(point):
-            redraws += 1
-            continue
-        redraws = 0
-        seen.add(repr(point))
-        yield point
+    orders = {key: [(one or [])[i] for i in rng.permutation(len(one or []))] for key, one in values.items()}
+    starts = rng.permutation(math.prod(sizes))
+
+    def points() -> Iterator[Point]:
+        met: set[tuple[int, ...]] = set()
+        for start in zip(*np.unravel_index(starts, sizes), strict=True):
+            if tuple(map(int, start)) in met:
+                continue
+            for step in range(math.lcm(*sizes)):
+                place = tuple((int(s) + step) % size for s, size in zip(start, sizes, strict=True))
+                met.add(place)
+                yield {key: order[at] for (key, order), at in zip(orders.items(), place, strict=True)}
+
+    return points()
 
 
 class Tpe:
@@ -90,6 +179,7 @@ class Tpe:
         direction = "maximize" if Objective.of(space.base).mode == "max" else "minimize"
         self._new_study = partial(optuna.create_study, sampler=sampler, direction=direction)
         self._states, self._space, self._study = optuna.trial.TrialState, space, self._new_study()
+        self._random = RandomSearch(space, past)
         self._running: dict[int, tuple[Any, Point]] = {}  # number -> Optuna's trial, its values
         self._learned: dict[int, Trial] = {}
         for trial in past:
@@ -97,15 +187,21 @@ class Tpe:
             self.learn(trial)
 
     def point(self, number: int, known: Point | None = None) -> Point | None:
-        for _ in range(_MAX_REDRAWS):
-            asked, point = self._ask(known)
-            if known is not None or self._space.valid(point):
-                self._running[number] = (asked, point)
-                return point
-            self._study.tell(asked, state=self._states.FAIL)
-        raise ConfigError(
-            f"tune.space: the configuration refuses {_MAX_REDRAWS} points in a row. Narrow the ranges, or add conditions"
-        )
+        """As of GridSearch. The first points, and those after many that TPE repeats, are of RandomSearch."""
+        tried = [*(trial.values for trial in self._learned.values()), *(point for _, point in self._running.values())]
+        if known is None and len(tried) >= _STARTUP:
+            seen = {repr(point) for point in tried}
+            for _ in range(_MAX_REDRAWS):
+                asked, point = self._ask(None)
+                if repr(point) not in seen and self._space.valid(point):
+                    self._running[number] = (asked, point)
+                    self._random.point(number, point)
+                    return point
+                self._study.tell(asked, state=self._states.FAIL)
+        chosen = self._random.point(number, known)
+        if chosen is not None:
+            self._running[number] = self._ask(chosen)
+        return chosen
 
     def learn(self, trial: Trial) -> None:
         known_before = trial.number in self._learned
@@ -151,11 +247,11 @@ class Tpe:
             self._study.tell(asked, trial.best)
 
 
-Search = PointList | Tpe
+Search = GridSearch | RandomSearch | Tpe
 
 
 def make_search(space: Space, past: list[Trial]) -> Search:
     """The search of the configuration. past: finished and paused trials of earlier starts."""
     if space.base.tune.search == "tpe":
         return Tpe(space, past)
-    return PointList(grid_points(space) if space.base.tune.search == "grid" else random_points(space))
+    return GridSearch(space) if space.base.tune.search == "grid" else RandomSearch(space, past)

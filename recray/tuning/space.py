@@ -47,13 +47,26 @@ class Space:
         return point
 
     def _draw_value(self, key: str, rng: np.random.Generator) -> Any:
+        return self.at(key, float(rng.random()))
+
+    def at(self, key: str, position: float) -> Any:
+        """The value of a key at a position in [0, 1): of equally many positions for each value, or for each part of its range."""
         axis, values = self.axes[key], self.values(key)
         if values is not None and not axis.log:
-            return values[int(rng.integers(len(values)))]
+            return values[int(position * len(values))]
         assert axis.low is not None and axis.high is not None
         low, high = (math.log(axis.low), math.log(axis.high)) if axis.log else (axis.low, axis.high)
-        drawn = float(rng.uniform(low, high))
-        return self.clip(key, math.exp(drawn) if axis.log else drawn)
+        value = low + position * (high - low)
+        return self.clip(key, math.exp(value) if axis.log else value)
+
+    def position(self, key: str, value: Any) -> float:
+        """A position in [0, 1] at which `value` lies."""
+        axis, values = self.axes[key], self.values(key)
+        if values is not None and not axis.log:
+            return (values.index(value) + 0.5) / len(values)
+        assert axis.low is not None and axis.high is not None
+        low, high = (math.log(axis.low), math.log(axis.high)) if axis.log else (axis.low, axis.high)
+        return ((math.log(value) if axis.log else value) - low) / (high - low)
 
     def clip(self, key: str, value: Any) -> Any:
         """A number moved into its range, and rounded if the key is an integer."""

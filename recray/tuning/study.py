@@ -27,13 +27,11 @@ from recray.tuning.console import Board
 from recray.tuning.importance import importance
 from recray.tuning.objective import Objective
 from recray.tuning.queue import SearchQueue, SeedQueue
-from recray.tuning.search import make_search
+from recray.tuning.search import make_search, num_trials
 from recray.tuning.space import Space, show
 from recray.tuning.stopping import Budget, MedianRule, Rules
 from recray.tuning.store import SweepStore, TrialSpec
 from recray.tuning.trial_resources import Node, TrialResources, local_node, plan_resources
-
-_DEFAULT_TRIALS = {"random": 24, "tpe": 24, "pbt": 8}
 
 
 def tune(config: Config) -> TuneRecord:
@@ -113,9 +111,7 @@ def _search(store: SweepStore, space: Space, resources: TrialResources) -> list[
     if past:
         log.info("tune", f"resuming {store.uri}, which has {len(past)} trials", event="resume")
     known = [trial for trial in past if trial.status != "interrupted"]
-    total = options.trials or _DEFAULT_TRIALS.get(options.search, 0)
-    if options.search == "grid":
-        total = sum(1 for _ in space.grid())
+    total = num_trials(space)
     queue = SearchQueue(store, make_search(space, known), make_rungs(space, past), total, past)
     seconds = options.seconds
     if seconds is not None:
@@ -134,6 +130,12 @@ def _search(store: SweepStore, space: Space, resources: TrialResources) -> list[
         left = sum(not trial.finished for trial in latest.values())
         log.info("tune", f"the budget is used up; a larger one would resume {left} unfinished trials", event="budget")
         return [latest[number] for number in sorted(latest)]
+    if len(queue.trials()) < total:
+        log.info(
+            "tune",
+            f"the space has {len(queue.trials())} points, fewer than {total} trials: all of them were tried",
+            event="exhausted",
+        )
     return [_prune_paused(store, trial) for trial in queue.trials()]
 
 

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import recray
@@ -59,7 +58,7 @@ def _with_dataset(run: Config, folder: Path, *overrides: str) -> Config:
 
 def test_rows_hold_two_negatives_for_every_target(run: Config) -> None:
     dataset = PreparedDataset.open(f"{run.run_uri}/dataset/current")
-    record = dataset.record
+    record, missed = dataset.record, 0
     for split in ("train", "valid", "test"):
         clicks = shown = 0
         for table in dataset.iter_tables(split):
@@ -67,14 +66,25 @@ def test_rows_hold_two_negatives_for_every_target(run: Config) -> None:
                 context = len(row["item"]) - row["num_targets"]
                 assert all(label == 1 for label in row["label"][:context])
                 assert split == "train" or context >= run.data.min_history
-                chosen = {i for i, label in zip(row["item"], row["label"], strict=True) if label}
-                drawn = [i for i, label in zip(row["item"], row["label"], strict=True) if not label]
-                if split == "test":  # nothing is later than test: what was chosen is never drawn
-                    assert not chosen & set(drawn) and 1 not in drawn
+                _check_negatives(row["item"], row["time"], row["label"])
                 clicks += sum(row["label"][context:])
                 shown += row["num_targets"]
         assert clicks == record.counts[f"events_{split}"] == sum(s.events for s in record.shards[split])
-        assert shown == 3 * clicks == sum(s.impressions for s in record.shards[split])
+        assert shown == clicks + record.counts[f"negatives_{split}"] == sum(s.impressions for s in record.shards[split])
+        missed += 3 * clicks - shown
+    # Users who chose one item only, again and again, have no other one to set beside a repeat.
+    assert missed == record.counts["negatives_not_found"] < 0.01 * record.counts["events_train"]
+
+
+def _check_negatives(items: list[int], times: list[int], labels: list[float]) -> None:
+    """A negative stands before its positive: had before as the positive was, or never until then."""
+    for at, (item, time, label) in enumerate(zip(items, times, labels, strict=True)):
+        if label:
+            continue
+        positive = next(place for place in range(at, len(items)) if labels[place])
+        before = {i for i, t, chosen in zip(items, times, labels, strict=True) if chosen and t < time}
+        assert item not in (1, items[positive])
+        assert (item in before) == (items[positive] in before)
 
 
 def test_report_of_a_ranker(run: Config) -> None:
@@ -83,14 +93,11 @@ def test_report_of_a_ranker(run: Config) -> None:
     assert report.kind == "clicks"
     # Negatives were drawn by popularity; what a user chose is left out of them, so it is a little more popular.
     assert 0.5 < popularity["auc"].value < 0.65
-    assert model["auc"].value > 0.8
-    assert sum(one.impressions for one in report.reliability) == report.counts["impressions"]
-    assert np.mean([one.observed for one in report.reliability]) == pytest.approx(1 / 3, abs=0.01)
-    (compared,) = report.comparisons
-    assert compared.gain == pytest.approx(model["auc"].value - popularity["auc"].value)
-    assert compared.low is not None and compared.high is not None and compared.low < compared.gain < compared.high
+    assert model["auc"].value > popularity["auc"].value + 0.03
+    # Two drawn negatives for each click say nothing of how often items are clicked.
+    assert not report.reliability and not {"ece", "log_loss", "normalized_entropy"} & model.keys()
+    assert "no calibration: negatives were drawn" in render(report)
     assert any("than popularity: auc" in line for line in report.verdict)
-    assert "reliability" in render(report) and "norm.entropy" in render(report)
 
 
 def test_two_tasks_report_what_one_process_reports(run: Config) -> None:
@@ -114,7 +121,7 @@ def test_two_workers_learn_as_much(run: Config, tmp_path: Path) -> None:
     assert (record.rows, record.step) == (one.rows, one.step)
     # Other rows share a batch, which tells in the first steps.
     assert _losses(config)[-1] == pytest.approx(_losses(run)[-1], rel=0.03)
-    assert record.value == pytest.approx(one.value, abs=0.01)
+    assert record.value == pytest.approx(one.value, abs=0.02)
 
 
 def test_a_retriever_learns_from_the_same_dataset_and_never_from_negatives(run: Config, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def config(tmp_path: Path) -> str:
 def test_an_error_comes_before_torch_and_ray(verb: str, value: str, message: str, config: str) -> None:
     errors, code, loaded, seconds = _run(verb, config, "--set", value.format(config=config))
     assert message in errors and code == 2 and "Traceback" not in errors
-    assert loaded == [] and seconds < 2
+    assert not {"torch", "ray"} & set(loaded) and seconds < 2
 
 
 def test_a_tilde_is_the_home_folder(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from recray.records import Finalist, Trial, TrialEpoch, TuneRecord
 from recray.tuning import page, study
 from recray.tuning.check import check
 from recray.tuning.console import Board, summary
-from recray.tuning.importance import importance
+from recray.tuning.importance import importance, unmeasured
 from recray.tuning.objective import Objective
 from recray.tuning.search import make_search
 from recray.tuning.trial_resources import TrialResources, plan_resources
@@ -76,6 +76,9 @@ def test_an_invalid_space_is_refused_with_its_key(space: dict[str, Any], message
     ("tune", "message"),
     [
         ({"metric": "recall@20"}, r"tune.metric = 'recall@20' is never reported: an epoch reports ndcg@10"),
+        ({"metric": "ndgc@10"}, r"tune.metric = 'ndgc@10': unknown metric 'ndgc'; did you mean 'ndcg'\?"),
+        ({"metric": "ndcg@0"}, r"tune.metric = 'ndcg@0': write <name>@<K>"),
+        ({"metric": "los"}, r"tune.metric = 'los' is never reported: .*; did you mean 'loss'\?"),
         ({"grace_epochs": 10}, r"tune.grace_epochs = 10 with training.epochs = 10: no trial could be stopped early"),
         ({"search": "grid"}, r'"optim.learning_rate": a grid needs choices, or low and high with step'),
         ({"search": "pbt"}, r'"model.dim": cannot change while a member of search = .pbt. trains'),
@@ -147,6 +150,90 @@ def test_random_search_gives_the_same_points_again_and_none_twice() -> None:
     assert [second.point(number) for number in (6, 1)] == [points[5], points[0]]
     assert sorted(point["model.dim"] for point in points if point) == [1, 2, 3, 4, 5, 6]
     assert first.point(7) is None
+
+
+def _points(space: dict[str, Any], trials: int, seed: int = 1, **tune: Any) -> list[dict[str, Any]]:
+    config = _config(space, f"run.seed={seed}", trials=trials, **tune)
+    search = make_search(check(config, []), [])
+    return [point for number in range(1, trials + 1) if (point := search.point(number)) is not None]
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_random_points_are_stratified_after_every_trial(seed: int) -> None:
+    """Counts of a key's values differ by at most one in every prefix; of a range every n-th part has one of n points."""
+    space = {
+        "model.normalize": {"choices": [True, False]},
+        "loss.name": {"choices": ["gbce", "bpr", "softmax"]},
+        "loss.temperature": {"low": 0.1, "high": 2.1},
+        "optim.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+        "model.history_length": {"low": 1, "high": 500},
+    }
+    points = _points(space, 12, seed)
+    for key, values in (("model.normalize", (True, False)), ("loss.name", ("gbce", "bpr", "softmax"))):
+        for end in range(1, 13):
+            counts = [sum(point[key] == value for point in points[:end]) for value in values]
+            assert max(counts) - min(counts) <= 1
+    places = [
+        [(point["loss.temperature"] - 0.1) / 2 for point in points],
+        [(np.log10(point["optim.learning_rate"]) + 4) / 3 for point in points],
+        [(point["model.history_length"] - 1) / 500 for point in points],
+    ]
+    for place in places:
+        assert sorted(int(one * 12) for one in place) == list(range(12))
+    # Keys are independent: the order of one does not follow another's.
+    assert all(abs(np.corrcoef(places[i], places[j])[0, 1]) < 0.85 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_a_finite_space_is_searched_to_its_end_without_repeats(search: str) -> None:
+    pytest.importorskip("optuna") if search == "tpe" else None
+    space = {
+        "model.normalize": {"choices": [True, False]},
+        "loss.name": {"choices": ["gbce", "bpr", "softmax", "sampled_softmax"]},
+        "model.dim": {"choices": [8, 16, 32]},
+    }
+    points = _points(space, 40, search=search)
+    assert len(points) == len({repr(point) for point in points}) == 24
+    for key, axis in space.items():
+        for end in range(1, 25 if search == "random" else 11):
+            counts = [sum(point[key] == value for point in points[:end]) for value in axis["choices"]]
+            assert max(counts) - min(counts) <= 1
+    conditional = {
+        "loss.name": {"choices": ["gbce", "bpr"]},
+        "loss.calibration": {"choices": [0.5, 0.75, 1.0], "when": {"loss.name": "gbce"}},
+    }
+    found = _points(conditional, 40, search=search)
+    assert len(found) == len({repr(point) for point in found}) == 4
+
+
+def test_a_logarithmic_integer_is_stratified_in_its_logarithm() -> None:
+    dims = [
+        point["model.dim"]
+        for point in _points(
+            {"model.dim": {"low": 1, "high": 64, "log": True}, "loss.temperature": {"low": 1, "high": 2}}, 24
+        )
+    ]
+    place = np.sort(np.log(dims)) / np.log(64)
+    assert np.abs(place - (np.arange(24) + 0.5) / 24).max() < 0.08
+
+
+def test_a_resumed_search_with_more_trials_fills_what_the_first_left_open() -> None:
+    space = {"loss.temperature": {"low": 0.0001, "high": 1.0}, "model.normalize": {"choices": [True, False]}}
+    first = _points(space, 8)
+    config = _config(space, "run.seed=1", trials=16)
+    search = make_search(check(config, []), [_trial(n, point, 0.1) for n, point in enumerate(first, 1)])
+    points = first + [search.point(number) or {} for number in range(9, 17)]
+    assert sorted(int(point["loss.temperature"] * 16) for point in points) == list(range(16))
+    assert sum(point["model.normalize"] for point in points) == 8
+
+
+def test_what_was_not_varied_has_no_importance() -> None:
+    trials = [_trial(n, {"model.dim": 8, "loss.name": "ab"[n % 2], "optim.name": n}, n % 2 + n / 100) for n in range(8)]
+    assert list(importance(trials)) == ["loss.name", "optim.name"]
+    assert unmeasured(trials) == {"model.dim": "not varied"}
+    assert unmeasured(trials[:4])["loss.name"] == "too few trials"
+    equal = [trial.model_copy(update={"best": 0.5}) for trial in trials]
+    assert importance(equal) == {} and unmeasured(equal)["loss.name"] == "all results are equal"
 
 
 def _trial(number: int, values: dict[str, Any], best: float | None, status: Any = "done") -> Trial:
@@ -271,7 +358,7 @@ def test_the_page_stands_alone_and_shows_every_trial() -> None:
         "The search reached ndcg@10 0.8000 in 0.090 CPU hours.",  # 9 of 10 trials reported; each took as long
         "ndcg@10 after every epoch of 9 trials.",
         "model.dim: importance 50%.",
-        "loss.name: importance unknown, too few trials.",
+        "loss.name: importance unknown.",
     ]
     assert text.count('role="img" aria-label=') == len(figures) == text.count("Plotly.newPlot(")
     own = text[: text.index("<script>")] + text[text.index("<h1>") :]  # without plotly's script
@@ -296,6 +383,7 @@ def test_the_summary_names_finalists_importance_and_the_next_command(tmp_path: P
     lines = summary(record, str(tmp_path)).splitlines()
     assert lines[0] == "10 trials (8 done, 1 failed, 1 pruned), 0.100 CPU hours"
     assert lines[3].split() == ["8", "0.8000", "0.7100", "+-", "0.0141", "loss.name=gbce", "model.dim=8"]
+    assert "importance (variance explained by a key alone): model.dim 50%" in lines
     assert lines[-1] == f"next: recray run {tmp_path}/best.toml" and "tune.html" not in lines[-2]
     (tmp_path / "tune.html").write_text("")
     assert summary(record, str(tmp_path)).splitlines()[-2] == f"{tmp_path}/tune.html"
