@@ -9,6 +9,7 @@ Shape legend: E events.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from recray.data.dataset import PreparedDataset
+from recray.ids import UNKNOWN
 from recray.loading.jagged import Column
 
 
@@ -30,10 +32,10 @@ class Events(NamedTuple):
 def iter_events(dataset: PreparedDataset, splits: Iterable[str]) -> Iterator[Events]:
     """All positive events of these splits, one shard at a time."""
     for split in splits:
-        for table in dataset.iter_tables(split):
-            yield _new_events(table)
-        for table in dataset.iter_early(split):
-            yield _new_events(table)
+        for table in itertools.chain(dataset.iter_tables(split), dataset.iter_early(split)):
+            found = _new_events(table)
+            # Files may hold items that this model does not know, behind those that it knows.
+            yield found._replace(item=np.where(found.item < dataset.record.num_items, found.item, UNKNOWN))
 
 
 def event_counts(
