@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig
-from recray.data import features, kinds, negatives, partition, split, user_rows, vocab
+from recray.data import features, kinds, negatives, partition, remarks, split, user_rows, vocab
 from recray.data.sources.base import Source
 from recray.errors import ConfigError, DataError
 from recray.ids import NUM_RESERVED, SPLITS
@@ -85,32 +85,13 @@ def prepare(config: Config) -> DatasetRecord:
     storage.delete_folder(work.sorted_uri)
     run.publish(artifact)
     counts = record.counts
-    for line in _remarks(config.data, counts):
-        _say(line)
+    remarks.say(config.data, counts)
     events = ", ".join(f"{counts[f'events_{name}']:,} {name}" for name in SPLITS)
     _say(
         f"{events} events, {record.num_items - NUM_RESERVED:,} items, "
         f"{record.num_users - NUM_RESERVED:,} users in {record.seconds:.1f} s"
     )
     return record
-
-
-def _remarks(config: DataConfig, counts: dict[str, int]) -> Iterator[str]:
-    """What was dropped, and repeats."""
-    dropped, weaker, lighter = (counts[name] for name in user_rows.DUPLICATES)
-    if dropped:
-        same = "user, item and time" if config.columns.timestamp else "user and item"
-        more = [f"{weaker:,} were not chosen where the kept one is"] * (weaker > 0)
-        more += [f"{lighter:,} have a smaller weight"] * (lighter > 0)
-        yield f"{dropped:,} duplicates dropped (same {same})" + (f": {', '.join(more)}" if more else "")
-    if users := counts["users_dropped_min_count"]:
-        yield (
-            f"{users:,} users with fewer than {config.min_user_events} train events dropped, with "
-            f"{counts['events_dropped_min_count']:,} events"
-        )
-    if any(counts[f"repeats_{name}"] for name in SPLITS):
-        shares = (f"{counts[f'repeats_{name}'] / max(counts[f'events_{name}'], 1):.1%} of {name}" for name in SPLITS)
-        yield f"events whose user had chosen the item before: {', '.join(shares)}"
 
 
 def _add(total: dict[str, int], parts: Iterable[dict[str, int]]) -> None:
@@ -143,9 +124,8 @@ class _Work:
                 f"all {counts['events_read']:,} events are before data.split.start = {self.config.split.start}: "
                 f"choose an earlier one"
             )
-        _say(
-            f"{counts['events_read']:,} events read, {counts['events_kept']:,} sorted into {len(stats)} buckets of users"
-        )
+        read, kept = counts["events_read"], counts["events_kept"]
+        _say(f"{read:,} events read, {kept:,} sorted into {len(stats)} buckets of users")
         full = [s for s in stats if s["events_kept"]]
         first, last = min(s["first"] for s in full), max(s["last"] for s in full)
         if columns is None:
@@ -154,8 +134,7 @@ class _Work:
         boundaries, ties = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else (None, "")
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
         division = ray.put(self._division(stats, boundaries, draw))
-
-        sample = self._sample(counts["events_kept"])
+        sample = self._sample(kept)
         outputs = self._each(
             partition.count, stats, division, columns.context, sample, num_returns=3 + len(columns.context)
         )
