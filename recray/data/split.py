@@ -161,7 +161,7 @@ def check(sizes: dict[str, int], found: Range, label: str | None, weight: str | 
         chosen, shown = sizes[f"events_{name}"], sizes[f"shown_{name}"]
         if shown and not chosen:
             raise DataError(
-                f"none of the {shown:,} events of {name} is chosen, all have label 0: check data.columns.label ({label!r}) "
+                f"no events fall in {name} that were chosen: all {shown:,} have label 0; check data.columns.label ({label!r}) "
                 f"and data.split"
             )
     _check_empty(sizes, found)

@@ -99,7 +99,7 @@ def test_ties_are_the_cause_of_an_empty_split() -> None:
 def test_nothing_chosen_and_nothing_to_learn_from(caplog: pytest.LogCaptureFixture) -> None:
     found = split.Range(0, 9 * DAY, None, True)
     with pytest.raises(
-        DataError, match=r"none of the 50 events of test is chosen, all have label 0: check data.columns.label"
+        DataError, match=r"no events fall in test that were chosen: all 50 have label 0; check data.columns.label"
     ):
         split.check(sizes(900, 50, 0) | {"shown_test": 50}, found, "click", None)
     with pytest.raises(DataError, match=r"all 900 chosen events of train have weight 0 \(data.columns.weight = 'w'\)"):
