@@ -378,4 +378,4 @@ class _Work:
         counts = np.zeros(len(edges) - 1, np.int64)
         counts[bins["value"].to_numpy()] = bins["n"].to_numpy()
         boundaries = split.temporal(self.config.split, edges, counts, self.source.has_time)
-        return boundaries, split.ties(edges, counts, self.source.has_time)
+        return boundaries, split.ties(counts)

@@ -139,15 +139,19 @@ class Range:
     ties: str = ""  # a sentence from `ties`
 
 
-def ties(edges: np.ndarray, counts: np.ndarray, has_time: bool) -> str:
-    """A sentence for logs whose events share their times, such as dates; empty for others. Arguments as for `temporal`."""
-    distinct, most, total = int((counts > 0).sum()), int(counts.argmax()), int(counts.sum())
-    if distinct > 1_000 and counts[most] < 0.05 * total:
+def ties(counts: np.ndarray) -> str:
+    """A sentence for logs whose events share their times, such as dates; empty for others. counts: as for `temporal`."""
+    distinct, most, total = int((counts > 0).sum()), int(counts.max()), int(counts.sum())
+    if distinct > 1_000 and most < 0.05 * total:
         return ""
+    if distinct < len(SPLITS):
+        return (
+            f" Events have no more than {distinct} times, which cannot be divided: use data.split.kind = 'leave_last'."
+        )
     return (
-        f" Events have {distinct:,} distinct times, {counts[most]:,} of {total:,} have {_shown(int(edges[most]), has_time)}, "
-        f"and events of the same time are never divided: write shares as durations such as '1d', name data.split.valid_start "
-        f"and data.split.test_start, or use data.split.kind = 'leave_last'."
+        f" Events have {distinct:,} distinct times, {most:,} of {total:,} share one of them, and events of the same time are "
+        f"never divided: write shares as durations such as '1d', name data.split.valid_start and data.split.test_start, or use "
+        f"data.split.kind = 'leave_last'."
     )
 
 

@@ -83,14 +83,15 @@ def test_ties_are_the_cause_of_an_empty_split() -> None:
     counts = np.zeros(len(edges) - 1, np.int64)
     counts[::100] = [300, 280, 290, 270, 300, 310, 250]
     boundaries = split.temporal(SplitConfig(), edges, counts)
-    found = split.Range(0, 6 * DAY, boundaries, True, split.ties(edges, counts, True))
+    found = split.Range(0, 6 * DAY, boundaries, True, split.ties(counts))
     message = (
-        r"no events fall in valid, test .* Events have 7 distinct times, 310 of 2,000 have 1970-01-06T00:00:00\+00:00, and "
-        r"events of the same time are never divided: write shares as durations such as '1d'"
+        r"no events fall in valid, test .* Events have 7 distinct times, 310 of 2,000 share one of them, and events of the "
+        r"same time are never divided: write shares as durations such as '1d'"
     )
     with pytest.raises(DataError, match=message):
         split.check(sizes(train=2000), found, None, None)
-    assert split.ties(np.arange(2_001), np.ones(2_000, np.int64), True) == ""
+    assert split.ties(np.ones(2_000, np.int64)) == ""
+    assert "no more than 1 times, which cannot be divided: use" in split.ties(np.array([0, 300, 0]))
     # The advice holds.
     days = split.temporal(SplitConfig(valid="1d", test="1d"), np.append(edges, 6 * DAY + 1), np.append(counts, 0))
     assert np.bincount(days.codes(np.arange(7) * DAY)).tolist() == [5, 1, 1]
