@@ -188,11 +188,8 @@ def write(
         rows = user_rows.rows(user_E, code_E, split_name, positive_E, encoders.min_history)
         target_E = rows.targets()
         events, impressions = int(positive_E[target_E].sum()), len(target_E)
-        counts |= {
-            f"events_{split_name}": events,
-            f"users_{split_name}": len(rows.user_R),
-            f"repeats_{split_name}": int(repeated_E[target_E].sum()),
-        }
+        counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
+        counts[f"repeats_{split_name}"] = int(repeated_E[target_E].sum())
         if code:
             counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == UNKNOWN))[target_E].sum())
         if "label" in table.column_names:
