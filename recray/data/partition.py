@@ -132,13 +132,13 @@ def count(
         "users_dropped_min_count": users - len(part.keys),
         "events_dropped_min_count": len(table) - len(part.table),
     }
-    weightless_E = (
-        part.table["weight"].to_numpy() == 0 if "weight" in part.table.column_names else ~positive_E & positive_E
-    )
+    weightless_E = np.zeros(len(part.table), bool)
+    if "weight" in part.table.column_names:
+        weightless_E = positive_E & (part.table["weight"].to_numpy() == 0)
     for code, name in enumerate(SPLITS):
         sizes[f"events_{name}"] = int(((part.code_E == code) & positive_E).sum())
         sizes[f"shown_{name}"] = int((part.code_E == code).sum())
-        sizes[f"weightless_{name}"] = int(((part.code_E == code) & weightless_E).sum())
+        sizes[f"weightless_{name}"] = int((weightless_E & (part.code_E == code)).sum())
     train_E = part.code_E == 0
     train = part.table.filter(pa.array(train_E))
     chosen = pa.array(positive_E[train_E].astype(np.int64))
