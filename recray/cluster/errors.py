@@ -88,6 +88,7 @@ def _causes(error: BaseException, depth: int) -> Iterator[BaseException]:
     """The error and everything that it wraps, outermost first."""
     yield error
     workers = list((getattr(error, "worker_failures", None) or {}).values())  # of ray.train.WorkerGroupError
-    for inner in (*workers, getattr(error, "cause", None), error.__cause__):
+    health = getattr(error, "health_check_failure", None)  # of a worker that does not answer Ray Train's controller
+    for inner in (*workers, health, getattr(error, "cause", None), error.__cause__):
         if isinstance(inner, BaseException) and depth:
             yield from _causes(inner, depth - 1)

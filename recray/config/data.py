@@ -139,9 +139,24 @@ class DataConfig(Section):
     timestamp_unit: Literal["auto", "s", "ms", "us", "ns", "order"] = Field(
         "auto", description="unit of integer timestamps; order: a position instead of a time; auto: inferred"
     )
-    drop_duplicates: bool = Field(True, description="drop rows that repeat (user, item, timestamp)")
-    min_user_events: int = Field(1, ge=1, description="drop users with fewer events")
-    min_item_events: int = Field(1, ge=1, description="treat items with fewer train events as unknown")
+    drop_duplicates: bool = Field(
+        True,
+        description="of rows that repeat (user, item, timestamp) keep the one with the greatest label, then weight; without timestamps of rows that repeat (user, item)",
+    )
+    min_user_events: int = Field(
+        0,
+        ge=0,
+        description="drop users with fewer train events, chosen or only shown, before items are counted; valid and test events do not count",
+    )
+    min_item_events: int = Field(
+        1,
+        ge=1,
+        description="treat items with fewer train events, chosen or only shown, as unknown; their train events are left out",
+    )
+    k_core: bool = Field(
+        False,
+        description="repeat min_user_events and min_item_events until every user and item left has that many train events with the others",
+    )
     min_history: int = Field(
         0,
         ge=0,

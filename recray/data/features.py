@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recray import log
 from recray.config import FeatureConfig
 from recray.data.hashing import hash_keys
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
@@ -22,11 +23,13 @@ from recray.loading.jagged import offsets_from_lengths
 from recray.records import Feature, Role
 
 _MAX_POINTS = 4096  # weighted points that stand for the distribution of a numeric column
+_SENTINEL_SHARE, _SENTINEL_DISTANCE = 0.005, 5.0  # of the rows; standard deviations
 _LARGEST = 10.0  # standard deviations; one absurd value must not overflow a model that multiplies its inputs
 
 
 def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
-    """Statistics of some rows, for `fit`: (value, n) for categories and quantiles; (n, mean, squares) for other numbers.
+    """Statistics of some rows, for `fit`: (value, n) for categories and quantiles; (n, mean, squares) for other numbers,
+    and the least and the greatest with how often they occur, for `sentinel`.
 
     A hashed category counts its bucket. squares: sum of squared distances from the mean, which does not cancel as a
     sum of squares would.
@@ -38,8 +41,11 @@ def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
             return _thinned(value_counts(pa.chunked_array([pa.array(good)])))
         if config.scale == "log":
             good = _log(good)
-        mean = float(good.mean()) if len(good) else 0.0
-        return _moments(len(good), mean, float(((good - mean) ** 2).sum()))
+        if not len(good):
+            return _moments(0, 0.0, 0.0, [0.0, 0.0], [0, 0])
+        mean, ends = float(good.mean()), [float(good.min()), float(good.max())]
+        squares = float(((good - mean) ** 2).sum())
+        return _moments(len(good), mean, squares, ends, [int((good == end).sum()) for end in ends])
     entries = _entries(column)
     if config.hash_buckets:
         entries = pa.chunked_array([_hash(entries.combine_chunks().drop_null(), config.hash_buckets)])
@@ -60,14 +66,41 @@ def merge(*parts: pa.Table) -> pa.Table:
         summed = table.group_by("value", use_threads=False).aggregate([(name, "sum") for name in numbers])
         return _thinned(pa.table({"value": summed["value"], **{name: summed[f"{name}_sum"] for name in numbers}}))
     n, mean, squares = 0.0, 0.0, 0.0
-    for row in table.to_pylist():  # one row per part; Chan et al. 1979
+    rows = table.to_pylist()  # one per part
+    for row in rows:  # Chan et al. 1979
         total = n + row["n"]
         step = row["mean"] - mean
         if total:
             squares += row["squares"] + step * step * n * row["n"] / total
             mean += step * row["n"] / total
         n = total
-    return _moments(int(n), mean, squares)
+    full = [row for row in rows if row["n"]] or rows
+    ends = [pick(row["ends"][i] for row in full) for i, pick in enumerate((min, max))]
+    often = [sum(row["often"][i] for row in full if row["ends"][i] == end) for i, end in enumerate(ends)]
+    return _moments(int(n), mean, squares, ends, often)
+
+
+def sentinel(feature: Feature, counts: pa.Table) -> str | None:
+    """A word on a number that is so frequent and so far from the others that it may stand for a missing value, as -999 does."""
+    row = counts.to_pylist()[0]
+    for end, times in zip(row["ends"], row["often"], strict=True):
+        rest = row["n"] - times
+        if times > rest or times < max(
+            2, _SENTINEL_SHARE * row["n"]
+        ):  # of most rows it is the usual value, as 0 often is
+            continue
+        mean = row["mean"] + (row["mean"] - end) * times / rest  # of the others
+        squares = row["squares"] - (end - row["mean"]) ** 2 * times * row["n"] / rest
+        std = float(np.sqrt(max(squares, 0.0) / rest))
+        # Others that are all equal are no distribution to be far from; rounding leaves them a tiny spread.
+        if 1e-6 * abs(end - mean) < std < abs(end - mean) / _SENTINEL_DISTANCE:
+            value = np.sign(end) * np.expm1(abs(end)) if feature.log else end
+            return (
+                f"{feature.role} feature {feature.name!r}: {times:,.0f} of {row['n']:,.0f} values are {value:.15g}, "
+                f"{abs(end - mean) / std:.0f} standard deviations from the others; if it stands for a missing value, "
+                f"write null"
+            )
+    return None
 
 
 def fit(name: str, role: Role, config: FeatureConfig, counts: pa.Table) -> Feature:
@@ -79,7 +112,10 @@ def fit(name: str, role: Role, config: FeatureConfig, counts: pa.Table) -> Featu
         row = counts.to_pylist()[0]
         std = float(np.sqrt(row["squares"] / max(row["n"], 1)))
         std = std if std > 1e-12 else 1.0
-        return Feature(name=name, role=role, kind="numeric", mean=row["mean"], std=std, log=config.scale == "log")
+        feature = Feature(name=name, role=role, kind="numeric", mean=row["mean"], std=std, log=config.scale == "log")
+        if text := sentinel(feature, counts):
+            log.warning("prepare", text)
+        return feature
     if config.hash_buckets:
         return Feature(
             name=name,
@@ -143,8 +179,8 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _moments(n: int, mean: float, squares: float) -> pa.Table:
-    return pa.table({"n": [float(n)], "mean": [mean], "squares": [squares]})
+def _moments(n: int, mean: float, squares: float, ends: list[float], often: list[int]) -> pa.Table:
+    return pa.table({"n": [float(n)], "mean": [mean], "squares": [squares], "ends": [ends], "often": [often]})
 
 
 def _entries(column: pa.ChunkedArray) -> pa.ChunkedArray:

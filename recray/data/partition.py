@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from recray import storage
 from recray.config import DataConfig, FeatureConfig
-from recray.data import features, negatives, split, user_rows, vocab
+from recray.data import features, negatives, user_rows, vocab
 from recray.data.hashing import hash_keys
 from recray.errors import DataError
 from recray.ids import SPLITS, UNKNOWN
@@ -88,7 +88,6 @@ def _sort(table: pa.Table, bucket: int, sorting: Sorting) -> dict[str, int]:
         "bucket": bucket,
         "events_read": len(table),
         "events_kept": len(ordered),
-        "users_kept": len(pc.unique(ordered["user"])),
         "given_valid": int((ordered["code"].to_numpy() == SPLITS.index("valid")).sum()),
         "first": pc.min(times).as_py() or 0,
         "last": pc.max(times).as_py() or 0,
@@ -110,18 +109,36 @@ def histogram(file: str, bucket: int, first: int, last: int) -> pa.Table:
     return features.value_counts(pa.chunked_array([pa.array(bins)]))
 
 
+def core(file: str, bucket: int, division: user_rows.Division) -> pa.Table:
+    """Train events of each item, of the users that are kept."""
+    part = division.bucket(storage.read_table(file))
+    return features.value_counts(part.table["item"].filter(pa.array(part.code_E == 0)))
+
+
 def count(
     file: str,
     bucket: int,
-    boundaries: split.Boundaries | None,
-    draw: split.Draw | None,
+    division: user_rows.Division,
     context: dict[str, FeatureConfig],
     sample: negatives.Sample,
 ) -> tuple[Any, ...]:
-    """Step 3: (events per split, train counts of items, a sample of positive events, counts of each context feature...)."""
-    part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
+    """Step 3: (counts of users and of events per split, train counts of items, a sample of positive events, counts of each context feature...)."""
+    table = storage.read_table(file)
+    part = division.bucket(table)
     positive_E = _positive(part.table)
-    sizes = {f"events_{name}": int(((part.code_E == code) & positive_E).sum()) for code, name in enumerate(SPLITS)}
+    users = len(pc.unique(table["user"]))
+    sizes = {
+        "users_kept": len(part.keys),
+        "users_dropped_min_count": users - len(part.keys),
+        "events_dropped_min_count": len(table) - len(part.table),
+    }
+    weightless_E = np.zeros(len(part.table), bool)
+    if "weight" in part.table.column_names:
+        weightless_E = positive_E & (part.table["weight"].to_numpy() == 0)
+    for code, name in enumerate(SPLITS):
+        sizes[f"events_{name}"] = int(((part.code_E == code) & positive_E).sum())
+        sizes[f"shown_{name}"] = int((part.code_E == code).sum())
+        sizes[f"weightless_{name}"] = int((weightless_E & (part.code_E == code)).sum())
     train_E = part.code_E == 0
     train = part.table.filter(pa.array(train_E))
     chosen = pa.array(positive_E[train_E].astype(np.int64))
@@ -137,14 +154,13 @@ def count(
 def write(
     file: str,
     bucket: int,
-    boundaries: split.Boundaries | None,
-    draw: split.Draw | None,
+    division: user_rows.Division,
     encoders: Encoders,
     uri: str,
     first_user: int,
 ) -> dict[str, Any]:
     """Step 4: write this bucket's shard of every split, and its users. first_user: id of its first user."""
-    part = user_rows.Bucket.of(storage.read_table(file), boundaries, draw)
+    part = division.bucket(storage.read_table(file))
     item_E = vocab.item_ids(part.table["item"], encoders.item_keys)
     rare_E = (item_E == UNKNOWN) & (part.code_E == 0)
     counts = {
@@ -159,6 +175,7 @@ def write(
         table, user_E, code_E, item_E, missed = _with_negatives(table, user_E, code_E, item_E, bucket, encoders)
         counts["negatives_not_found"] = missed
         positive_E = _positive(table)
+    repeated_E = user_rows.repeated(user_E, table["item"], positive_E)
     lists = {"item": pa.array(item_E), "time": table["time"].combine_chunks()}
     lists |= {name: table[name].combine_chunks() for name in ("label", "weight") if name in table.column_names}
     lists |= {f.column: features.encode(table[f.column], f) for f in encoders.context.values()}
@@ -172,6 +189,7 @@ def write(
         target_E = rows.targets()
         events, impressions = int(positive_E[target_E].sum()), len(target_E)
         counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
+        counts[f"repeats_{split_name}"] = int(repeated_E[target_E].sum())
         if code:
             counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == UNKNOWN))[target_E].sum())
         if "label" in table.column_names:

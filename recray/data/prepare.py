@@ -17,8 +17,8 @@ Layout of <run>/dataset/<identity>:
     early-train/ ...         with data.min_history: user, item, time, num_targets of events that are in no row as targets
 
 Steps: (1) partition events into buckets by a hash of the user, and sort each bucket
-(dropping duplicates and users with too few events), (2) find the time boundaries from
-a histogram, (3) count train events, which gives the catalogue (items with too few train
+(dropping duplicates), (2) find the time boundaries from a histogram, (3) count train
+events, which gives the users that are kept and the catalogue (items with too few train
 events are dropped; in valid and test they are the unknown item), (4) write shards.
 Each step is one pass over the buckets. The number of buckets follows from the number
 of events, never from the machine, so the same log and seed give the same bytes on any
@@ -28,6 +28,7 @@ number of CPUs. Only sums, merged counts and file names reach the driver.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -36,13 +37,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recray import locks, log, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig
-from recray.data import features, kinds, negatives, partition, sources, split, vocab
+from recray.data import features, kinds, negatives, partition, remarks, split, user_rows, vocab
 from recray.data.sources.base import Source
 from recray.errors import ConfigError, DataError
 from recray.ids import NUM_RESERVED, SPLITS
@@ -65,12 +67,12 @@ def prepare(config: Config) -> DatasetRecord:
     run = Run(config)
     if config.run.dataset and storage.exists(storage.join(config.run.dataset, DatasetRecord.file_name())):
         return run.dataset().record
-    sources.check(config)
+    module = registry.load("source", config.data.source, config.run.plugins)
+    if hasattr(module, "check"):  # before Ray is started, so that a wrong column is an error at once
+        module.check(config.data)
     runtime.start(config.scaling)
     with unwrapped(), contextlib.ExitStack() as stack:
-        source: Source = registry.load("source", config.data.source, config.run.plugins).read(
-            config.data, config.run.seed
-        )
+        source: Source = module.read(config.data, config.run.seed)
         artifact = run.artifact(DATASET, [source.fingerprint])
         if not run.begin(artifact):
             return artifact.record
@@ -86,6 +88,7 @@ def prepare(config: Config) -> DatasetRecord:
     storage.delete_folder(work.sorted_uri)
     run.publish(artifact)
     counts = record.counts
+    remarks.say(config.data, counts)
     events = ", ".join(f"{counts[f'events_{name}']:,} {name}" for name in SPLITS)
     _say(
         f"{events} events, {record.num_items - NUM_RESERVED:,} items, "
@@ -114,31 +117,32 @@ class _Work:
 
     def run(self, started: float) -> DatasetRecord:
         """All four steps. What they write is final, except for the sorted buckets."""
+        import ray
+
         columns = None if self.source.types is None else kinds.choose(self.config, self.source, self.source.types)
         stats = self._sort(max(1, math.ceil(self.source.num_events / self.config.shard_events)))
         counts = {key: sum(s[key] for s in stats) for key in stats[0] if key not in ("bucket", "first", "last")}
         if not counts["events_kept"]:
             raise DataError(
-                f"no events are left of {counts['events_read']:,}: "
-                f"lower data.min_user_events ({self.config.min_user_events})"
+                f"all {counts['events_read']:,} events are before data.split.start = {self.config.split.start}: "
+                f"choose an earlier one"
             )
-        _say(
-            f"{counts['events_read']:,} events read, {counts['events_kept']:,} sorted into {len(stats)} buckets of users"
-        )
+        read, kept = counts["events_read"], counts["events_kept"]
+        _say(f"{read:,} events read, {kept:,} sorted into {len(stats)} buckets of users")
         full = [s for s in stats if s["events_kept"]]
         first, last = min(s["first"] for s in full), max(s["last"] for s in full)
         if columns is None:
             schema, _ = storage.read_schema(partition.sorted_file(self.sorted_uri, full[0]["bucket"]))
             columns = kinds.choose(self.config, self.source, {field.name: field.type for field in schema})
-        boundaries = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else None
+        boundaries, ties = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else (None, "")
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
-
-        sample = self._sample(counts["events_kept"])
+        division = ray.put(self._division(stats, boundaries, draw))
+        sample = self._sample(kept)
         outputs = self._each(
-            partition.count, stats, boundaries, draw, columns.context, sample, num_returns=3 + len(columns.context)
+            partition.count, stats, division, columns.context, sample, num_returns=3 + len(columns.context)
         )
-        _add(counts, self._get([out[0] for out in outputs]))
-        split.check(counts, first, last, boundaries, self.source.has_time)
+        sizes = self._get([out[0] for out in outputs])
+        self._check(counts, sizes, split.Range(first, last, boundaries, self.source.has_time, ties))
         items = self._catalogue(self._merge([out[1] for out in outputs]), counts)
         fitted = self._fit(items, columns, [out[3:] for out in outputs])
         sampler = self._sampler(items, sample.share, [out[2] for out in outputs])
@@ -146,7 +150,7 @@ class _Work:
         encoders = partition.Encoders(
             keys, fitted["context"], fitted["user"], columns.users, sampler, self.config.min_history, self.seed
         )
-        shards, early = self._write(stats, counts, boundaries, draw, encoders)
+        shards, early = self._write(stats, [size["users_kept"] for size in sizes], counts, division, encoders)
         for name in SPLITS:
             if not shards[name]:
                 raise DataError(
@@ -241,27 +245,27 @@ class _Work:
     def _write(
         self,
         stats: list[dict[str, int]],
+        users: list[int],
         counts: dict[str, int],
-        boundaries: split.Boundaries | None,
-        draw: split.Draw | None,
+        division: Any,
         encoders: partition.Encoders,
     ) -> tuple[dict[str, list[Shard]], dict[str, list[str]]]:
-        """Step 4: by split the shards of all buckets, and the files of early events; adds to `counts` what was written."""
+        """Step 4: by split the shards of all buckets, and the files of early events; adds to `counts` what was written.
+
+        users: how many each bucket keeps. division: reference to a user_rows.Division.
+        """
         import ray
 
-        offsets = NUM_RESERVED + np.cumsum([0, *(s["users_kept"] for s in stats)])
+        offsets = NUM_RESERVED + np.cumsum([0, *users])
         calls = self._each(
             partition.write,
             stats,
-            boundaries,
-            draw,
+            division,
             ray.put(encoders),
             self.artifact.uri,
             offsets=offsets[:-1].tolist(),
         )
         parts = self._get(calls)
-        for name in SPLITS:
-            counts.pop(f"events_{name}")  # of step 3, which still had rare items
         _add(counts, [part["counts"] for part in parts])
         shards = {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
         early = {name: [p["early"][name] for p in parts if name in p["early"]] for name in SPLITS}
@@ -340,10 +344,41 @@ class _Work:
             refs = [task.remote(*refs[i : i + _MERGE]) for i in range(0, len(refs), _MERGE)]
         return ray.get(task.remote(*refs))
 
-    def _boundaries(self, stats: list[dict[str, int]], first: int, last: int) -> split.Boundaries:
-        """Step 2: find the split times from a histogram of all event times."""
+    def _check(self, counts: dict[str, int], sizes: list[dict[str, int]], found: split.Range) -> None:
+        """Add the users that are kept and dropped to `counts`. Raises DataError if they leave nothing to train on or to test."""
+        total: dict[str, int] = {}
+        _add(total, sizes)
+        for name in ("users_kept", "users_dropped_min_count", "events_dropped_min_count"):
+            counts[name] = total.pop(name)
+        if not counts["users_kept"]:
+            items = f" or data.min_item_events ({self.config.min_item_events})" if self.config.k_core else ""
+            raise DataError(
+                f"no events are left of {counts['events_read']:,}: lower data.min_user_events "
+                f"({self.config.min_user_events}), which counts train events{items}"
+            )
+        split.check(total, found, self.config.columns.label, self.config.columns.weight)
+
+    def _division(
+        self, stats: list[dict[str, int]], boundaries: split.Boundaries | None, draw: split.Draw | None
+    ) -> user_rows.Division:
+        """Splits, and which users are kept: with data.k_core those of the largest set of users and items that have enough
+        train events among each other."""
+        import ray
+
+        division = user_rows.Division(boundaries, draw, self.config.min_user_events)
+        while self.config.k_core:
+            counts = self._merge(self._each(partition.core, stats, ray.put(division)))
+            items = counts.filter(pc.greater_equal(counts["n"], self.config.min_item_events))["value"].combine_chunks()
+            if division.core is not None and len(items) == len(division.core):
+                break
+            division = dataclasses.replace(division, core=items)
+        return division
+
+    def _boundaries(self, stats: list[dict[str, int]], first: int, last: int) -> tuple[split.Boundaries, str]:
+        """Step 2: find the split times from a histogram of all event times; and a word on ties."""
         bins = self._merge(self._each(partition.histogram, stats, first, last))
         edges = partition.edges(first, last)
         counts = np.zeros(len(edges) - 1, np.int64)
         counts[bins["value"].to_numpy()] = bins["n"].to_numpy()
-        return split.temporal(self.config.split, edges, counts, self.source.has_time)
+        boundaries = split.temporal(self.config.split, edges, counts, self.source.has_time)
+        return boundaries, split.ties(counts)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
+from recray import log
 from recray.config import SplitConfig
 from recray.config.data import DURATION
 from recray.data.hashing import mix
@@ -127,12 +128,74 @@ def microseconds(moment: datetime) -> int:
     return (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
-def check(counts: dict[str, int], first: int, last: int, boundaries: Boundaries | None, has_time: bool) -> None:
-    """Raise DataError if a split is empty; it shows the range of times and the boundaries."""
-    empty = [name for name in SPLITS if not counts[f"events_{name}"]]
+@dataclass(frozen=True)
+class Range:
+    """Times of the log's events, and how they are divided."""
+
+    first: int
+    last: int
+    boundaries: Boundaries | None
+    has_time: bool
+    ties: str = ""  # a sentence from `ties`
+
+
+def ties(counts: np.ndarray) -> str:
+    """A sentence for logs whose events share their times, such as dates; empty for others. counts: as for `temporal`."""
+    distinct, most, total = int((counts > 0).sum()), int(counts.max()), int(counts.sum())
+    if distinct > 1_000 and most < 0.05 * total:
+        return ""
+    if distinct < len(SPLITS):
+        return (
+            f" Events have no more than {distinct} times, which cannot be divided: use data.split.kind = 'leave_last'."
+        )
+    return (
+        f" Events have {distinct:,} distinct times, {most:,} of {total:,} share one of them, and events of the same time are "
+        f"never divided: write shares as durations such as '1d', name data.split.valid_start and data.split.test_start, or use "
+        f"data.split.kind = 'leave_last'."
+    )
+
+
+def check(sizes: dict[str, int], found: Range, label: str | None, weight: str | None) -> None:
+    """Raise DataError if a split is empty or nothing in it is chosen, or if there is nothing to learn from; warn of a split
+    whose metrics cannot be computed.
+
+    sizes: of each split events_ (chosen), shown_ (all) and weightless_ (chosen, of weight 0). label, weight: their columns.
+    """
+    for name in SPLITS:
+        chosen, shown = sizes[f"events_{name}"], sizes[f"shown_{name}"]
+        if shown and not chosen:
+            raise DataError(
+                f"no events fall in {name} that were chosen: all {shown:,} have label 0; check data.columns.label ({label!r}) "
+                f"and data.split"
+            )
+    _check_empty(sizes, found)
+    for name in SPLITS:
+        chosen, shown, weightless = (sizes[f"{key}_{name}"] for key in ("events", "shown", "weightless"))
+        if label and chosen == shown:
+            log.warning(
+                "prepare",
+                f"all {shown:,} events of {name} have label 1 (data.columns.label = {label!r}): a ranker has nothing to "
+                f"tell apart there; give shown events with label 0, or draw them by data.negatives without data.columns.label",
+            )
+        if weightless == chosen and name == "train":
+            raise DataError(
+                f"all {chosen:,} chosen events of train have weight 0 (data.columns.weight = {weight!r}), so that nothing "
+                f"can be learned: fix the column, or leave out data.columns.weight"
+            )
+        if weightless:
+            log.warning(
+                "prepare",
+                f"{weightless:,} of {chosen:,} chosen events of {name} have weight 0 (data.columns.weight = {weight!r}): they "
+                f"count neither in the loss nor in click metrics",
+            )
+
+
+def _check_empty(sizes: dict[str, int], found: Range) -> None:
+    first, last, boundaries, has_time = found.first, found.last, found.boundaries, found.has_time
+    empty = [name for name in SPLITS if not sizes[f"events_{name}"]]
     if not empty:
         return
-    there = ", ".join(f"{name} {counts[f'events_{name}']:,}" for name in SPLITS)
+    there = ", ".join(f"{name} {sizes[f'events_{name}']:,}" for name in SPLITS)
     said = f"no events fall in {', '.join(empty)} ({there})."
     if boundaries is None:
         raise DataError(
@@ -141,8 +204,8 @@ def check(counts: dict[str, int], first: int, last: int, boundaries: Boundaries 
     raise DataError(
         f"{said} Events run from {_shown(first, has_time)} to {_shown(last, has_time)}; validation starts at "
         f"{_shown(boundaries.valid_start, has_time)}, test at {_shown(boundaries.test_start, has_time)}, and the end is "
-        f"{_shown(boundaries.end, has_time)}. Set data.split.valid and data.split.test (fractions or durations), "
-        f"and check data.timestamp_unit"
+        f"{_shown(boundaries.end, has_time)}.{found.ties} Set data.split.valid and data.split.test (fractions or "
+        f"durations), and check data.timestamp_unit"
     )
 
 

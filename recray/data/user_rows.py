@@ -20,12 +20,16 @@ from recray.data.split import Boundaries, Draw, microseconds
 from recray.ids import SPLITS
 from recray.loading.jagged import offsets_from_lengths
 
+# Counts of dropped duplicates: all; not chosen, where the one that is kept is; of the same label with a smaller weight.
+DUPLICATES = ("duplicates_dropped", "duplicates_not_chosen", "duplicates_lighter")
+
 
 def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
-    """Events by (user, split, time, order) without duplicates and without users below the minimum count; and counts of what left.
+    """Events by (user, split, time, order) without duplicates, and counts of what left.
 
-    Adds the column `code`, int8: the split that the source names, else -1. The first of duplicates is kept, that of the
-    earliest split. In a log without times two events of the same (user, item) are duplicates.
+    Adds the column `code`, int8: the split that the source names, else -1. Duplicates are events of the same (user, item,
+    time); in a log without times of the same (user, item). The one with the greatest label is kept, then with the greatest
+    weight, of the earliest split, and the first one.
     """
     early = 0
     if config.split.start is not None and has_time:
@@ -38,27 +42,32 @@ def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.
     time_E, order_E = table["time"].to_numpy(), table["order"].to_numpy()
     sort = np.lexsort((order_E, time_E, code_E, user_E))
     keep_E = np.ones(len(sort), bool)
-    duplicates = 0
-    if config.drop_duplicates:
+    dropped = {"events_before_start": early} | dict.fromkeys(DUPLICATES, 0)
+    if config.drop_duplicates and len(sort):
         item_E = table["item"].combine_chunks().dictionary_encode().indices.to_numpy()
         moment_E = time_E if has_time or config.columns.timestamp else np.zeros(len(sort), np.int64)
-        around = np.lexsort((order_E, code_E, moment_E, item_E, user_E))
-        same = np.ones(max(len(sort) - 1, 0), bool)
+        strength = [table[name].to_numpy() for name in ("weight", "label") if name in table.column_names]
+        around = np.lexsort((order_E, code_E, *(-x for x in strength), moment_E, item_E, user_E))
+        same = np.zeros(len(sort), bool)
+        same[1:] = True
         for column in (user_E, item_E, moment_E):
-            same &= column[around[1:]] == column[around[:-1]]
-        keep_E[around[1:][same]] = False
-        duplicates = int(same.sum())
-    events_U = np.bincount(user_E[keep_E])
-    few_U = (events_U < config.min_user_events) & (events_U > 0)
-    keep_E &= ~few_U[user_E]
-    dropped = {
-        "events_before_start": early,
-        "duplicates_dropped": duplicates,
-        "users_dropped_min_count": int(few_U.sum()),
-        "events_dropped_min_count": int(events_U[few_U].sum()),
-    }
+            same[1:] &= column[around[1:]] == column[around[:-1]]
+        kept = np.maximum.accumulate(np.where(same, 0, np.arange(len(sort))))  # place of the event that is kept
+        keep_E[around[same]] = False
+        dropped |= _kinds_of_duplicates(table, around[same], around[kept[same]])
     ordered = table.append_column("code", pa.array(code_E)).take(pa.array(sort[keep_E[sort]]))
     return ordered.drop_columns([c for c in ("split", "bucket") if c in ordered.column_names]), dropped
+
+
+def _kinds_of_duplicates(table: pa.Table, gone: np.ndarray, kept: np.ndarray) -> dict[str, int]:
+    """How many duplicates differ from the event that was kept, and in what. gone, kept: indices, one entry per duplicate."""
+    weaker, lighter = (
+        table[name].to_numpy()[gone] < table[name].to_numpy()[kept]
+        if name in table.column_names
+        else np.zeros(len(gone), bool)
+        for name in ("label", "weight")
+    )
+    return dict(zip(DUPLICATES, map(int, (len(gone), weaker.sum(), (lighter & ~weaker).sum())), strict=True))
 
 
 def _ranks(keys: pa.ChunkedArray) -> np.ndarray:
@@ -104,6 +113,34 @@ class Bucket:
         return Bucket(table, user_E, np.asarray(code_E), encoded.dictionary)
 
 
+@dataclass(frozen=True)
+class Division:
+    """How events are divided into splits, and which users are kept."""
+
+    boundaries: Boundaries | None
+    draw: Draw | None
+    min_user_events: int = 0
+    core: pa.Array | None = None  # keys of the items whose events count for `min_user_events`; None: all
+
+    def bucket(self, table: pa.Table) -> Bucket:
+        """table: from `sort_users`."""
+        part = Bucket.of(table, self.boundaries, self.draw)
+        if not self.min_user_events:
+            return part
+        counted_E = part.code_E == 0
+        if self.core is not None:
+            counted_E &= pc.is_in(part.table["item"], value_set=self.core).to_numpy(zero_copy_only=False)
+        kept_U = np.bincount(part.user_E[counted_E], minlength=len(part.keys)) >= self.min_user_events
+        keep_E = kept_U[part.user_E]
+        number_U = np.cumsum(kept_U) - 1
+        return Bucket(
+            part.table.filter(pa.array(keep_E)),
+            number_U[part.user_E[keep_E]],
+            part.code_E[keep_E],
+            part.keys.filter(pa.array(kept_U)),
+        )
+
+
 def _leave_last(user_E: np.ndarray) -> np.ndarray:
     """(E,) int8: a user's last event is test, the one before it valid; users with fewer than 3 events are all train."""
     events_U = np.bincount(user_E)
@@ -140,6 +177,17 @@ def num_earlier(user_E: np.ndarray, positive_E: np.ndarray) -> np.ndarray:
     before = offsets_from_lengths(positive_E)
     starts = np.flatnonzero(np.diff(user_E, prepend=-1))
     return np.asarray(before[:-1] - np.repeat(before[starts], np.diff(np.append(starts, len(user_E)))))
+
+
+def repeated(user_E: np.ndarray, items: pa.ChunkedArray, positive_E: np.ndarray) -> np.ndarray:
+    """(E,) bool: whether a user chose the item of an event before, too. items: keys; events in order."""
+    item_E = items.combine_chunks().dictionary_encode().indices.to_numpy()
+    pair_E = user_E * (int(item_E.max(initial=0)) + 1) + item_E
+    chosen = np.flatnonzero(positive_E)
+    _, first = np.unique(pair_E[chosen], return_index=True)
+    again_E = positive_E.copy()
+    again_E[chosen[first]] = False
+    return again_E
 
 
 def rows(user_E: np.ndarray, code_E: np.ndarray, split: str, positive_E: np.ndarray, min_history: int = 0) -> Rows:

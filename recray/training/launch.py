@@ -300,7 +300,7 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
         run_config=ray_train.RunConfig(
             name="ray",
             callbacks=[callback] if callback is not None else [],
-            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
+            logging_config=ray_train.LoggingConfig(log_level="ERROR"),
             storage_path=work.folder if "://" in work.folder else os.path.abspath(work.folder),
         ),
     )

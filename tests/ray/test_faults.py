@@ -23,7 +23,7 @@ from recray.cluster.errors import lost_worker, summary
 from recray.config import Config, parse_config
 from recray.errors import RecrayError
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,7 @@ def test_only_lost_workers_are_started_again() -> None:
     assert summary(group(ValueError("first line\nlast line"))) == "last line"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_a_stopped_driver_resumes(prepared: Config, tmp_path: Path) -> None:
     """kill -9 on one of two workers, later SIGTERM to the driver: the weights are those of an undisturbed training."""
     recray.train(prepared)

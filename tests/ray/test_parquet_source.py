@@ -195,6 +195,15 @@ def test_side_tables(tmp_path: Path) -> None:
         parquet.read(_config(events, users=config.items), 1)
 
 
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = _events()
+    twice = pa.Table.from_arrays([*table.columns, table["item_id"]], [*table.column_names, "item_id"])
+    with pytest.raises(DataError, match=r"twice\.parquet has 2 columns called 'item_id'"):
+        _direct(_config(_write(tmp_path / "twice.parquet", twice)))
+    other = pa.Table.from_arrays([*table.columns, table["item_id"], table["item_id"]], [*table.column_names, "x", "x"])
+    assert len(_direct(_config(_write(tmp_path / "other.parquet", other)))) == len(table)
+
+
 NULLS = pa.array([1, None, 2, 3, 4, 5])
 BAD: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     (
@@ -204,6 +213,7 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
         {},
         r"no column 'userid' \(did you mean 'user_id'\?\); columns there: user_id, item_id",
     ),
+    ("another case", {}, {"item": "ITEM_ID"}, {}, r"no column 'ITEM_ID' \(did you mean 'item_id'\?\)"),
     (
         "float ids",
         {"item_id": np.arange(6) / 2},

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -124,6 +125,40 @@ def test_temporal_dataset(run, caplog) -> None:
     other = run(table, 2, source={"items": ITEMS, "fingerprint": "changed"}, **options)
     assert other.record.fingerprint == "changed" and "prepare: new artefact" in caplog.text
     assert "its input changed" in caplog.text and other.record.identity != again.record.identity
+
+
+def test_the_core_of_users_and_items(run, caplog) -> None:
+    caplog.set_level("INFO", "recray")
+    rng, n = np.random.default_rng(3), 1_200
+    frame = pd.DataFrame(
+        {"user": rng.integers(0, 150, n), "item": np.minimum(rng.zipf(1.4, n), 200), "time": np.arange(n) * DAY}
+    )
+    frame = pd.concat([frame, frame[:40]]).assign(order=np.arange(n + 40))
+    options = {"shard_events": 300, "min_user_events": 4, "min_item_events": 5, "columns": {"timestamp": "time"}}
+    dataset = run(pa.Table.from_pandas(frame, preserve_index=False), 2, k_core=True, **options)
+    counts = dataset.record.counts
+    train = frame[:n][frame["time"][:n] < dataset.record.split["valid_start"]]
+    rounds = 0
+    while True:
+        left = train[train.groupby("user")["item"].transform("size") >= 4]
+        left = left[left.groupby("item")["user"].transform("size") >= 5]
+        rounds += 1
+        if len(left) == len(train):
+            break
+        train = left
+    assert rounds > 2 and len(train) > 100
+    assert sorted(dataset.items()["item"].to_pylist()[2:]) == sorted(train["item"].unique())
+    assert sorted(dataset.user_keys()["user"].to_pylist()) == sorted(train["user"].unique())
+    assert counts["events_train"] == len(train) and counts["users_kept"] == train["user"].nunique()
+    kept = frame[:n][frame["user"][:n].isin(train["user"])]
+    known = kept["item"].isin(train["item"])
+    kept = kept[known | (kept["time"] >= dataset.record.split["valid_start"])]
+    again = kept[kept.duplicated(["user", "item"])]
+    assert counts["repeats_test"] == (again["time"] >= dataset.record.split["test_start"]).sum() > 0
+    assert counts["repeats_train"] == (again["time"] < dataset.record.split["valid_start"]).sum()
+    assert counts["duplicates_dropped"] == 40
+    assert "prepare: 40 duplicates dropped (same user, item and time)" in caplog.text
+    assert f"{counts['users_dropped_min_count']} users with fewer than 4 train events dropped" in caplog.text
 
 
 def test_given_draws_for_the_whole_log(run) -> None:

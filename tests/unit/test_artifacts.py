@@ -313,7 +313,7 @@ def _age(artifact: Artifact[Record], days: int) -> None:
 
 def test_prune_keeps_what_is_in_use_the_newest_and_their_inputs(tmp_path: Path) -> None:
     configs = [_config(tmp_path, **{"model.dim": dim}) for dim in (8, 16, 32, 64)]
-    data = [_dataset(_config(tmp_path, **{"data.min_user_events": n})) for n in (1, 2)]
+    data = [_dataset(_config(tmp_path, **{"data.min_user_events": n})) for n in (0, 2)]
     made = [_checkpoint(config) for config in configs]
     for days, one in enumerate(reversed(made)):
         _age(one, days)
@@ -347,7 +347,7 @@ def test_runs_are_listed_with_metric_age_and_size(tmp_path: Path) -> None:
 
 
 def test_prune_keeps_what_another_run_was_made_from(tmp_path: Path) -> None:
-    mine = [_dataset(_config(tmp_path, **{"data.min_user_events": n})) for n in (1, 2)]
+    mine = [_dataset(_config(tmp_path, **{"data.min_user_events": n})) for n in (0, 2)]
     _age(mine[0], 20), _age(mine[1], 10)
     shared = {"run.name": "other", "run.dataset": str(tmp_path / "r/dataset")}
     assert [one.identity for one in inventory.prunable(str(tmp_path / "r"), keep=0)] == [mine[0].identity]

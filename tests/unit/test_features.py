@@ -122,6 +122,31 @@ def test_quantiles_of_few_values_and_of_none() -> None:
     assert fitted(column([None, None], type=pa.float64()), config).edges == []
 
 
+@pytest.mark.parametrize("scale", ["standard", "log"])
+def test_a_number_that_stands_for_missing_is_named(scale: str) -> None:
+    rng, config = np.random.default_rng(0), FeatureConfig(kind="numeric", scale=scale)
+
+    def said(*parts: np.ndarray) -> str | None:
+        counts = features.merge(*(features.count_values(pa.chunked_array([pa.array(part)]), config) for part in parts))
+        return features.sentinel(features.fit("age", "user", config, counts), counts)
+
+    ages = rng.normal(40, 8, 2_000)
+    missing = np.where(np.arange(2_000) % 50 == 0, -999.0, ages)
+    assert said(ages, ages) is None and said(np.zeros(0), ages) is None
+    text = said(missing, ages[:500], missing)
+    assert text is not None and text.startswith("user feature 'age': 80 of 4,500 values are -999, ")
+    assert said(np.where(np.arange(2_000) == 7, 1e6, ages)) is None  # once: an outlier
+    for usual in (
+        rng.integers(0, 2, 2_000) * 1.0,
+        (rng.random(2_000) < 0.02) * 1.0,
+        rng.poisson(0.1, 2_000) * 1.0,
+        np.full(9, 7.0),
+    ):
+        assert said(usual) is None
+    years = np.where(rng.random(2_000) < 0.1, 0.0, rng.integers(1990, 2021, 2_000))
+    assert "values are 0, " in (said(years) or "")
+
+
 def test_log_scale() -> None:
     x = np.array([-9.0, 0.0, 1.0, 1e6])
     feature = fitted(pa.chunked_array([pa.array(x)]), FeatureConfig(kind="numeric", scale="log"))

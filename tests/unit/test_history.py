@@ -1,6 +1,7 @@
 """Sorted events of a bucket, and their rows."""
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -46,18 +47,74 @@ def test_events_are_sorted_by_user_time_and_file_order() -> None:
     assert set(dropped.values()) == {0}
 
 
-def test_duplicates_and_rare_users_leave() -> None:
+def test_duplicates_leave() -> None:
     table = log(("b", 1, 5), ("b", 1, 5), ("a", 1, 1), ("b", 1, 6), ("a", 2, 1), ("c", 1, 1), ("c", 1, 1))
-    ordered, dropped = user_rows.sort_users(table, config(min_user_events=2), has_time=True)
-    assert ordered["user"].to_pylist() == ["a", "a", "b", "b"]
-    assert ordered["order"].to_pylist() == [2, 4, 0, 3]
-    assert {name: n for name, n in dropped.items() if n} == {
-        "duplicates_dropped": 2,
-        "users_dropped_min_count": 1,
-        "events_dropped_min_count": 1,
-    }
+    ordered, dropped = user_rows.sort_users(table, config(), has_time=True)
+    assert ordered["user"].to_pylist() == ["a", "a", "b", "b", "c"]
+    assert ordered["order"].to_pylist() == [2, 4, 0, 3, 5]
+    assert {name: n for name, n in dropped.items() if n} == {"duplicates_dropped": 2}
     kept, _ = user_rows.sort_users(table, config(drop_duplicates=False), has_time=True)
     assert len(kept) == len(table)
+
+
+@pytest.mark.parametrize("kind", ["temporal", "given"])
+@pytest.mark.parametrize("columns", [(), ("label",), ("weight",), ("label", "weight")])
+def test_the_strongest_of_duplicates_is_kept_whatever_the_order_of_rows(kind: str, columns: tuple[str, ...]) -> None:
+    rng, n = np.random.default_rng(0), 2_000
+    frame = pd.DataFrame({name: rng.integers(0, 8, n) for name in ("user", "item", "time")})
+    frame["order"], frame["code"] = np.arange(n), rng.integers(0, 3, n) if kind == "given" else -1
+    frame["split"] = np.array(["test", "train", "valid"])[(frame["code"] + 1) % 3]
+    for name in columns:
+        frame[name] = rng.integers(0, 3 - (name == "label"), n).astype(np.float32)
+    order = [*columns, "code", "order"]
+    best = frame.sort_values(order, ascending=[*[False] * len(columns), True, True])
+    best = best.drop_duplicates(["user", "item", "time"])
+    joined = frame.merge(best, on=["user", "item", "time"], suffixes=("", "_kept"))
+    gone = joined[joined["order"] != joined["order_kept"]]
+    weaker = gone["label"] < gone["label_kept"] if "label" in columns else gone["order"] < 0
+    lighter = (gone["weight"] < gone["weight_kept"]) & ~weaker if "weight" in columns else weaker & False
+    for seed in range(2):
+        table = pa.Table.from_pandas(frame.sample(frac=1, random_state=seed).drop(columns="code"), preserve_index=False)
+        ordered, dropped = user_rows.sort_users(table, config(kind), has_time=True)
+        assert ordered["order"].to_pylist() == best.sort_values(["user", "code", "time", "order"])["order"].tolist()
+        assert [dropped[name] for name in user_rows.DUPLICATES] == [len(gone), weaker.sum(), lighter.sum()]
+    assert len(gone) > 500 and (not columns or weaker.any() or lighter.any())
+
+
+@pytest.mark.parametrize("kind", ["temporal", "leave_last"])
+@pytest.mark.parametrize("core", [False, True])
+def test_users_with_few_train_events_leave_every_split(kind: str, core: bool) -> None:
+    rng, n = np.random.default_rng(1), 1_500
+    frame = pd.DataFrame({"user": rng.integers(0, 200, n), "item": rng.integers(0, 30, n), "time": np.arange(n)})
+    table = pa.Table.from_pandas(frame.assign(order=np.arange(n)), preserve_index=False)
+    ordered, _ = user_rows.sort_users(table, config(kind), has_time=True)
+    boundaries = Boundaries(1_000, 1_200, 1_400) if kind == "temporal" else None
+    items = pa.array(np.arange(0, 30, 2)) if core else None
+    part = user_rows.Division(boundaries, None, 4, items).bucket(ordered)
+    if boundaries is None:
+        from_end = frame.groupby("user").cumcount(ascending=False)
+        train = frame[(from_end > 1) | (frame.groupby("user")["user"].transform("size") < 3)]
+    else:
+        train = frame[frame["time"] < 1_000]
+    counts = train[train["item"] % 2 == 0 if core else train["item"] >= 0].groupby("user").size()
+    expected = sorted(counts[counts >= 4].index)
+    assert part.keys.to_pylist() == expected and 10 < len(expected) < 200
+    assert np.array(expected)[part.user_E].tolist() == part.table["user"].to_pylist()
+    assert len(part.table) == frame["user"].isin(expected).sum() == len(part.code_E)
+    everybody = user_rows.Division(boundaries, None).bucket(ordered)
+    assert len(everybody.table) == n
+
+
+def test_repeats_are_positive_events_of_an_item_chosen_before() -> None:
+    rng, n = np.random.default_rng(2), 3_000
+    frame = pd.DataFrame({"user": np.sort(rng.integers(0, 40, n)), "item": rng.integers(0, 60, n)})
+    positive = rng.random(n) < 0.4
+    earlier = frame.assign(chosen=positive.astype(int)).groupby(["user", "item"])["chosen"].cumsum() - positive
+    found = user_rows.repeated(frame["user"].to_numpy(), pa.chunked_array([pa.array(frame["item"])]), positive)
+    assert (found == (positive & (earlier > 0))).all() and 100 < found.sum() < positive.sum()
+    assert not len(
+        user_rows.repeated(np.zeros(0, int), pa.chunked_array([pa.array([], pa.string())]), np.zeros(0, bool))
+    )
 
 
 def test_events_before_the_start_are_counted_and_gone() -> None:

@@ -9,6 +9,7 @@ from recray.config import SplitConfig, parse_config
 from recray.data import split
 from recray.errors import ConfigError, DataError
 
+KEYS = ("events", "shown", "weightless")
 DAY = 86_400_000_000
 EDGES = np.arange(11, dtype=np.int64) * DAY  # ten days, ten events each
 TENS = np.full(10, 10, np.int64)
@@ -69,14 +70,56 @@ def test_impossible_splits(config: dict, has_time: bool, message: str) -> None:
         split.temporal(SplitConfig(**config), EDGES, TENS, has_time)
 
 
+def sizes(train: int = 0, valid: int = 0, test: int = 0) -> dict[str, int]:
+    chosen = {"train": train, "valid": valid, "test": test}
+    return {f"{key}_{name}": n * (key != "weightless") for name, n in chosen.items() for key in KEYS}
+
+
 def test_all_events_in_one_split() -> None:
     boundaries = split.temporal(SplitConfig(test_start=datetime(2050, 1, 1, tzinfo=UTC)), EDGES, TENS)
-    counts = {"events_train": 1000, "events_valid": 0, "events_test": 0}
+    counts = sizes(train=1000)
     message = r"no events fall in valid, test \(train 1,000.*from 1970-01-01.* to 1970-01-10.*test at 2050-01-01.*Set data.split"
     with pytest.raises(DataError, match=message):
-        split.check(counts, 0, 9 * DAY, boundaries, has_time=True)
+        split.check(counts, split.Range(0, 9 * DAY, boundaries, True), None, None)
     with pytest.raises(DataError, match="leave_last needs users with 3 events"):
-        split.check(counts, 0, 9 * DAY, None, has_time=True)
+        split.check(counts, split.Range(0, 9 * DAY, None, True), None, None)
+
+
+def test_ties_are_the_cause_of_an_empty_split() -> None:
+    edges = np.arange(0, 7 * DAY, DAY // 100)
+    counts = np.zeros(len(edges) - 1, np.int64)
+    counts[::100] = [300, 280, 290, 270, 300, 310, 250]
+    boundaries = split.temporal(SplitConfig(), edges, counts)
+    found = split.Range(0, 6 * DAY, boundaries, True, split.ties(counts))
+    message = (
+        r"no events fall in valid, test .* Events have 7 distinct times, 310 of 2,000 share one of them, and events of the "
+        r"same time are never divided: write shares as durations such as '1d'"
+    )
+    with pytest.raises(DataError, match=message):
+        split.check(sizes(train=2000), found, None, None)
+    assert split.ties(np.ones(2_000, np.int64)) == ""
+    assert "no more than 1 times, which cannot be divided: use" in split.ties(np.array([0, 300, 0]))
+    # The advice holds.
+    days = split.temporal(SplitConfig(valid="1d", test="1d"), np.append(edges, 6 * DAY + 1), np.append(counts, 0))
+    assert np.bincount(days.codes(np.arange(7) * DAY)).tolist() == [5, 1, 1]
+
+
+def test_nothing_chosen_and_nothing_to_learn_from(caplog: pytest.LogCaptureFixture) -> None:
+    found = split.Range(0, 9 * DAY, None, True)
+    with pytest.raises(
+        DataError, match=r"no events fall in test that were chosen: all 50 have label 0; check data.columns.label"
+    ):
+        split.check(sizes(900, 50, 0) | {"shown_test": 50}, found, "click", None)
+    with pytest.raises(DataError, match=r"all 900 chosen events of train have weight 0 \(data.columns.weight = 'w'\)"):
+        split.check(sizes(900, 50, 50) | {"weightless_train": 900}, found, None, "w")
+    assert not caplog.records
+    split.check(
+        sizes(900, 50, 50) | {"weightless_test": 20, "shown_train": 1000, "shown_valid": 60}, found, "click", "w"
+    )
+    assert [record.getMessage()[:45] for record in caplog.records] == [
+        "prepare: all 50 events of test have label 1 (",
+        "prepare: 20 of 50 chosen events of test have ",
+    ]
 
 
 def test_draw_is_a_share_and_depends_on_the_seed() -> None:

@@ -97,6 +97,18 @@ def renamed(value: Any) -> Any:
     return value
 
 
+def _named_table(name: str, folder: Path) -> str:
+    """Tables were called by their feature, with those of ids among them; later they have numbers, in the order of features."""
+    if found := re.search(r"\b(user|item)\.ids\.weight$", name):
+        return f"{name[: found.start()]}{found[1]}.tables.{found[1]}.weight"
+    found = re.search(r"\b(user|context|item)(_features)?\.tables\.(\d+)\.weight$", name)
+    if not found:
+        return name
+    features = json.loads((folder / "dataset.json").read_text())["features"]
+    of_role = [f["name"] for f in features if f["role"] == found[1] and f["kind"] != "numeric"]
+    return f"{name[: found.start(3)]}{of_role[int(found[3])]}.weight"
+
+
 def weights(folder: Path) -> dict[str, Any]:
     """Every tensor of a checkpoint by its name; one of a table in pieces by name and piece. Folders below hold epochs."""
     from safetensors.numpy import load_file
@@ -108,6 +120,7 @@ def weights(folder: Path) -> dict[str, Any]:
         for name, tensor in load_file(file).items():
             # Tables of features by name: a name such as `type` had collided with an attribute of their container.
             name = re.sub(r"(\.tables\.\w+?)_\.weight$", r"\1.weight", NAMES.get(name, name))
+            name = _named_table(name, folder)
             key = f"{name}{piece}"
             if key in found:
                 raise LookupError(f"{folder} holds two tensors '{key}'")
