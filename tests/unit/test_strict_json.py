@@ -30,7 +30,7 @@ def test_what_is_not_finite_is_null_wherever_it_stands() -> None:
 def _report() -> ReportRecord:
     names = ("auc", "gauc", "gauc_impressions", "log_loss", "normalized_entropy", "ece")
     values = {name: Interval(value=math.nan if name != "log_loss" else 0.25) for name in names}
-    counts = {"impressions": 4, "clicks": 4, "users": 2, "unknown_items": 0}
+    counts = {"impressions": 4, "clicks": 4, "users": 2, "unknown_items": 0, "without_history": 0}
     return ReportRecord(kind="clicks", split="test", metrics={"model": values}, counts=counts)
 
 
