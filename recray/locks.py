@@ -29,7 +29,7 @@ def exclusive(uri: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-    storage.delete_empty_folder(os.path.dirname(path))  # if nothing was made in it
+            storage.delete_empty_folder(os.path.dirname(path))  # if nothing was made in it
 
 
 def _locked(uri: str, path: str) -> TextIO:

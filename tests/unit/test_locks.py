@@ -36,6 +36,7 @@ def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locks.exclusive(str(tmp_path / "a" / "b")):
         _ = 1 / 0
+    assert not list(tmp_path.rglob("*.lock")) and not (tmp_path / "a").exists()
     with locks.exclusive(str(tmp_path / "a" / "b")):
         pass
     assert not list(tmp_path.rglob("*"))
