@@ -150,7 +150,7 @@ def _latest(dataset: PreparedDataset, name: str, user_ids: pa.Array) -> Iterator
     for split in reversed(SPLITS):
         if f"{split}/{name}" not in existing[split]:
             continue
-        table = storage.read_table(dataset.file_uri(f"{split}/{name}"))
+        table = dataset.read(f"{split}/{name}")
         table = table.filter(pc.is_in(table["user"], value_set=left))
         left = left.filter(pc.invert(pc.is_in(left, value_set=table["user"].combine_chunks())))
         if len(table):
