@@ -8,6 +8,7 @@ Each peer runs in an environment of its own in that folder, which `python jobs/b
 
 import typer
 from benchmarks import (
+    busy,
     compare,
     compiling,
     embedding_table,
@@ -27,7 +28,22 @@ from benchmarks import (
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-for module in (ingest, loader, sequence, ranking, wide, search, table, startup, scaling, memory, seeds, peers, compare):
+for module in (
+    ingest,
+    loader,
+    sequence,
+    ranking,
+    wide,
+    search,
+    table,
+    startup,
+    scaling,
+    memory,
+    seeds,
+    peers,
+    compare,
+    busy,
+):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 app.command("embedding-table")(embedding_table.run)
 app.command("compile")(compiling.run)

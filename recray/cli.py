@@ -13,12 +13,15 @@ import signal
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recray import log
 from recray.errors import Interrupted, RecrayError
+
+if TYPE_CHECKING:
+    from recray.config import Config
 
 _GLOBAL = ("--quiet", "-q", "--verbose", "-v", "--json")  # accepted anywhere on the command line
 _json = False
@@ -77,7 +80,9 @@ def run(
     from recray import storage
     from recray.report.text import render
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides, starts_ray=True)
+    if report is not None and report != "-":
+        storage.check_writable(os.path.dirname(report) or ".")
     with _stoppable():
         record = recray.run(settings)
     _result("evaluate", "report", render(record), record.model_dump(mode="json"))
@@ -93,7 +98,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     import recray
     from recray.artifacts import Run
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides, starts_ray=True)
     record = recray.prepare(settings)
     _made("prepare", Run(settings).dataset().uri, record, "")
 
@@ -104,7 +109,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     import recray
     from recray.artifacts import Run
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides)
     with _stoppable():
         record = recray.train(settings)
     _made("train", Run(settings).checkpoint().uri, record, f"{record.metric} = {record.value:.4f} (validation)")
@@ -118,10 +123,11 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     best.toml, the winner for `recray run`, to <output>/<name>/tune/current.
     """
     import recray
-    from recray.tuning.console import summary
+
+    settings = _load(config, overrides, starts_ray=True)
+    from recray.tuning.console import summary  # loads torch
     from recray.tuning.store import sweep_uri
 
-    settings = recray.load_config(config, overrides or [])
     record = recray.tune(settings)
     _result("tune", "result", summary(record, sweep_uri(settings)), record.model_dump(mode="json"))
 
@@ -132,7 +138,7 @@ def index(config: ConfigPath, overrides: Overrides = None) -> None:
     import recray
     from recray.artifacts import Run
 
-    settings = recray.load_config(config, overrides or [])
+    settings = _load(config, overrides)
     record = recray.index(settings)
     _made(
         "index",
@@ -154,7 +160,8 @@ def evaluate(
     import recray
     from recray.report.text import render
 
-    report = recray.evaluate(recray.load_config(config, overrides or []), split.value)
+    settings = _load(config, overrides)
+    report = recray.evaluate(settings, split.value)
     _result("evaluate", "report", render(report), report.model_dump(mode="json"))
 
 
@@ -170,8 +177,11 @@ def recommend(
 ) -> None:
     """Write every user's final list (user, item, rank, score): what the index finds, in the order of retrieval.ranker."""
     import recray
+    from recray import storage
 
-    record = recray.recommend(recray.load_config(config, overrides or []), output, users, k)
+    settings = _load(config, overrides)
+    storage.check_writable(output)
+    record = recray.recommend(settings, output, users, k)
     _made("recommend", output, record, f"{record.counts['users']:,} users")
 
 
@@ -197,8 +207,9 @@ def submit(
     from recray.cluster.submit import Jobs
     from recray.config import load_config
 
+    settings = load_config(config, overrides or [])
     jobs = Jobs(address)
-    job = jobs.submit(load_config(config, overrides or []), requirements)
+    job = jobs.submit(settings, requirements)
     typer.echo(f"job {job}; stop it with: ray job stop --address {address} {job}")
     if not detach:
         raise typer.Exit(jobs.wait(job, typer.echo, report))
@@ -303,6 +314,19 @@ def _options(
     # Results are JSON lines of the same logger: --quiet must not drop them.
     form: log.Format = "json" if json else "rich" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "plain"
     log.configure(form, level)
+
+
+def _load(path: str, overrides: list[str] | None, starts_ray: bool = False) -> Config:
+    """The configuration, and what can be seen to fail before torch and Ray are loaded, which takes seconds."""
+    from recray import storage
+    from recray.cluster import runtime
+    from recray.config import load_config
+
+    config = load_config(path, overrides or [])
+    storage.check_writable(config.run_uri)
+    if starts_ray or config.scaling.num_workers > 1 or (runtime.is_shared() and config.scaling.num_workers):
+        runtime.check()
+    return config
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ that one sends its `setting()`, and the worker calls `configure_worker`.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Literal, TextIO
+
+from recray import strict_json
 
 Format = Literal["rich", "plain", "json"]
 
@@ -122,4 +123,4 @@ class _Json(logging.Formatter):
             "message": record.getMessage(),
             "values": getattr(record, "recray_values", {}),
         }
-        return json.dumps(body, default=str)
+        return strict_json.dumps(body)

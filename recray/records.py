@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from datetime import UTC, datetime
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 import recray
 from recray import storage
@@ -67,6 +68,10 @@ class Record(BaseModel):
         )
         storage.write_json(storage.join(folder, self.file_name()), stamped.model_dump(mode="json"))
         return stamped
+
+
+# A value that may be undefined: NaN here, null in a file.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class Part(BaseModel):
@@ -210,7 +215,7 @@ class IndexRecord(Record):
 class Interval(Part):
     """A mean over users and its bootstrap 95 % interval."""
 
-    value: float
+    value: Number  # undefined: a click metric where there are only clicks, for example
     low: float | None = None
     high: float | None = None
 
@@ -229,7 +234,7 @@ class Comparison(Part):
     system: str
     other: str  # a baseline, or the stage before it
     metric: str
-    gain: float  # difference of the means; above 0: the system is better, also where lower values are
+    gain: Number  # difference of the means; above 0: the system is better, also where lower values are
     low: float | None = None
     high: float | None = None
 
@@ -241,12 +246,12 @@ class ReportRecord(Record):
     split: str
     metrics: dict[str, dict[str, Interval]]  # system ("model", "index", "popularity", ...) -> metric -> value
     counts: dict[str, int]  # queries and targets, those that cannot be answered or hit by reason, short lists
-    reachable: dict[str, float] = {}  # lists: metric -> value of lists that hit every target that can be hit
+    reachable: dict[str, Number] = {}  # lists: metric -> value of lists that hit every target that can be hit
     comparisons: list[Comparison] = []
     left_out: dict[str, str] = {}  # baseline -> why this log does not allow it
     verdict: list[str] = []  # what the figures say, in words
-    index: dict[str, float] = {}  # what the index loses against exact search
-    rerank: dict[str, float] = {}  # what a ranker adds to the lists, and what its candidates cost
+    index: dict[str, Number] = {}  # what the index loses against exact search
+    rerank: dict[str, Number] = {}  # what a ranker adds to the lists, and what its candidates cost
     reliability: list[ReliabilityBin] = []  # clicks: by falling probability; none where negatives were drawn
 
 

@@ -8,13 +8,13 @@ configuration and its inputs whether the stage's artefact exists already.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from recray.config import Config
 from recray.data.prepare import prepare
-from recray.evaluation import evaluate
-from recray.records import ReportRecord
-from recray.retrieval import faiss_index
-from recray.retrieval.build import index
-from recray.training.launch import train
+
+if TYPE_CHECKING:
+    from recray.records import ReportRecord
 
 
 def run(config: Config) -> ReportRecord:
@@ -23,8 +23,15 @@ def run(config: Config) -> ReportRecord:
     Raises a RecrayError of the stage that fails; what the stages before it made stays, and the next call continues.
     """
     if config.model.family == "retriever":
+        from recray.retrieval import faiss_index
+
         faiss_index.check(config.retrieval.index)
     prepare(config)
+    # Torch takes seconds to load, which an error in the log should not wait for.
+    from recray.evaluation import evaluate
+    from recray.retrieval.build import index
+    from recray.training.launch import train
+
     train(config)
     if config.model.family == "retriever":
         index(config)

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from recray import strict_json
 from recray.errors import DataError, StorageError
 
 _PART_BYTES = 16 << 20  # copied at a time
@@ -236,7 +237,7 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, value: Any) -> None:
-    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+    write_bytes(uri, (strict_json.dumps(value, indent=2) + "\n").encode())
 
 
 def delete_folder(uri: str) -> None:
@@ -356,6 +357,24 @@ def _state(uri: str, hashed: bool) -> tuple[str, str]:
             return "inode and times", f"{stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         with open(path, "rb") as stream:
             return "content", hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_writable(uri: str) -> None:
+    """Raise StorageError if a local folder cannot be made and written to. Leaves nothing behind; asks no object store."""
+    system, path = resolve(uri)
+    if not isinstance(system, pafs.LocalFileSystem):
+        return
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    try:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder")
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"{uri} cannot be written ({path}: {reason}): choose a folder where you can write"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -29,8 +29,10 @@ class Machine(NamedTuple):
 def examine() -> list[Machine]:
     """Findings of this machine, of every node of the cluster, and of an all-reduce between the nodes.
 
-    Raises ClusterError if RAY_ADDRESS is set and that cluster cannot be joined.
+    Raises ClusterError if RAY_ADDRESS is set and that cluster cannot be joined; at once where it does not answer.
     """
+    if runtime.is_shared():
+        runtime.connect()
     here = Machine(f"{platform.node()} (this process)", environment.inspect())
     return [here, *_nodes(here)] if runtime.is_shared() else [here]
 
@@ -52,7 +54,6 @@ def render(machines: list[Machine]) -> tuple[str, int]:
 
 
 def _nodes(here: Machine) -> list[Machine]:
-    runtime.connect()
     import ray
 
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import recray
+from recray.cluster import cpus
 
 _GIB = 2**30
 _SHARED_MEMORY = 1 * _GIB  # containers have 64 MiB by default; Ray's object store then falls back to disk
@@ -156,7 +157,7 @@ def _devices(torch: Any) -> list[Finding]:
     wanted = a @ a.T
     found = []
     for name in ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]:
-        label, problem = f"{os.cpu_count()} cores, {platform.machine()}", ""
+        label, problem = f"{cpus.available()} of {os.cpu_count()} cores, {platform.machine()}", ""
         try:
             if name != "cpu":
                 gpu = torch.cuda.get_device_properties(name)

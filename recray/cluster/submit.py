@@ -12,6 +12,7 @@ cannot be read from here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import logging
@@ -21,13 +22,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import tomli_w
 
 import recray
 from recray import log, storage
+from recray.cluster import cpus, runtime
 from recray.config import Config
 from recray.errors import ClusterError, DependencyError
 
@@ -46,6 +52,10 @@ class Jobs:
         """
         if importlib.util.find_spec("aiohttp") is None:
             raise DependencyError("jobs need Ray's dashboard: pip install 'recray[cluster]'")
+        try:
+            runtime.within_seconds(partial(_ask_version, _url(address)), address)
+        except (OSError, ValueError, HTTPException) as error:
+            raise _unreachable(address, error) from error
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
@@ -53,21 +63,17 @@ class Jobs:
         for name in _LOGGERS:  # they log every upload
             logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         try:
-            self._client = JobSubmissionClient(address)
+            self._client = JobSubmissionClient(_url(address))
         except AuthenticationError as error:
             raise ClusterError(
                 f"{address} refuses the token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
             ) from error
         except (ConnectionError, RuntimeError) as error:
-            last = str(error).strip().splitlines()[-1]
-            raise ClusterError(
-                f"no Ray dashboard answers at {address} ({last}): check the address, and forward the port if the dashboard "
-                "listens on the head node only, for example with `ray dashboard CLUSTER.yaml` or `kubectl port-forward`"
-            ) from error
+            raise _unreachable(address, error) from error
 
     def submit(self, config: Config, requirements: str | None = None) -> str:
         """Start the job and return its id. `requirements` is a lock file that Ray installs on nodes that lack it."""
-        environment: dict[str, Any] = {"py_modules": [str(Path(recray.__file__).parent)]}
+        environment: dict[str, Any] = {"py_modules": [str(Path(recray.__file__).parent)], "env_vars": cpus.waiting()}
         if requirements is not None:
             lines = storage.read_bytes(requirements).decode().splitlines()
             environment["pip"] = {"packages": [line for line in lines if line and not line.startswith("#")]}
@@ -113,6 +119,29 @@ class Jobs:
         if rest:
             show(rest)
         return found
+
+
+def _url(address: str) -> str:
+    return address if "://" in address else f"http://{address}"
+
+
+def _ask_version(url: str) -> None:
+    """Raise if no web server answers: Ray's client would wait for ever. Other schemes are Ray's to resolve."""
+    if url.startswith("ray://"):
+        raise ValueError
+    if url.startswith(("http://", "https://")):
+        with contextlib.suppress(HTTPError):  # it answers; Ray's client tells what is wrong
+            urlopen(f"{url.rstrip('/')}/api/version").close()
+
+
+def _unreachable(address: str, error: Exception) -> ClusterError:
+    if address.startswith("ray://"):
+        return ClusterError(f"{address} is not the address of a dashboard: use http://HOST:8265")
+    reason = (str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__])[-1]
+    return ClusterError(
+        f"no Ray dashboard answers at {address} ({reason}): check the address, and forward the port if the dashboard "
+        "listens on the head node only, for example with `ray dashboard CLUSTER.yaml` or `kubectl port-forward`"
+    )
 
 
 def is_report(line: str) -> bool:

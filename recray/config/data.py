@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     Field,
@@ -18,6 +19,16 @@ from pydantic import (
 from recray.config.plugins import options_of, typed
 from recray.config.section import Section
 from recray.config.sources import ParquetOptions, SourceOptions
+
+T = TypeVar("T")
+DURATION = re.compile(r"(\d+(?:\.\d+)?)([dhms])")
+
+
+def check_duration(value: T) -> T:
+    """The value. Raises ValueError if it is text that is no duration."""
+    if isinstance(value, str) and not DURATION.fullmatch(value.strip()):
+        raise ValueError("not a duration: write a number and d, h, m or s, for example '7d' or '12h'")
+    return value
 
 
 class ColumnsConfig(Section):
@@ -58,6 +69,11 @@ class SplitConfig(Section):
     train_path: str | list[str] | None = Field(None, description="given: files of the train split")
     valid_path: str | list[str] | None = Field(None, description="given: files of the valid split")
     test_path: str | list[str] | None = Field(None, description="given: files of the test split")
+
+    @field_validator("valid", "test")
+    @classmethod
+    def _duration(cls, value: float | str) -> float | str:
+        return check_duration(value)
 
 
 class FeatureConfig(Section):

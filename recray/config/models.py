@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from recray.config.section import Section
 
@@ -62,6 +62,14 @@ class SasrecOptions(ModelOptions):
     normalize: bool = Field(
         False, description="scale vectors to length 1, so that scores are cosines (use loss.temperature of 0.05 to 0.2)"
     )
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> SasrecOptions:
+        if self.dim % self.heads:
+            raise ValueError(
+                f"dim = {self.dim} is not divisible by heads = {self.heads}: every head has the same width"
+            )
+        return self
 
 
 class RankerOptions(ModelOptions):

@@ -21,7 +21,7 @@ from pydantic import (
 from recray import metrics, registry
 from recray.config import losses
 from recray.config.baselines import BaselineOptions
-from recray.config.data import DataConfig
+from recray.config.data import DataConfig, check_duration
 from recray.config.losses import LossOptions
 from recray.config.models import Family, ModelOptions
 from recray.config.plugins import options_of, typed
@@ -33,7 +33,7 @@ _JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job
 
 
 class RunConfig(Section):
-    name: str = Field("run", description="name of the run; its artefacts are written to <output>/<name>/")
+    name: str = Field("run", min_length=1, description="name of the run; its artefacts are written to <output>/<name>/")
     output: str = Field("runs", description="folder or URI (local, s3://, gs://) that runs are written to")
     seed: int = Field(1, ge=0, description="seed of all random choices")
     dataset: str | None = Field(
@@ -54,7 +54,7 @@ class RunConfig(Section):
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         # A worker has another working directory, in which a relative path means another folder.
-        return value if value is None or "://" in value else os.path.abspath(value)
+        return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
 
 
 class OptimConfig(Section):
@@ -111,6 +111,11 @@ class TrainingConfig(Section):
         description="time or steps between saves inside an epoch, from which training resumes: 10m, 500 steps; empty = only at the end of epochs",
     )
     resume: bool = Field(True, description="resume from the run's last checkpoint if there is one")
+
+    @field_validator("half_life")
+    @classmethod
+    def _duration(cls, value: str | None) -> str | None:
+        return check_duration(value)
 
 
 class ScalingConfig(Section):
@@ -304,6 +309,16 @@ class Config(Section):
                 f"run.output = '{self.run.output}' is inside the Ray job's temporary working directory and will be "
                 f"deleted with it: give s3://, gs://, or the absolute path of a folder that all nodes share"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _half_precision(self) -> Config:
+        if self.training.precision == "fp16" and not self.scaling.use_gpu:
+            raise ValueError(
+                "training.precision = 'fp16' needs a GPU: set scaling.use_gpu = true, or use 'auto', 'fp32' or 'bf16'"
+            )
+        if self.training.precision == "fp16" and self.scaling.fsdp and self.scaling.num_workers > 1:
+            raise ValueError("scaling.fsdp = true does not support fp16: set training.precision = 'bf16' or 'fp32'")
         return self
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ number of CPUs. Only sums, merged counts and file names reach the driver.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -40,7 +41,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray import log, registry, storage
+from recray import locks, log, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
@@ -68,14 +69,16 @@ def prepare(config: Config) -> DatasetRecord:
     run = Run(config)
     if config.run.dataset and storage.exists(storage.join(config.run.dataset, DatasetRecord.file_name())):
         return run.dataset().record
+    module = registry.load("source", config.data.source, config.run.plugins)
+    if hasattr(module, "check"):  # before Ray is started, so that a wrong column is an error at once
+        module.check(config.data)
     runtime.start(config.scaling)
-    with unwrapped():
-        source: Source = registry.load("source", config.data.source, config.run.plugins).read(
-            config.data, config.run.seed
-        )
+    with unwrapped(), contextlib.ExitStack() as stack:
+        source: Source = module.read(config.data, config.run.seed)
         artifact = run.artifact(DATASET, [source.fingerprint])
         if not run.begin(artifact):
             return artifact.record
+        stack.enter_context(locks.exclusive(artifact.uri))
         storage.delete_folder(artifact.uri)  # what a process that was killed has left
         artifact.mark()
         work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))

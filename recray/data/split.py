@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from recray import log
 from recray.config import SplitConfig
+from recray.config.data import DURATION
 from recray.data.hashing import mix
 from recray.errors import ConfigError, DataError
 from recray.ids import SPLITS
@@ -63,7 +63,7 @@ def draw(config: SplitConfig, num_valid: int, seed: int) -> Draw | None:
 
 def duration(text: str) -> int:
     """Microseconds of '7d', '12h', '30m' or '45s'."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([dhms])", text.strip())
+    match = DURATION.fullmatch(text.strip())
     if not match:
         raise ConfigError(f"{text!r} is not a duration: write a number and d, h, m or s, for example '7d' or '12h'")
     return int(float(match[1]) * _UNITS[match[2]])

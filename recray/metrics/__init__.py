@@ -6,6 +6,7 @@ one value for all of them ("auc"). A metric of your own is a file <name>.py that
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import TYPE_CHECKING, Literal
 
@@ -55,8 +56,19 @@ def parse(metric: str) -> tuple[str, int | None]:
         return metric, None
     matched = _AT_K.fullmatch(metric)
     if matched is None:
-        raise ConfigError("write <name>@<K> with a whole number K from 1, e.g. ndcg@10")
+        raise ConfigError(f"write <name>@<K> with a whole number K from 1{_meant(metric) or ', e.g. ndcg@10'}")
     return matched[1], int(matched[2])
+
+
+def _meant(metric: str) -> str:
+    """ "; did you mean 'ndcg@10'?" for ' NDCG@10x'; empty where nothing is near."""
+    name, at, rest = metric.partition("@")
+    near = difflib.get_close_matches(name.strip().lower(), SHIPPED, n=1)
+    digits = re.search(r"[1-9][0-9]*", rest)
+    if not near:
+        return ""
+    k = f"@{digits[0] if digits else 10}" if at and near[0] in LIST_METRICS else ""
+    return f"; did you mean '{near[0]}{k}'?"
 
 
 def higher_is_better(metric: str, folder: str | None = None) -> bool:
@@ -73,6 +85,8 @@ def check(metric: str, family: Literal["retriever", "ranker"], at_k: bool, folde
     wants_k = at_k and family == "retriever"
     allowed = ", ".join(f"{name}@K" if wants_k else name for name in shipped)
     name, k = parse(metric)
+    if name not in SHIPPED and name.strip().lower() in SHIPPED:
+        raise ConfigError(f"unknown metric{_meant(metric)}")
     found = find(name, folder)
     if not isinstance(found, kind) or (k is not None) != wants_k:
         raise ConfigError(f"does not fit a {family}: use one of {allowed}, or a metric of your own")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from recray.metrics.ranking import METRICS as LIST_METRICS
 from recray.records import Interval, ReportRecord
 
@@ -37,10 +39,10 @@ def _clicks(report: ReportRecord) -> str:
         f"{'':27}" + "".join(f"{heads.get(name, name):>13}" for name in model),
     ]
     for row, values in report.metrics.items():
-        cells = (f"{values[name].value:13.4f}" if name in values else f"{'-':>13}" for name in model)
+        cells = (_cell(values[name].value) if name in values else f"{'-':>13}" for name in model)
         lines.append(f"{row:27}" + "".join(cells))
     if model["auc"].low is not None:
-        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(one):13.4f}" for one in model.values()))
+        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(_cell(_half(one)) for one in model.values()))
     if report.reliability:
         lines += ["", "reliability      predicted     observed  impressions"]
     else:
@@ -90,13 +92,17 @@ def _table(report: ReportRecord, names: list[str]) -> list[str]:
     """These metrics of every recommender, and the half width of the model's intervals."""
     lines = ["", f"{'':27}" + "".join(f"{name:>13}" for name in names)]
     for row, values in report.metrics.items():
-        lines.append(f"{TITLES.get(row, row):27}" + "".join(f"{values[n].value:13.4f}" for n in names))
+        lines.append(f"{TITLES.get(row, row):27}" + "".join(_cell(values[n].value) for n in names))
     model = report.metrics["model"]
     if model[names[0]].low is not None:
-        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(f"{_half(model[n]):13.4f}" for n in names))
+        lines.append(f"{'  model, 95 % interval +-':27}" + "".join(_cell(_half(model[n])) for n in names))
     if names[0] in report.reachable:
         lines.append(f"{'all targets that can be hit':27}" + "".join(f"{report.reachable[n]:13.4f}" for n in names))
     return lines
+
+
+def _cell(value: float) -> str:
+    return f"{value:13.4f}" if math.isfinite(value) else f"{'undefined':>13}"
 
 
 def _half(interval: Interval) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -92,19 +93,27 @@ def _embed(model: Retriever, tasks: list[range]) -> Iterator[tuple[range, np.nda
 
 
 def sample_queries(model: Retriever, dataset: PreparedDataset, config: Config) -> np.ndarray:
-    """(<= retrieval.sweep_users, D) vectors of validation queries that have a history, in shuffled order."""
-    limit = config.retrieval.sweep_users
-    found, count = [], 0
-    for table in dataset.iter_tables("valid"):
-        for query in eval_queries(table, 1024, config.model.history_length, config.evaluation.queries):
-            found.append(query_vectors(model, query)[query.seen.lengths() > 0].numpy())
-            count += len(found[-1])
-            if count >= limit:
-                break
-        if count >= limit:
-            break
-    vectors = np.concatenate(found)[:limit]
+    """(<= retrieval.sweep_users, D) vectors of queries that have a history, in shuffled order: of the validation split or,
+    where it has none, of training users after their last event."""
+    vectors = _queries(model, dataset, config, "valid", config.evaluation.queries)
+    if not len(vectors):
+        vectors = _queries(model, dataset, config, "train", "next")
     return np.asarray(vectors[np.random.default_rng(config.run.seed).permutation(len(vectors))])
+
+
+def _queries(
+    model: Retriever, dataset: PreparedDataset, config: Config, split: str, kind: Literal["user", "event", "next"]
+) -> np.ndarray:
+    limit = config.retrieval.sweep_users
+    found, count = [np.empty((0, config.model.dim), np.float32)], 0
+    for table in dataset.iter_tables(split):
+        for query in eval_queries(table, 1024, config.model.history_length, kind):
+            vectors = query_vectors(model, query)[query.seen.lengths() > 0].numpy()
+            found.append(vectors)
+            count += len(vectors)
+            if count >= limit:
+                return np.concatenate(found[1:])[:limit]
+    return np.concatenate(found[1:] if len(found) > 1 else found)
 
 
 def save_vectors(folder: str, vectors_ND: np.ndarray) -> None:

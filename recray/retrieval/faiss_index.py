@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from recray import storage
+from recray.cluster import cpus
 from recray.errors import ConfigError, DependencyError, ResourceError
 from recray.ids import FIRST_ITEM, PAD
 from recray.records import IndexRecord
@@ -35,7 +36,7 @@ def _faiss() -> Any:
         raise DependencyError(
             "faiss is not installed: pip install 'recray[cpu]' (or 'recray[gpu]' on a machine with an NVIDIA GPU)"
         ) from error
-    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    faiss.omp_set_num_threads(cpus.available())
     return faiss
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from recray import storage
-from recray.cluster import runtime
+from recray.cluster import cpus, runtime
 from recray.config import ScalingConfig
 from recray.data.dataset import PreparedDataset
 from recray.errors import ResourceError
@@ -219,11 +219,11 @@ def _device(use_gpu: bool) -> torch.device:
 
 
 @contextlib.contextmanager
-def threads(scaling: ScalingConfig) -> Iterator[None]:
-    """Set the number of torch threads: scaling.threads_per_worker, or this worker's share of the cores. Without workers
-    torch's own number is kept."""
-    before = torch.get_num_threads()
-    share = (os.cpu_count() or 1) // scaling.num_workers if scaling.num_workers else before
+def threads(scaling: ScalingConfig, local_workers: int = 1) -> Iterator[None]:
+    """Set the number of torch threads: scaling.threads_per_worker, or this worker's share of the machine's available CPUs.
+    With scaling.num_workers = 0 torch's own number is kept, as far as there are CPUs for it."""
+    before, found = torch.get_num_threads(), cpus.available()
+    share = found // local_workers if scaling.num_workers else min(before, found)
     torch.set_num_threads(scaling.threads_per_worker or max(1, share))
     try:
         yield

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recray import log, storage
+from recray import locks, log, storage
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import lost_worker, summary, unwrap
@@ -18,6 +18,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import ClusterError, LineageError, StorageError
 from recray.records import CheckpointRecord
 from recray.training import checkpoint, interrupt
+from recray.training.check import check_validation
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
 from recray.training.phase import Phase, Position
 from recray.training.state import TrainProgress, TrainState
@@ -49,14 +50,30 @@ def train(
 
     Raises ConfigError, LineageError, ResourceError, or RecrayError if training diverges.
     """
-    started = time.perf_counter()
     run = Run(config)
     dataset = dataset or PreparedDataset.of(run)
     artifact = run.artifact(CHECKPOINT, [dataset.record.id])
+    if config.training.resume and artifact.complete():
+        run.begin(artifact)
+        return artifact.record
+    with locks.exclusive(artifact.uri):
+        return _train(run, dataset, artifact, on_epoch, callback, until)
+
+
+def _train(
+    run: Run,
+    dataset: PreparedDataset,
+    artifact: Artifact[CheckpointRecord],
+    on_epoch: OnEpoch | None,
+    callback: UserCallback | None,
+    until: int | None,
+) -> CheckpointRecord:
+    started, config = time.perf_counter(), run.config
     if not config.training.resume:
         storage.delete_folder(artifact.uri)
     if not run.begin(artifact):
         return artifact.record
+    check_validation(config, dataset)
     until = until if until is not None and until < config.training.epochs else None
     select = selection(config, artifact.uri)
     _resume_or_extend(run, artifact, select)
@@ -133,6 +150,11 @@ def _resume(state: TrainState, phase: Phase, context: Context) -> None:
     if at == Position(0):
         return
     state.load(phase.folder(*at))
+    if names := state.non_finite():
+        raise LineageError(
+            f"{phase.folder(*at)} holds values that are not finite ({', '.join(names[:3])}): set training.resume = false to "
+            f"start over"
+        )
     if context.rank == 0:
         values = {"epoch": at.epoch, "steps": at.steps}
         log.info(phase.name, f"resuming after {at}", event="resume", values=values)
@@ -299,5 +321,6 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     work = Work(config, settings["dataset"], settings["folder"], settings["until"])
     report = ray.train.report if settings["report"] else None
-    with releasing_ddp(), threads(config.scaling):
-        fit(work, RayContext(config.scaling), report)
+    context = RayContext(config.scaling)
+    with releasing_ddp(), threads(config.scaling, context.local_size):
+        fit(work, context, report)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recray.config import OptimConfig
+from recray.config import Config, OptimConfig
 from recray.errors import ConfigError
 from recray.layers import collectives, embedding
 from recray.training import fsdp
@@ -41,6 +41,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def steadier(config: Config, device: torch.device) -> str:
+    """What to change where training diverges."""
+    half = _dtype(config.training.precision, device) is not torch.float32
+    advice = ["lower optim.learning_rate"]
+    advice += [] if config.optim.clip_norm else ["set optim.clip_norm = 1.0"]
+    advice += ["set training.precision = 'fp32'"] if half else []
+    return ", or ".join(advice)
+
+
 class Optimizers:
     """One step for all parameters: those with dense gradients, and tables of which a step updates only some rows."""
 
@@ -49,7 +58,8 @@ class Optimizers:
         self._tables = embedding.tables(model)
         sparse = [table.weight for table in self._tables.values()]
         self._sharded_ids = {id(t.weight) for t in embedding.sharded(model).values() if t.world_size > 1}
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._names = dict(model.named_parameters())
+        self._parameters = [p for p in self._names.values() if p.requires_grad]
         self._dense = _dense_optimizer(config, model, {id(weight) for weight in sparse})
         update: Update = "sgd" if config.name == "sgd" else "adam"
         update = "adagrad" if config.table_optimizer == "adagrad" else update
@@ -104,6 +114,13 @@ class Optimizers:
             for number, one in state["state"].items()
         }
         self._dense.load_state_dict(state | {"state": kept})
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors that the optimizers keep on this worker, such as 'item_table.weight (exp_avg)'."""
+        names = {id(weight): name for name, weight in self._names.items()}
+        for part in self._parts:
+            for weight, state in part.state.items():
+                yield from ((f"{names[id(weight)]} ({k})", x) for k, x in state.items() if isinstance(x, Tensor))
 
     def table_state(self) -> dict[str, dict[str, Any]]:
         """By table with sparse updates: its moments, with an entry per row of this worker, and its number of steps."""

@@ -27,6 +27,8 @@ from recray.training.distributed import Context
 from recray.training.optim import Ema, Optimizers
 from recray.training.sharded_tables import ShardedTables
 
+_LEAST_SCALE = 2.0**-24  # of fp16 gradients; it begins at 2^16
+
 
 @dataclass
 class TrainProgress:
@@ -133,9 +135,12 @@ class TrainState:
             self.model.load_state_dict(own)
 
     def non_finite(self) -> list[str]:
-        """Names of weights, trained or averaged, that hold NaN or infinity on this worker."""
-        weights = [*self.model.state_dict().items(), *self.ema.shadow.items()]
-        return sorted({name for name, tensor in weights if not _is_finite(fsdp.local(tensor))})
+        """Names of weights, trained or averaged, and of optimizer state that hold NaN or infinity on this worker."""
+        held = [*self.model.state_dict().items(), *self.ema.shadow.items(), *self.optimizers.moments()]
+        found = sorted({name for name, tensor in held if not _is_finite(fsdp.local(tensor))})
+        # fp16 halves the loss scale whenever gradients overflow: at this one every step has been skipped for long.
+        stuck = self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE
+        return [*found, "the loss scale"] if stuck else found
 
     def save(self, folder: str, context: Context) -> dict[str, FileDigest]:
         """Write the state to `folder`. Called by all workers; returns once all of them have written their part.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from recray import log
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import ConfigError, Interrupted, RecrayError
+from recray.errors import ConfigError, DataError, Interrupted, RecrayError
 from recray.layers import embedding
 from recray.layers.hooks import run_hooks, step_hooks
 from recray.loading.batch import Batch, ItemTable
@@ -46,8 +46,6 @@ from recray.training.validate import validate
 
 OnEpoch = Callable[[dict[str, float]], None]
 MicroBatches = list[tuple[Batch, bool]]  # of one step; False marks padding
-
-_UNSTABLE = "lower optim.learning_rate, set optim.clip_norm = 1.0, or training.precision = 'fp32'"
 
 
 class Step(NamedTuple):
@@ -87,6 +85,7 @@ class Trainer:
             self.objective, self.precision, context, self._forward_waits(), compiled=config.training.compile
         )
         self.data = TrainingData(config, dataset, phase, model.examples, context)
+        _check_warmup(config, phase, self.data.steps)
         self.stop = stop
         self.saver = Saver(self.state, context, phase, config.training.save_every, self._save_record)
         self.meter = Progress(phase.name, phase.epochs, self.data.steps, enabled=context.rank == 0)
@@ -135,14 +134,19 @@ class Trainer:
         if sums.rows != self.data.rows:
             raise RecrayError(f"the epoch consumed {sums.rows} rows of {self.data.rows}: this is a defect of recray")
         self._check_weights()
+        if not sums.weight:
+            raise DataError(
+                f"all {self.data.rows:,} training examples have weight 0, so nothing is learned: check data.columns.weight"
+                f"{' and raise training.half_life' if self.config.training.half_life else ''}"
+            )
         entry = {"epoch": epoch + 1.0, "loss": sums.loss / sums.weight, **self.meter.end_epoch(batches.seconds())}
         return entry | {"seconds": before + entry["seconds"], "saving_seconds": self.saver.take_blocked()}
 
     def train_step(self, micro: MicroBatches) -> Step:
         """One optimizer step on the global batch, of which `micro` is this worker's part."""
         state, config = self.state, self.config.optim
-        weight, queries, rows, *flags = self._exchange_amounts(micro)
-        weight = torch.where(weight > 0, weight, torch.ones_like(weight))  # a step of nothing but padding
+        total_weight, queries, rows, *flags = self._exchange_amounts(micro)
+        weight = torch.where(total_weight > 0, total_weight, torch.ones_like(total_weight))  # all rows weigh nothing
         rate = optim.learning_rate(config, state.progress.step, self.phase.epochs * self.data.steps)
         state.optimizers.set_learning_rate(rate)
         total = self.accumulate([batch for batch, _ in micro], weight)
@@ -150,13 +154,13 @@ class Trainer:
         loss = float(self.context.sum(total) / weight)
         if not math.isfinite(loss):
             at = f"step {state.progress.step} (epoch {state.progress.epoch + 1})"
-            raise RecrayError(f"the loss is {loss} at {at}: {_UNSTABLE}")
+            raise RecrayError(f"the loss is {loss} at {at}: {optim.steadier(self.config, self.context.device)}")
         if config.clip_norm:
             state.optimizers.clip(state.scaler, config.clip_norm)
         state.optimizers.step(state.scaler)
         state.ema.update()
         state.progress.step += 1
-        return Step(loss, float(weight), float(queries), float(rows), Flags(*map(float, flags)))
+        return Step(loss, float(total_weight), float(queries), float(rows), Flags(*map(float, flags)))
 
     def _exchange_amounts(self, micro: MicroBatches) -> Tensor:
         """Sums over all workers: weights, queries and rows of batches that are no padding, and the flags of saving."""
@@ -227,7 +231,7 @@ class Trainer:
             where = ", ".join(names[:3]) or "a table of another worker"
             raise RecrayError(
                 f"the weights are not finite after epoch {self.state.progress.epoch + 1} ({where}), which was not saved: "
-                f"{_UNSTABLE}"
+                f"{optim.steadier(self.config, self.context.device)}"
             )
 
     def _end_epoch(self, entry: dict[str, float]) -> None:
@@ -278,6 +282,16 @@ def _check_labels(config: Config, dataset: PreparedDataset) -> None:
         raise ConfigError(
             f"model.name = '{config.model.name}' is a ranker and needs click labels; {dataset.uri} has none: set "
             f"data.columns.label, or data.negatives to sample items that were not chosen, and run `recray prepare` again"
+        )
+
+
+def _check_warmup(config: Config, phase: Phase, steps: int) -> None:
+    """A refit has the epochs that were best, however few; the selection before it was checked."""
+    total, warmup = phase.epochs * steps, config.optim.warmup_steps
+    if phase.name == "train" and warmup > total:
+        raise ConfigError(
+            f"optim.warmup_steps = {warmup:,} is more than the {total:,} steps of this training ({phase.epochs} epochs of "
+            f"{steps:,}), which would end before it reaches optim.learning_rate: lower it, for example to {total // 10:,}"
         )
 
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from recray import log, metrics
+from recray import metrics
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import DataError, RecrayError
+from recray.errors import RecrayError
 from recray.layers import embedding
 from recray.loading.batch import Batch, Jagged
 from recray.loading.collate import EvalQuery, eval_queries, impressions
@@ -26,6 +26,8 @@ from recray.metrics import ranking
 from recray.metrics.clicks import Clicks
 from recray.models import Ranker, Retriever
 from recray.retrieval.exact import merge, top_k
+from recray.training import optim
+from recray.training.check import undefined
 from recray.training.distributed import Context
 
 _QUERIES_ON_CPU = 128  # at a time; few, so that a transformer's activations stay in cache
@@ -40,7 +42,7 @@ _T = TypeVar("_T")
 def validate(model: Retriever | Ranker, dataset: PreparedDataset, context: Context, config: Config) -> float:
     """config.training.metric on the validation split, over all workers; the same number on each of them.
 
-    Raises RecrayError if scores are not finite, DataError if the split cannot tell the metric.
+    Raises RecrayError if scores are not finite, DataError if the split cannot tell a click metric.
     """
     model.eval()
     try:
@@ -74,14 +76,8 @@ def _validate_lists(model: Retriever, dataset: PreparedDataset, context: Context
             total[:2] += _sum_of_metric(query, ids.cpu().numpy(), wanted)
     total[2] = float(bad)
     value, queries, not_finite = map(float, context.sum(total))
-    _check_scores(not_finite, metric)
-    if not queries and context.rank == 0:
-        log.warning(
-            "train",
-            f"no user of the validation split has a history, so {metric} is 0 and selects nothing: change data.split",
-            event="no_validation_queries",
-        )
-    return value / max(queries, 1.0)
+    _check_scores(not_finite, config, context)
+    return value / max(queries, 1.0)  # check_validation has seen a query
 
 
 def _queries(
@@ -116,16 +112,12 @@ def _validate_clicks(model: Ranker, dataset: PreparedDataset, context: Context, 
             scored.append(torch.stack(columns, dim=1))
     gathered = context.all_gather(torch.cat(scored).to(context.device))
     user, logit, label, weight = np.asarray(gathered.cpu()).T
-    _check_scores(float((~np.isfinite(logit)).sum()), metric)
+    _check_scores(float((~np.isfinite(logit)).sum()), config, context)
     wanted = metrics.find(metric, config.run.plugins)
     assert isinstance(wanted, metrics.ClickMetric)
     value = Clicks(user, logit, label, weight).metrics(metrics={metric: wanted})[metric]
     if not np.isfinite(value):
-        raise DataError(
-            f"{metric} needs clicks and non-clicks, and the validation split has {int((label > 0).sum()):,} clicks in "
-            f"{len(label):,} impressions{' and no user with both' if metric.startswith('gauc') else ''}: "
-            f"set training.metric = 'log_loss', or check data.columns.label and data.split"
-        )
+        raise undefined(metric, int((label > 0).sum()), len(label))
     return float(value)  # a numpy scalar could not be read from state.pt
 
 
@@ -146,11 +138,11 @@ def _own_rows(table: pa.Table, context: Context) -> pa.Table:
     return table.take(pa.array(rows))  # a typed array: Arrow cannot take by an empty one of type null
 
 
-def _check_scores(not_finite: float, metric: str) -> None:
+def _check_scores(not_finite: float, config: Config, context: Context) -> None:
     if not_finite:
         raise RecrayError(
-            f"the model gives validation scores that are not finite, so {metric} means nothing, and the epoch is not "
-            f"saved: lower optim.learning_rate, set optim.clip_norm = 1.0, or training.precision = 'fp32'"
+            f"the model gives validation scores that are not finite, so {config.training.metric} means nothing, and the "
+            f"epoch is not saved: {optim.steadier(config, context.device)}"
         )
 
 

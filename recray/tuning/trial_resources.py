@@ -7,9 +7,9 @@ Ray sees a trial: trials of several workers that each hold a part of the cluster
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
+from recray.cluster.cpus import available
 from recray.config import Config
 
 Node = dict[str, float]  # "CPU", "GPU"
@@ -26,7 +26,7 @@ class TrialResources:
 
 def local_node(config: Config) -> Node:
     """The resources of the local Ray that recray.cluster.runtime starts for this configuration."""
-    cpus, gpus = os.cpu_count() or 1, 0
+    cpus, gpus = available(), 0
     if config.scaling.use_gpu:
         import torch
 

@@ -1,15 +1,18 @@
 """Connecting to Ray and checking its resources, with `ray.init` replaced: nothing is started."""
 
+import contextlib
+import json
 import logging
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from recray.cluster import private_ray, resources, runtime
+from recray.cluster import cpus, private_ray, resources, runtime
 from recray.config import ScalingConfig
 from recray.errors import ClusterError, ResourceError
 
@@ -30,12 +33,34 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-@pytest.fixture
-def head(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """A port that accepts connections, and RAY_ADDRESS set to it."""
+GRPC, WEB = bytes((0, 0, 6, 4, 0, 0, 0, 0, 0)), b"HTTP/1.1 400 Bad Request\r\n\r\n"
+
+
+@contextlib.contextmanager
+def _listening(answer: bytes) -> Iterator[int]:
+    """The port of a server that answers every connection so; with nothing it keeps silent."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
-        yield server
+        held = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    held.append(server.accept()[0])
+                    held[-1].sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in held:
+            connection.close()
+
+
+@pytest.fixture
+def head(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A port that answers as gRPC does, and RAY_ADDRESS set to it."""
+    with _listening(GRPC) as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        yield
 
 
 def _closed_port() -> int:
@@ -67,6 +92,17 @@ def test_without_an_address_ray_is_local_and_starts_once(
 def test_a_cluster_is_joined_as_it_is(started: list[dict[str, Any]]) -> None:
     runtime.start(ScalingConfig())
     assert "num_cpus" not in started[0] and not runtime.is_own() and runtime.is_shared()
+    assert started[0]["runtime_env"] == {"env_vars": cpus.waiting()}  # nodes may not have them
+
+
+@pytest.mark.usefixtures("head")
+def test_a_job_keeps_the_variables_that_it_was_submitted_with(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray refuses to merge two settings of one variable."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": cpus.waiting()}}))
+    runtime.connect()
+    assert started[0]["runtime_env"] is None
 
 
 @pytest.mark.usefixtures("started")
@@ -77,6 +113,43 @@ def test_a_cluster_that_is_gone_is_an_error_at_once(address: str, monkeypatch: p
     with pytest.raises(ClusterError, match=r"cannot join a Ray cluster at RAY_ADDRESS = .*refused.*`ray status`"):
         runtime.start(ScalingConfig())
     assert time.monotonic() - before < 10
+
+
+@pytest.mark.usefixtures("started")
+@pytest.mark.parametrize(
+    ("answer", "message"), [(b"", "does not answer within 0.5 s"), (WEB, "is no head node of Ray")]
+)
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_what_listens_and_is_no_ray(answer: bytes, message: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_CONNECT_SECONDS", 0.5)
+    with _listening(answer) as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"{scheme}127.0.0.1:{port}")
+        with pytest.raises(ClusterError, match=rf"cannot join a Ray cluster at RAY_ADDRESS = .*{message}"):
+            runtime.check()
+
+
+@pytest.mark.usefixtures("started")
+def test_a_name_that_takes_for_ever_to_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: released.wait(60))
+    monkeypatch.setattr(runtime, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.setenv("RAY_ADDRESS", "head.example:6379")
+    with pytest.raises(ClusterError, match=r"head\.example:6379 does not answer within 0\.2 s"):
+        runtime.check()
+    released.set()
+
+
+@pytest.mark.usefixtures("started")
+def test_a_temporary_folder_too_deep_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", f"/tmp/{'x' * 60}")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with pytest.raises(
+        ClusterError, match=r"TMPDIR = /tmp/xx.* at most 107 bytes: set RAY_TMPDIR to a folder of at most 3\d"
+    ):
+        runtime.connect()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    runtime.connect()
+    assert runtime.is_own()
 
 
 @pytest.mark.usefixtures("started")
@@ -126,7 +199,23 @@ def test_a_local_ray_that_does_not_start_says_what_to_do(monkeypatch: pytest.Mon
         ClusterError, match=r"Ray did not start on this machine: .* timed out .*scaling.num_workers = 0"
     ):
         runtime.connect()
-    assert not runtime.is_own() and shutdowns == [True]
+    assert not runtime.is_own() and shutdowns == [True] * 3
+
+
+def test_a_local_ray_that_starts_slowly_is_tried_again(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, tries = ray.init, iter([Exception("The current node timed out during startup."), None])
+
+    def init(**options: Any) -> None:
+        if error := next(tries):
+            raise error
+        start(**options)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    runtime.connect()
+    assert runtime.is_own() and len(started) == 1
 
 
 @pytest.mark.usefixtures("started")

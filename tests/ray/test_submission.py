@@ -99,7 +99,7 @@ def test_run_prints_the_report_as_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("recray.run", lambda config: record)
     monkeypatch.setattr("recray.report.text.render", lambda record: "a table")
     config = tmp_path / "my.toml"
-    config.write_text("")
+    config.write_text("[data]\nsource = 'simulated'\n")
     result = CliRunner().invoke(app, ["run", str(config), "--report", "-"])
     assert [is_report(line) for line in result.output.splitlines()] == [False, True]
     CliRunner().invoke(app, ["run", str(config), "--report", str(tmp_path / "report.json")])

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from unit.test_trainer import _config, _dataset
+from unit.test_trainer import _config
 
+from helpers.datasets import small_dataset
 from helpers.ranks import run_ranks
 from recray import storage
 from recray.config import Config
@@ -124,7 +125,7 @@ def _numbers(record: CheckpointRecord) -> list[dict[str, float]]:
 def test_training_that_is_stopped_at_any_steps_ends_bit_for_bit_as_an_undisturbed_one(
     tmp_path: Path, model: str
 ) -> None:
-    _dataset(tmp_path / "data", labelled=model == "din")
+    small_dataset(tmp_path / "data", labelled=model == "din")
     keys = KEYS if model != "sasrec" else (*KEYS[1:], "training.global_batch_size=4")  # one row a user
     config = _config(tmp_path, *keys, "training.accumulation_steps=2", model=model)
     whole, broken = _phase(tmp_path / "whole", config), _phase(tmp_path / "broken", config)
@@ -145,7 +146,7 @@ def test_training_that_is_stopped_at_any_steps_ends_bit_for_bit_as_an_undisturbe
 
 
 def test_saves_by_steps_leave_the_two_newest_states_and_change_nothing(tmp_path: Path) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     config = _config(tmp_path, *KEYS)
     saving = _config(tmp_path, *KEYS, "training.save_every=1 steps")
     plain, often = _phase(tmp_path / "plain", config), _phase(tmp_path / "often", config)
@@ -162,7 +163,7 @@ def test_saves_by_steps_leave_the_two_newest_states_and_change_nothing(tmp_path:
 def test_a_damaged_state_is_named_and_the_one_before_it_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     config = _config(tmp_path, *KEYS)
     whole, broken = _phase(tmp_path / "whole", config), _phase(tmp_path / "broken", config)
     steps = _fit(config, whole).data.steps
@@ -186,7 +187,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_used(
 
 
 def test_a_write_that_fails_ends_training_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     config = _config(tmp_path, *KEYS, "training.save_every=1 steps")
 
     def full(folder: str, state: Any) -> None:
@@ -243,7 +244,7 @@ def _train_ranks(rank: int, world_size: int, folder: str, steps: int) -> list[tu
 
 
 def test_any_numbers_of_workers_train_on_every_row_of_every_epoch_once(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "data")
+    dataset = small_dataset(tmp_path / "data")
     rows: Counter[tuple[int, int, int]] = Counter()
     for workers, steps in ((2, 3), (3, 4)):
         for found in run_ranks(_train_ranks, workers, str(tmp_path), steps):
@@ -261,7 +262,7 @@ def test_any_numbers_of_workers_train_on_every_row_of_every_epoch_once(tmp_path:
 
 
 def test_a_signal_saves_and_a_second_one_stops_at_once(tmp_path: Path) -> None:
-    _dataset(tmp_path / "data")
+    small_dataset(tmp_path / "data")
     config = _config(tmp_path, *KEYS)
     phase = _phase(tmp_path / "epochs", config)
     before = signal.getsignal(signal.SIGTERM)

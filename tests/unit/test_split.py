@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from recray.config import SplitConfig
+from recray.config import SplitConfig, parse_config
 from recray.data import split
 from recray.errors import ConfigError, DataError
 
@@ -45,10 +45,17 @@ def test_durations(text: str, microseconds: int) -> None:
     assert split.duration(text) == microseconds
 
 
+def test_what_is_no_duration_is_seen_when_the_configuration_is_read() -> None:
+    with pytest.raises(ConfigError, match=r"'7 weeks' is not a duration.*'7d'"):
+        split.duration("7 weeks")
+    for key in ("data.split.valid", "data.split.test", "training.half_life"):
+        with pytest.raises(ConfigError, match=rf"{key}.*not a duration.*'12h'"):
+            parse_config({}, [f"{key}='7 weeks'"])
+
+
 @pytest.mark.parametrize(
     ("config", "has_time", "message"),
     [
-        ({"valid": "7 weeks"}, True, "is not a duration.*'7d'"),
         ({"test": 1.5}, True, "data.split.test = 1.5: a fraction must lie between 0 and 1"),
         ({"valid": "7d"}, False, "data.split.valid needs times.*use fractions"),
         (

@@ -108,11 +108,20 @@ class Log:
         return hashlib.sha256("".join(digest for digest, _ in found).encode()).hexdigest()
 
 
+_checked: list[Log] = []  # by `check`, for the `read` after it
+
+
+def check(config: DataConfig) -> None:
+    """Raises what `read` would about paths and columns, from the footers of the files."""
+    _checked[:] = [Log.open(config)]
+
+
 def read(config: DataConfig, seed: int) -> Source:
     """The log as a Ray Dataset in standard columns. Raises DataError or StorageError that names the file."""
     import ray.data
 
-    opened = Log.open(config)
+    held = _checked.pop() if _checked else None
+    opened = held if held is not None and held.config is config else Log.open(config)
     tasks = [{"pieces": task} for task in opened.tasks()]
     work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     return Source(

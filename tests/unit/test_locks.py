@@ -1,0 +1,55 @@
+"""One process at a time writes an artefact."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recray import locks, storage
+from recray.errors import StorageError
+
+# Holds the lock of a folder until it is killed.
+HOLDER = "import sys, time; from recray import locks\nwith locks.exclusive(sys.argv[1]): print('in', flush=True); time.sleep(600)"
+
+
+def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint" / "1a2b"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, env=environment
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"in\n"
+        with (
+            pytest.raises(StorageError, match=rf"1a2b is being written by process {other.pid} on .*: wait until"),
+            locks.exclusive(str(folder)),
+        ):
+            pass
+        other.send_signal(signal.SIGKILL)
+    with locks.exclusive(str(folder)):  # the kernel has released it
+        storage.write_json(str(folder / "a.json"), 1)
+    assert [path.name for path in folder.parent.iterdir()] == ["1a2b"]
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), locks.exclusive(str(tmp_path / "a" / "b")):
+        _ = 1 / 0
+    with locks.exclusive(str(tmp_path / "a" / "b")):
+        pass
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_the_lock_of_one_folder_is_not_that_of_another(tmp_path: Path) -> None:
+    with locks.exclusive(str(tmp_path / "run" / "a")), locks.exclusive(str(tmp_path / "run" / "b")):
+        pass
+    with locks.exclusive("s3://bucket/a"), locks.exclusive("s3://bucket/a"):
+        pass  # nothing is asked of an object store
+
+
+def test_a_process_that_holds_it_is_refused_again(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run" / "a")
+    with locks.exclusive(folder), pytest.raises(StorageError), locks.exclusive(folder):
+        pass
+    assert not list(tmp_path.iterdir())
