@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recray import storage
-from recray.data.sources import base
+from recray.data.sources import base, files
 from recray.errors import DataError
 
 _SAMPLE_ROWS = 50_000
@@ -118,7 +118,7 @@ def infer(uri: str, items: str | None = None, users: str | None = None) -> str:
 
 def _sample(uri: str) -> pa.Table:
     """The first rows of the first file that has any, in standard types where there is one."""
-    for info in storage.list_files(uri):
+    for info in files.find(uri, "init"):
         storage.read_schema(info.uri)  # reports a broken file by its name
         system, path = storage.resolve(info.uri)
         with system.open_input_file(path) as stream:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recray import storage
+from recray.data.sources import files
 from recray.errors import StorageError
 from recray.training import sharded_tables
 
@@ -46,11 +47,18 @@ def test_tables_listing_and_globs(bucket: str) -> None:
     table = pa.table({"user": [1, 2]})
     for name in ("day=02/a.parquet", "day=01/a.parquet", "_tmp/a.parquet"):
         storage.write_table(f"{bucket}/events/{name}", table)
-    files = storage.list_files(f"{bucket}/events/")
-    assert [info.uri for info in files] == [f"{bucket}/events/day=01/a.parquet", f"{bucket}/events/day=02/a.parquet"]
-    assert storage.read_table(files[0].uri).equals(table)
-    assert [info.uri for info in storage.list_files(f"{bucket}/events/day=*1/*.parquet")] == [files[0].uri]
-    assert len(storage.fingerprint(files)) == 64
+    found = files.find(f"{bucket}/events/")
+    assert [info.uri for info in found] == [f"{bucket}/events/day=01/a.parquet", f"{bucket}/events/day=02/a.parquet"]
+    assert storage.read_table(found[0].uri).equals(table)
+    for pattern in ("day=*1/*.parquet", "day={01,03}", "**/*1/a*"):
+        assert [info.uri for info in files.find(f"{bucket}/events/{pattern}")] == [found[0].uri]
+    assert files.find(f"s3a://{bucket.removeprefix('s3://')}/events/day=01/a.parquet")[0].size == found[0].size
+    first, known_by = storage.fingerprint(found)
+    assert known_by == "ETag" and storage.fingerprint(found)[0] == first
+    storage.write_table(found[0].uri, pa.table({"user": [2, 1]}))
+    again = files.find(f"{bucket}/events/")
+    assert [info.size for info in again] == [info.size for info in found]
+    assert storage.fingerprint(again)[0] != first
 
 
 def test_folders(bucket: str, tmp_path: object) -> None:
@@ -75,7 +83,7 @@ def test_pieces_are_read_from_a_copy_that_need_not_stay(bucket: str, monkeypatch
 
 def test_what_is_not_there_is_named(bucket: str) -> None:
     with pytest.raises(StorageError, match="s3://clicks/absent does not exist"):
-        storage.list_files(f"{bucket}/absent")
+        files.find(f"{bucket}/absent")
     with pytest.raises(StorageError, match=r"s3://clicks/absent\.json cannot be read"):
         storage.read_json(f"{bucket}/absent.json")
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/a cannot be written"):
