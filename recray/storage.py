@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from recray.errors import DataError, StorageError
 
 _PART_BYTES = 16 << 20  # copied at a time
-_HASHED_BYTES = 8 << 30  # local inputs up to this size are hashed whole: about a second per GB and core
+_HASHED_BYTES = 4 << 30  # local inputs up to this size are hashed whole: about a second per GB and core
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def list_files(folder: str, suffix: str = ".parquet") -> list[FileInfo]:
     return [FileInfo(join(folder, name), 0) for name in names if name.endswith(suffix)]
 
 
-def walk(folder: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int]], list[str]]:
-    """All files below a folder as (path inside it, bytes), unsorted; and the links that lead back to a folder above.
+def walk(folder: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int, str]], list[str]]:
+    """All files below a folder as (path inside it, bytes, path without links), and the links that lead back to a folder above.
 
     Links are followed. enter: whether to look into a folder, by its path inside `folder`; for local folders.
     """
@@ -102,11 +102,12 @@ def walk(folder: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int
             return _walk_local(path, enter)
         found = system.get_file_info(pafs.FileSelector(path, recursive=True))
     prefix = path.rstrip("/") + "/"
-    return [(e.path.removeprefix(prefix), e.size) for e in found if e.type == pafs.FileType.File], []
+    files = [entry for entry in found if entry.type == pafs.FileType.File]
+    return [(one.path.removeprefix(prefix), one.size, join(folder, one.path.removeprefix(prefix))) for one in files], []
 
 
-def _walk_local(root: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int]], list[str]]:
-    files: list[tuple[str, int]] = []
+def _walk_local(root: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int, str]], list[str]]:
+    files: list[tuple[str, int, str]] = []
     links_back: list[str] = []
     to_list: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]  # and the real paths that lead there
     while to_list:
@@ -114,12 +115,13 @@ def _walk_local(root: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str
         with os.scandir(os.path.join(root, inside)) as entries:
             for entry in entries:
                 name = os.path.join(inside, entry.name)
+                linked = entry.is_symlink()
+                real = os.path.realpath(entry.path) if linked else os.path.join(above[-1], entry.name)
                 if not entry.is_dir():
                     # A broken link is a file, so that reading it fails and names it.
-                    files.append((name, entry.stat().st_size if os.path.exists(entry.path) else 0))
-                    continue
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
-                if entry.is_symlink() and any(f"{one}/".startswith(f"{real.rstrip('/')}/") for one in above):
+                    size = entry.stat().st_size if not linked or os.path.exists(real) else 0
+                    files.append((name, size, real))
+                elif linked and any(f"{one}/".startswith(f"{real.rstrip('/')}/") for one in above):
                     links_back.append(name)
                 elif enter(name):
                     to_list.append((name, (*above, real)))
@@ -277,9 +279,16 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
             kind = "changed after it was written: the checksum of a page does not match"
         elif "size is 0 bytes" in reason:
             kind = "empty: 0 bytes"
+        elif "magic bytes" in reason and not _begins_as_parquet(system, path):
+            kind = "another format: it does not begin with PAR1"
         raise DataError(
             f"{uri} is not a whole Parquet file ({kind}): {reason}; write it again or take it out"
         ) from error
+
+
+def _begins_as_parquet(system: pafs.FileSystem, path: str) -> bool:
+    with system.open_input_file(path) as stream:
+        return bytes(stream.read(4)) == b"PAR1"
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
@@ -316,7 +325,7 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
 def fingerprint(files: Sequence[FileInfo]) -> tuple[str, str]:
     """SHA-256 that changes when a file, its name or the order of files does; and what it was made from, in words.
 
-    Local files of up to 8 GB in all are hashed whole, so that a copy elsewhere has the same fingerprint. Larger ones are
+    Local files of up to 4 GB in all are hashed whole, so that a copy elsewhere has the same fingerprint. Larger ones are
     known by size, inode and times: a rewritten file has a new change time, whatever its modification time was set to.
     In an object store a file is known by its size and ETag, or by its modification time where there is none.
     """
@@ -340,7 +349,7 @@ def _state(uri: str, hashed: bool) -> tuple[str, str]:
         if not isinstance(system, pafs.LocalFileSystem):
             with system.open_input_file(path) as file:
                 tags = {key.lower(): value for key, value in (file.metadata() or {}).items()}
-            tag = tags.get(b"etag")
+            tag = tags.get("etag")
             return ("ETag", tag.decode()) if tag else ("modification time", str(system.get_file_info(path).mtime_ns))
         if not hashed:
             stat = os.stat(path)

@@ -379,7 +379,14 @@ def test_encrypted_files_are_named(tmp_path: Path, plain_footer: bool) -> None:
         _events(parquet.Log.open(DataConfig.model_validate(config)))
 
 
-@pytest.mark.parametrize(("data", "reason"), [(b"", "empty: 0 bytes"), (b"PAR1 and no more", "truncated or corrupt")])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty: 0 bytes"),
+        (b"PAR1 and no more", "truncated or corrupt"),
+        (b"user_id,item_id\n1,2\n", "another format: .*PAR1"),
+    ],
+)
 def test_files_that_are_not_whole(tmp_path: Path, data: bytes, reason: str) -> None:
     _log(tmp_path / "log", {})
     (tmp_path / "log" / "z.parquet").write_bytes(data)

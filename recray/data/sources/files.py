@@ -48,8 +48,7 @@ class _Found:
     real: set[str] = field(default_factory=set)  # paths without links, of the files taken
     skipped: dict[str, list[str]] = field(default_factory=dict)  # why -> URIs
 
-    def take(self, uri: str, size: int) -> None:
-        real = storage.real_path(uri)
+    def take(self, uri: str, size: int, real: str) -> None:
         if real in self.real:
             self.skip(_TWICE, uri)
         else:
@@ -92,7 +91,7 @@ def _find(location: str, found: _Found) -> None:
     base, pattern = _base(location)
     kind, size = storage.look(base)
     if kind == "file" and not pattern:
-        found.take(base, size)
+        found.take(base, size, storage.real_path(base))
         return
     if kind != "folder":
         raise StorageError(f"{location} does not exist: give a Parquet file, a folder, a glob or a list of them")
@@ -101,9 +100,9 @@ def _find(location: str, found: _Found) -> None:
     for path in sorted(links_back):
         found.skip(_BACK, storage.join(base, path))
     entries.sort(key=lambda entry: storage.join(base, entry[0]))
-    paths = [path for path, _ in entries]
+    paths = [path for path, _, _ in entries]
     own, tables = _own_folders(base, paths), _tables(base, paths)
-    for path, size in entries:
+    for path, size, real in entries:
         uri = storage.join(base, path)
         match = glob.match(path)
         if match == "no":
@@ -117,7 +116,7 @@ def _find(location: str, found: _Found) -> None:
             found.skip(_ENDING, uri)
         else:
             _refuse(next(((root, name) for root, name in tables if path.startswith(root)), None), base)
-            found.take(uri, size)
+            found.take(uri, size, real)
 
 
 def _base(location: str) -> tuple[str, list[str]]:
@@ -139,21 +138,17 @@ class _Glob:
 
     def match(self, path: str) -> Literal["named", "below", "no"]:
         """Whether the pattern names this file, or a folder above it."""
-        names = path.split("/")
-        reached = [self._reached(names[:n]) for n in range(len(names) + 1)]
+        *above, last = self._used(path.split("/"))
         # A pattern that ends with ** names folders.
-        if len(self.parts) in reached[-1] and self.parts[-1:] not in ((), ("**",)):
+        if len(self.parts) in last and self.parts[-1:] not in ((), ("**",)):
             return "named"
-        return "below" if any(len(self.parts) in one for one in reached[:-1]) else "no"
+        return "below" if any(len(self.parts) in used for used in above) else "no"
 
     def may_enter(self, folder: str) -> bool:
         """Whether files below this folder can match. Folders that tell a table format are always looked into."""
         names = folder.split("/")
-        return (
-            names[-1] in _MARKS
-            or any(len(self.parts) in self._reached(names[:n]) for n in range(len(names)))
-            or bool(self._reached(names))
-        )
+        *above, last = self._used(names)
+        return names[-1] in _MARKS or bool(last) or any(len(self.parts) in used for used in above)
 
     def hides(self, name: str) -> bool:
         if name.endswith(("_$folder$", "._COPYING_")):  # Hadoop's
@@ -162,18 +157,18 @@ class _Glob:
             return False
         return not any(part.startswith(name[0]) and _fits(name, part) for part in self.parts)
 
-    def _reached(self, names: list[str]) -> set[int]:
-        """How many parts of the pattern these names can have used up."""
-        now = self._after_stars({0})
+    def _used(self, names: list[str]) -> list[set[int]]:
+        """How many parts of the pattern the first 0, 1, ... of these names can have used up."""
+        used = [self._after_stars({0})]
         for name in names:
-            stay = {i for i in now if i < len(self.parts) and self.parts[i] == "**"}
-            step = {i + 1 for i in now - stay if i < len(self.parts) and _fits(name, self.parts[i])}
-            now = self._after_stars(stay | step)
-        return now
+            stars = {i for i in used[-1] if self.parts[i : i + 1] == ("**",)}
+            next_parts = {i + 1 for i in used[-1] - stars if i < len(self.parts) and _fits(name, self.parts[i])}
+            used.append(self._after_stars(stars | next_parts))
+        return used
 
     def _after_stars(self, places: set[int]) -> set[int]:
         """`**` stands for no folder, too."""
-        while more := {i + 1 for i in places if i < len(self.parts) and self.parts[i] == "**"} - places:
+        while more := {i + 1 for i in places if self.parts[i : i + 1] == ("**",)} - places:
             places = places | more
         return places
 

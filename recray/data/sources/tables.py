@@ -157,7 +157,9 @@ def _fits_int64(footer: Footer, name: str) -> bool:
 
 
 def _has_values(footer: Footer, name: str) -> bool:
-    """Whether a column has a value that is not null, by the file's statistics; without them yes."""
+    """Whether a column has a value that is not null, by the file's statistics; without them yes, and for lists."""
+    if pa.types.is_nested(footer.schema.field(name).type):
+        return True  # statistics do not tell null from an empty list
     facts = list(_statistics(footer, name))
     return not facts or any(
         stats is None or not stats.has_null_count or stats.null_count < values for values, stats in facts
