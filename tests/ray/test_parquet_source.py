@@ -1,8 +1,7 @@
-"""The Parquet source through Ray and from an object store."""
+"""The Parquet source through Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from recray.cluster.errors import unwrapped
 from recray.config import DataConfig
 from recray.data.sources import parquet
-from recray.errors import DataError, RecrayError
+from recray.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -73,30 +72,3 @@ def test_an_error_in_a_task_comes_out_plain(tmp_path: Path) -> None:
     source = parquet.read(_config(str(tmp_path)), 1)
     with pytest.raises(DataError, match=r"b\.parquet: column 'user_id' has 2 null ids in 6 rows"), unwrapped():
         _collected(source.events)
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A bucket on an S3-speaking server on loopback; yields its endpoint."""
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-def test_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyarrow import fs
-
-    for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_ENDPOINT_URL_S3", s3)):
-        monkeypatch.setenv(name, value)
-    system = fs.S3FileSystem(endpoint_override=s3.removeprefix("http://"), scheme="http", allow_bucket_creation=True)
-    system.create_dir("clicks")
-    for i in range(3):
-        pq.write_table(_events(4), f"clicks/log/day={i}/part.parquet", filesystem=system)
-    table = _collected(parquet.read(_config("s3://clicks/log/", {"context": ["day"]}), 1).events)
-    assert table["context_day"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert parquet.read(_config("s3://clicks/log/"), 1).num_events == 12
-    with pytest.raises(RecrayError, match="s3://clicks/other"):
-        parquet.read(_config("s3://clicks/other/"), 1)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from recray import storage
-from recray.data.sources import files
+from recray.config import DataConfig
+from recray.data.sources import files, parquet
 from recray.errors import StorageError
 from recray.training import sharded_tables
 
@@ -59,6 +60,16 @@ def test_tables_listing_and_globs(bucket: str) -> None:
     again = files.find(f"{bucket}/events/")
     assert [info.size for info in again] == [info.size for info in found]
     assert storage.fingerprint(again)[0] != first
+
+
+def test_a_log_in_partitions(bucket: str) -> None:
+    for day in range(3):
+        table = pa.table({"user_id": [1, 2], "item_id": [day, day], "timestamp": [1_600_000_000, 1_600_000_001]})
+        storage.write_table(f"{bucket}/log/day={day}/part.parquet", table)
+    columns = {"timestamp": "timestamp", "context": ["day"]}
+    log = parquet.Log.open(DataConfig.model_validate({"path": f"{bucket}/log/", "columns": columns}))
+    events = pa.concat_tables(t for task in log.tasks() for t in parquet.read_task(task, log.plan))
+    assert events["context_day"].to_pylist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_folders(bucket: str, tmp_path: object) -> None:
