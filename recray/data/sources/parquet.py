@@ -66,6 +66,7 @@ class Log:
         footers = [
             (footer, split) for path, split in _paths(config) for footer in tables.read_footers(files.find(path))
         ]
+        _check_splits(footers)
         full = [footer for footer, _ in footers if footer.rows]
         if not full:
             first = footers[0][0].uri
@@ -141,6 +142,18 @@ def _paths(config: DataConfig) -> list[tuple[str | list[str], str | None]]:
             )
         return [(config.path, None)]
     raise ConfigError("data.path is not set: give a Parquet file, a folder, a glob or a list of them")
+
+
+def _check_splits(footers: list[tuple[Footer, str | None]]) -> None:
+    """Raises DataError if a file is named for two splits."""
+    first: dict[str, str | None] = {}
+    for footer, split in footers:
+        other = first.setdefault(storage.real_path(footer.uri), split)
+        if other != split:
+            raise DataError(
+                f"{footer.uri} is read by data.split.{other}_path and data.split.{split}_path: events of one file are of one "
+                f"split; change the paths"
+            )
 
 
 def _roles(columns: ColumnsConfig) -> dict[str, str]:

@@ -259,12 +259,17 @@ def side_table(
     """
     full = [footer for footer in footers if footer.rows] or list(footers[:1])
     names = dict.fromkeys(name for footer in full for name in footer.names)
-    for name in (key, *declared):
-        if name not in names:
-            why, use = (" to join on", f"rename its key to data.columns.{role}") if name == key else ("", "")
+    for footer in full:
+        if key not in footer.names:
             raise DataError(
-                f"{uri} has no column '{name}'{why}{base.did_you_mean(name, names)}; columns there: {', '.join(names)}; "
-                f"{use or f'change data.{role}_features'}"
+                f"{footer.uri} has no column '{key}' to join on{base.did_you_mean(key, footer.names)}; "
+                f"columns there: {', '.join(footer.names)}; rename its key to data.columns.{role}"
+            )
+    for name in declared:
+        if name not in names:
+            raise DataError(
+                f"{uri} has no column '{name}'{base.did_you_mean(name, names)}; columns there: {', '.join(names)}; "
+                f"change data.{role}_features"
             )
     above = partitions(f"{uri}/")
     others = dict.fromkeys(declared or (name for name in names if name not in above))
