@@ -136,7 +136,9 @@ def test_given_split_by_files_and_by_column(tmp_path: Path) -> None:
     paths = {f"{s}_path": _write(tmp_path / f"{s}.parquet", _events(2)) for s in ("train", "valid", "test")}
     table = _direct(_config(None, split={"kind": "given", **paths}))
     assert table["split"].to_pylist() == ["train"] * 2 + ["valid"] * 2 + ["test"] * 2
-    with pytest.raises(DataError, match=r"valid\.parquet is read by data\.split\.train_path and data\.split\.valid_path"):
+    with pytest.raises(
+        DataError, match=r"valid\.parquet is read by data\.split\.train_path and data\.split\.valid_path"
+    ):
         _direct(_config(None, split={"kind": "given", **paths, "train_path": str(tmp_path)}))
     path = _write(tmp_path / "s.parquet", _events(2, fold=["train", "test"]))
     table = _direct(_config(path, {"split": "fold"}, split={"kind": "given"}))
