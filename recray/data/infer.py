@@ -12,6 +12,7 @@ from recray import log
 from recray.data.roles import Roles, event_kinds, find_roles, leaks, names_rows
 from recray.data.sampling import Column, Sample, describe, read_sample, shown, toml_key, toml_text
 from recray.data.sources import base
+from recray.errors import DataError
 
 _CATEGORY_SHARE = 0.2  # an integer or text with more distinct values than this share of rows is no category
 _REPEATS = 3.0  # events per user from which a sequence model is worth its time
@@ -207,16 +208,20 @@ def _split(roles: Roles) -> list[str]:
     column = roles.sample.columns.get(name) if name else None
     if column is None or (roles.unit == "order" and _per_user(roles, column)):
         return last
-    valid, test = str(_TAIL), str(_TAIL)
-    if column.is_time or column.is_number:
-        found = _tail(column, roles.unit or "auto")
-        if found is None:
-            roles.notes.append(
-                f"{shown(column.name)} has {column.distinct} distinct values, too few to split by time: "
-                f"each user's last event is the test"
-            )
-            return last
-        valid, test = found
+    try:
+        times = base.microseconds(
+            column.values, "us" if roles.unit == "auto" else roles.unit or "us", name or ""
+        ).to_numpy()
+    except DataError:  # a question already
+        times = np.arange(column.rows)
+    found = _tail(times, roles.unit != "order")
+    if found is None:
+        roles.notes.append(
+            f"{shown(column.name)} has {column.distinct} distinct values, too few to split by time: "
+            f"each user's last event is the test"
+        )
+        return last
+    valid, test = found
     return [
         "",
         "[data.split]",
@@ -235,21 +240,18 @@ def _per_user(roles: Roles, column: Column) -> bool:
     return column.distinct <= 1.2 * most
 
 
-def _tail(column: Column, unit: str) -> tuple[str, str] | None:
+def _tail(times: np.ndarray, timed: bool) -> tuple[str, str] | None:
     """valid and test: fractions, or durations where ties leave nothing after a fraction; None where nothing can do."""
-    values, counts = np.unique(column.values.drop_null().to_numpy().astype("int64"), return_counts=True)
-    if not len(values):
-        return str(_TAIL), str(_TAIL)
+    values, counts = np.unique(times, return_counts=True)
     share = counts / counts.sum()
     from_end = np.cumsum(share[::-1])  # the events at and after each value, the last value first
     tests = int(np.searchsorted(from_end, _TAIL, side="right"))
     both = int(np.searchsorted(from_end, from_end[tests - 1] + _TAIL, side="right")) if tests else 0
     if tests and both > tests and both < len(values):
         return str(_TAIL), str(_TAIL)
-    if len(values) < 3 or unit == "order":
+    if len(values) < 3 or not timed:
         return None
-    scale = 1 if unit == "auto" else 1_000_000 // base._PER_SECOND[unit] if unit != "ns" else 0
-    seconds = [int(values[-i] - values[-i - 1]) * scale // 1_000_000 for i in (1, 2)]
+    seconds = [int(values[-i] - values[-i - 1]) // 1_000_000 for i in (1, 2)]
     if min(seconds) < 1:
         return None
     test, valid = (toml_text(_duration(n)) for n in seconds)

@@ -156,18 +156,16 @@ def _could_be_id(column: Column) -> bool:
 def _check_id(roles: Roles, role: str) -> None:
     """Ask about what prepare would refuse."""
     column = roles.sample.columns[roles.columns[role]]
-    problem = column.unusable
+    problem = f"it is {column.unusable}" if column.unusable else ""
     if not problem:
         try:
-            base.ids(column.values, "")
-        except DataError:
-            problem = (
-                f"{column.nulls} of {column.rows} sampled rows are null" if column.nulls else f"it is {column.type}"
-            )
+            base.ids(column.values, "it", pa.string() if column.is_text else pa.int64())
+        except DataError as error:
+            problem = str(error).partition(";")[0]
     if problem:
         roles.questions.append(
-            f"{shown(column.name)} looks like the {role}, but {problem}: ids are integers or strings without nulls; "
-            f"convert it or drop these rows, or pass --{role} COLUMN"
+            f"{shown(column.name)} looks like the {role}, but {problem}: ids are integers or strings "
+            f"without nulls; convert it or drop these rows, or pass --{role} COLUMN"
         )
 
 
@@ -208,7 +206,7 @@ def _find_time(roles: Roles) -> None:
         return
     finest = max(c.distinct for _, c in found)
     kind, best = min(found, key=lambda pair: _time_order(pair[0], pair[1], finest))
-    others = [c.name for k, c in found if c is not best and k < 2]
+    others = [c.name for k, c in found if c is not best and k < 3]
     roles.columns["timestamp"] = best.name
     roles.unit = _unit(best) or ("order" if best.is_number else None)
     if others:
@@ -216,7 +214,7 @@ def _find_time(roles: Roles) -> None:
             f"{shown(best.name)} is taken for the time, not {describe(others)}; --time COLUMN chooses another"
         )
     _check_time(roles, best)
-    if kind == 3:
+    if kind == 4:
         low, high = best.range
         roles.notes.append(
             f"{shown(best.name)} runs from {low:.0f} to {high:.0f}, which is no time in s, ms, us or ns: "
@@ -225,7 +223,7 @@ def _find_time(roles: Roles) -> None:
 
 
 def _time_kind(column: Column) -> int | None:
-    """0 a type of times, 1 an epoch, 2 text, 3 a position called a time."""
+    """0 a type of times, 1 an epoch, 2 ISO 8601 text, 3 other text, 4 a position called a time."""
     name = words(column.name)
     if column.is_time:
         return 0
@@ -239,8 +237,10 @@ def _time_kind(column: Column) -> int | None:
         ):
             return 1
         if unit is None and known and column.is_integer and column.distinct > 1:
-            return 3
-    return 2 if column.is_text and _share(column, _DATES) > 0.95 else None
+            return 4
+    if column.is_text and _share(column, _DATES) > 0.95:
+        return 2 if _unit(column) else 3
+    return None
 
 
 def _time_order(kind: int, column: Column, finest: int) -> tuple[float, ...]:
@@ -256,15 +256,15 @@ def _time_name(name: list[str]) -> int:
 
 
 def _unit(column: Column) -> str | None:
-    """The unit of an epoch, "auto" of a type of times; None for what is neither, apart from a few values."""
-    if column.is_time:
-        return "auto"
-    if not column.is_number or column.nulls == column.rows:
+    """The unit of an epoch, "auto" of a type of times or text of times; None for what is neither, apart from a few values."""
+    if column.nulls == column.rows or not (column.is_time or column.is_text or column.is_number):
         return None
     try:
         unit = base.infer_unit(column.values, column.name)
     except DataError:
         return None
+    if not column.is_number:
+        return "auto"
     return unit if _share_within(column, unit, base.FIRST_YEAR, base.LAST_YEAR) > 0.9 else None
 
 
@@ -276,16 +276,9 @@ def _share_within(column: Column, unit: str, first: int, last: int) -> float:
 
 
 def _check_time(roles: Roles, column: Column) -> None:
-    if column.is_text:
-        roles.questions.append(
-            f"{shown(column.name)} is a time as text, '{roles.sample.example(column.name)}': write it as a timestamp type or "
-            f"as seconds since 1970, e.g. pandas.to_datetime(log[{column.name!r}])"
-        )
-        return
+    """Ask about what prepare would refuse."""
     try:
-        base.microseconds(
-            column.values, roles.unit if roles.unit not in (None, "auto") else "order", shown(column.name)
-        )
+        base.microseconds(column.values, "us" if roles.unit in (None, "auto") else roles.unit, shown(column.name))
     except DataError as error:
         roles.questions.append(str(error))
 

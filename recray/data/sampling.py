@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray.config import DataConfig
-from recray.data.sources import base, parquet
+from recray import storage
+from recray.data.sources import base, files, tables
+from recray.data.sources.tables import Footer
 from recray.errors import DataError
 
 _PLACES = 16  # row groups, spread over the files, that rows are read from
@@ -124,17 +125,17 @@ class Sample:
 
 def read_sample(uri: str) -> Sample:
     """Rows of at most _PLACES row groups. Raises DataError or StorageError when there are no rows or a file is broken."""
-    footers = parquet._footers(DataConfig(path=uri))
+    footers = tables.read_footers(files.find(uri, "init"))
     full = [footer for footer in footers if footer.rows]
     if not full:
         raise DataError(f"the {len(footers)} Parquet files of {uri} hold no rows; check the path")
     groups = [(f, g) for f in spread(full, _PLACES) for g, rows in enumerate(f.group_rows) if rows]
     places = spread(groups, _PLACES)
-    tables = [_read(footer, group, _ROWS // len(places)) for footer, group in places]
-    names = dict.fromkeys(name for footer in full for name in [*footer.schema.names, *footer.hive])
+    read = [_read(footer, group, _ROWS // len(places)) for footer, group in places]
+    names = dict.fromkeys(name for footer in full for name in footer.names)
     repeated = [n for n in names if any(footer.schema.names.count(n) > 1 for footer in full)]
-    columns = {name: _column(name, tables, full) for name in names if name not in repeated}
-    rows = sum(rows for _, rows in tables)
+    columns = {name: _column(name, read, full) for name in names if name not in repeated}
+    rows = sum(rows for _, rows in read)
     return Sample(uri, len(footers), sum(f.rows for f in full), rows, columns, repeated)
 
 
@@ -145,9 +146,9 @@ def spread(entries: Sequence[T], most: int) -> list[T]:
     return [entries[i] for i in np.linspace(0, len(entries) - 1, most).round().astype(int)]
 
 
-def _read(footer: Any, group: int, most: int) -> tuple[dict[str, pa.ChunkedArray], int]:
+def _read(footer: Footer, group: int, most: int) -> tuple[dict[str, pa.ChunkedArray], int]:
     """The first rows of a row group: columns by name, and how many rows."""
-    with parquet._opened(footer.uri) as file:
+    with storage.open_parquet(footer.uri) as file:
         batches = file.iter_batches(batch_size=max(most, 1), row_groups=[group], use_threads=False)
         table = pa.Table.from_batches([next(batches)])
     names = table.column_names
@@ -157,47 +158,29 @@ def _read(footer: Any, group: int, most: int) -> tuple[dict[str, pa.ChunkedArray
     return found, len(table)
 
 
-def _column(name: str, tables: list[tuple[dict[str, pa.ChunkedArray], int]], footers: list[Any]) -> Column:
-    """A column over all tables in one type, nulls where a table lacks it."""
-    kinds = [kind for footer in footers for kind in [footer.type_of(name)] if kind is not None]
-    partition = not any(name in footer.schema.names for footer in footers)
-    raw = next((kind for kind in kinds if not pa.types.is_null(kind)), pa.null())
-    total = sum(rows for _, rows in tables)
-    joined: pa.DataType | None = pa.null()
-    for kind in dict.fromkeys(kinds):
-        joined = None if joined is None else _joined(joined, _standard(kind))
-    if joined is None:
-        shown = ", ".join(dict.fromkeys(str(kind) for kind in kinds))
-        reason = f"{shown}: no type for a feature" if len(set(kinds)) == 1 else f"{shown} in different files"
-        return Column(name, raw, pa.chunked_array([pa.nulls(total)]), partition, reason)
+def _column(name: str, read: list[tuple[dict[str, pa.ChunkedArray], int]], footers: list[Footer]) -> Column:
+    """A column over all places in its standard type, nulls where a file lacks it."""
+    raw = [f.schema.field(name).type for f in footers if f.schema.names.count(name) == 1]
+    kind = next((t for t in raw if not pa.types.is_null(t)), pa.null() if raw else pa.string())
+    unusable = Column(name, kind, pa.chunked_array([pa.nulls(sum(rows for _, rows in read))]), not raw)
     try:
-        parts = [_cast(table[name], joined) if name in table else pa.nulls(rows, joined) for table, rows in tables]
-        values = pa.chunked_array([chunk for part in parts for chunk in _chunks(part)], joined)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, DataError):
-        return Column(name, raw, pa.chunked_array([pa.nulls(total)]), partition, f"{raw}: not readable as {joined}")
-    if values.null_count == len(values):
-        return Column(name, raw, values, partition, "no values")
-    return Column(name, raw, values, partition)
-
-
-def _chunks(part: pa.ChunkedArray | pa.Array) -> list[pa.Array]:
-    return list(part.chunks) if isinstance(part, pa.ChunkedArray) else [part]
-
-
-def _standard(kind: pa.DataType) -> pa.DataType | None:
-    """As base.standard_type, and microseconds for times."""
-    return pa.timestamp("us") if pa.types.is_timestamp(kind) or pa.types.is_date(kind) else base.standard_type(kind)
-
-
-def _joined(a: pa.DataType, b: pa.DataType | None) -> pa.DataType | None:
-    return None if b is None else parquet._joined(a, b)
+        joined = tables.column_type(footers, name)
+        if joined is None:
+            return replace(unusable, unusable=f"{kind} is no type of a feature")
+        parts = [_cast(found[name], joined) if name in found else pa.nulls(rows, joined) for found, rows in read]
+    except DataError as error:
+        reason = str(error).partition("; ")[0].strip()
+        different = " in different files" if len(set(raw)) > 1 else ""
+        return replace(unusable, unusable=f"{kind}{different}, {reason}")
+    chunks = [chunk for part in parts for chunk in (part.chunks if isinstance(part, pa.ChunkedArray) else [part])]
+    values = pa.chunked_array(chunks, joined)
+    return Column(name, kind, values, not raw, "no values" if values.null_count == len(values) else "")
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    column = base.decoded(column)
-    if pa.types.is_timestamp(kind):
-        return column.cast(pa.timestamp("us"), safe=False)
-    return base.standardised(column, kind, "the sample")
+    if base.is_time(kind):
+        return base.decoded(column).cast(pa.timestamp("us"), safe=False)
+    return base.standardised(column, kind, "")
 
 
 def words(name: str) -> list[str]:

@@ -14,6 +14,10 @@ import pytest
 
 from recray.cluster import runtime
 from recray.config import Config
+from recray.data import partition
+from recray.records import DatasetRecord
+
+TIME_BINS = 20_000  # instead of a million, which cost more than all else of a small log
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,10 @@ def inline_ray() -> Iterator[None]:
         yield
 
 
-def inline_prepare(config: Config) -> Any:
-    """`recray.prepare` in this process; returns the record."""
+def inline_prepare(config: Config) -> DatasetRecord:
+    """`recray.prepare` in this process, with TIME_BINS bins of time."""
     from recray.data.prepare import prepare
 
-    with inline_ray():
+    with inline_ray(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "_TIME_BINS", TIME_BINS)
         return prepare(config)

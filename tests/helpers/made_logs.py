@@ -20,9 +20,6 @@ from hypothesis import strategies as st
 NOT_YET: frozenset[str] = frozenset(
     {
         "labels of duplicates",
-        "missing context columns",
-        "files without rows",
-        "partitions of mixed types",
     }
 )
 START = 18_518 * 86_400  # a midnight of 2020
@@ -81,6 +78,7 @@ class MadeLog:
     layout: str  # one folder, nested, glob, list
     odd_names: bool
     narrow: bool  # half of the files have int32 where the others have int64
+    absent: bool  # half of the files lack the first context column
     empty_file: bool
     flaw: str | None
     frames: list[pd.DataFrame] = field(default_factory=list)  # of each file, in the order in which files are read
@@ -140,6 +138,11 @@ class MadeLog:
             if column.partition:  # one value a file
                 values = [self._value(column) for _ in range(self.files)]
                 frame[column.inside] = pd.Series([values[i] for i in owner], dtype=object)
+        for column in self.context[:1]:
+            if self.absent and self.files > 1 and not column.partition:
+                values = frame[column.inside].tolist()
+                values = [None if number % 2 else value for number, value in zip(owner, values, strict=True)]
+                frame[column.inside] = pd.Series(values, dtype=object)
         self.frames = [frame[owner == i].reset_index(drop=True) for i in range(self.files)]
 
     def _value(self, column: Context) -> Any:
@@ -214,7 +217,7 @@ class MadeLog:
         if self.split == "given":
             columns[self.names["split"]] = pa.array(frame["split"].tolist(), pa.string())
         for column in self.context:
-            if not column.partition:
+            if not column.partition and not (self.absent and number % 2 and column is self.context[0]):
                 columns[column.name] = _typed(frame[column.inside].tolist(), column.type)
         if self.flaw and number == 0 and len(frame):
             self._spoil(columns)
@@ -414,6 +417,7 @@ def made_logs(draw: st.DrawFn) -> MadeLog:
         layout=draw(st.sampled_from(["folder", "nested", "glob", "list"])),
         odd_names=draw(st.booleans()),
         narrow=draw(st.booleans()),
+        absent=draw(st.booleans()),
         empty_file=draw(st.booleans()) and allowed("files without rows"),
         flaw=draw(st.sampled_from([None] * 8 + flaws)),
     )

@@ -131,29 +131,35 @@ def expected(
 
 def _rows(out: Expected, events: pd.DataFrame, known: set[Any], options: dict[str, Any]) -> None:
     """Step 4: for each split, the rows of users with targets in it."""
+    columns = {name: events[name].tolist() for name in events.columns}
+    of_user: dict[Any, list[int]] = {}
+    for i, user in enumerate(columns["user"]):
+        of_user.setdefault(user, []).append(i)
+    codes, chosen, item = columns["code"], columns["chosen"], columns["item"]
     for code, name in enumerate(SPLITS):
         rows: dict[Any, dict[str, list[Any]]] = {}
-        found = {"events": 0, "negatives": 0, "unknown_targets": 0}
-        for user, own in events.groupby("user", sort=False):
-            before = own["chosen"].cumsum() - own["chosen"]
-            target = (own["code"] == code) & (before >= options["min_history"])
-            if not target.any():
-                continue
-            row = own[target | ((own["code"] <= code) & own["chosen"])]
-            columns = {column: row[column].tolist() for column in row.columns}
-            columns["item"] = [item if item in known else None for item in columns["item"]]
-            columns["num_targets"] = [int(target.sum())]
-            rows[user] = columns
-            hit = own[target]
-            found["events"] += int(hit["chosen"].sum())
-            found["negatives"] += int((~hit["chosen"]).sum())
-            found["unknown_targets"] += int((hit["chosen"] & ~hit["item"].isin(known)).sum())
+        hits: list[int] = []
+        for user, own in of_user.items():
+            before, inside, targets = 0, [], []
+            for i in own:
+                if codes[i] == code and before >= options["min_history"]:
+                    targets.append(i)
+                    inside.append(i)
+                elif codes[i] <= code and chosen[i]:
+                    inside.append(i)
+                before += chosen[i]
+            if targets:
+                rows[user] = {column: [values[i] for i in inside] for column, values in columns.items()}
+                rows[user]["item"] = [item[i] if item[i] in known else None for i in inside]
+                rows[user]["num_targets"] = [len(targets)]
+                hits += targets
         out.rows[name] = rows
-        out.counts |= {f"events_{name}": found["events"], f"users_{name}": len(rows)}
-        if "label" in events:
-            out.counts[f"negatives_{name}"] = found["negatives"]
+        events_here = sum(chosen[i] for i in hits)
+        out.counts |= {f"events_{name}": events_here, f"users_{name}": len(rows)}
+        if "label" in columns:
+            out.counts[f"negatives_{name}"] = len(hits) - events_here
         if code:
-            out.counts[f"unknown_targets_{name}"] = found["unknown_targets"]
+            out.counts[f"unknown_targets_{name}"] = sum(chosen[i] and item[i] not in known for i in hits)
 
 
 # ---- features

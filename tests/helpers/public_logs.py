@@ -76,7 +76,7 @@ def _amazon_2018(r: _Rows) -> PublicLog:
     table = {
         "overall": r.whole(1, 6).astype(float),
         "verified": r.pick(True, False),
-        "reviewTime": [str(t) for t in seconds.astype("datetime64[s]")],
+        "reviewTime": [t.item().strftime("%m %d, %Y") for t in seconds.astype("datetime64[s]")],
         "reviewerID": r.users("A{}ZX"),
         "asin": r.ids(300, "B000{:05d}"),
         "reviewerName": r.users("Reader {}"),

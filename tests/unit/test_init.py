@@ -122,7 +122,7 @@ def test_features_of_side_tables_and_what_is_left_out(tmp_path: Path) -> None:
     for left in (
         "trace (every row has its own value)",
         "nothing (no values)",
-        "picture (binary: not readable as string)",
+        "picture (binary, holds bytes that are not UTF-8 text)",
         "embedding (lists of numbers: a vector)",
         "text (free text)",
         "slug (every row has its own value)",
@@ -217,22 +217,23 @@ def test_given_roles_that_cannot_play_them_are_questions(tmp_path: Path) -> None
     for role, name, said in (
         ("label", "rating", "cannot be the label: it runs from 1 to 5"),
         ("weight", "w", "cannot be the weight"),
-        ("user", "f", "it is double"),
+        ("user", "f", "f looks like the user, but it holds values that are not int64"),
     ):
         found = inferred(events, roles={role: name})
         assert said in found.questions[0] and _columns(found)[role] == name
 
 
-def test_times_as_text_are_a_question_unless_prepare_reads_them(tmp_path: Path) -> None:
-    stamps = [str(np.datetime64(1_600_000_000 + 977 * i, "s")) for i in range(600)]
-    found = inferred(_log(tmp_path / "e.parquet", ts=None, occurred=stamps))
+def test_iso_text_is_a_time_and_other_text_is_a_question(tmp_path: Path) -> None:
+    moments = [np.datetime64(1_600_000_000 + 977 * i, "s") for i in range(600)]
+    found = inferred(_log(tmp_path / "a.parquet", ts=None, occurred=[str(moment) for moment in moments]))
+    assert _columns(found)["timestamp"] == "occurred" and not found.questions
+    assert _prepared(found, tmp_path).has_time
+    american = [moment.item().strftime("%m/%d/%Y %I:%M:%S %p") for moment in moments]
+    found = inferred(_log(tmp_path / "b.parquet", ts=None, occurred=american))
     assert _columns(found)["timestamp"] == "occurred"
-    if found.questions:
-        assert "occurred is a time as text, '2020-09-13T12:26:40'" in found.questions[0]
-        with pytest.raises(DataError, match="occurred"):
-            _prepared(found, tmp_path)
-    else:
-        assert _prepared(found, tmp_path).has_time
+    assert "occurred holds text such as '09/13/2020 12:26:40 PM'" in found.questions[0]
+    with pytest.raises(DataError, match="occurred"):
+        _prepared(found, tmp_path)
 
 
 def test_several_files_partitions_and_rows_are_sampled(tmp_path: Path) -> None:
@@ -292,8 +293,8 @@ def test_broken_times_and_ids_are_questions(tmp_path: Path) -> None:
     for columns, said in (
         ({"ts": sentinel}, "ts holds 8589934592"),
         ({"ts": pa.array([None, *seconds[1:].tolist()])}, "1 null timestamps in 600 rows"),
-        ({"user_id": null}, "user_id looks like the user, but 1 of 600 sampled rows are null"),
-        ({"user_id": np.arange(600) / 1.0}, "user_id looks like the user, but it is double"),
+        ({"user_id": null}, "user_id looks like the user, but it has 1 null ids in 600 rows"),
+        ({"user_id": np.arange(600) / 2}, "user_id looks like the user, but it holds values that are not int64"),
     ):
         found = inferred(_log(tmp_path / "e.parquet", **columns))
         assert said in "".join(found.questions)

@@ -10,21 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from helpers.inline_tasks import inline_prepare
+from helpers.inline_tasks import TIME_BINS, inline_prepare
 from helpers.made_logs import MadeLog, made_logs
 from helpers.pandas_prepare import SPLITS, Bounds, Expected, Refused, encoded, expected
 from recray.config import parse_config
-from recray.data import partition
 from recray.data.dataset import PreparedDataset
 from recray.errors import RecrayError
 from recray.records import DatasetRecord
 
-BINS = 20_000  # instead of a million, which cost more than all else of a small log
-
 
 def same_as_pandas(log: MadeLog) -> None:
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition, "_TIME_BINS", BINS)
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = parse_config(log.write(folder))
         try:
@@ -79,7 +75,7 @@ def check_bounds(log: MadeLog, record: DatasetRecord) -> None:
     events, _ = kept(log)
     time = np.sort(events["time"].to_numpy(dtype=np.int64))
     valid, test, end = (record.split[key] for key in ("valid_start", "test_start", "end"))
-    bin_width = (time[-1] + 1 - time[0]) / BINS + 1
+    bin_width = (time[-1] + 1 - time[0]) / TIME_BINS + 1
     assert end == time[-1] + 1 and valid <= test <= end
     for start, until in ((test, end), (valid, test)):
         inside = int(((start <= time) & (time < until)).sum())
