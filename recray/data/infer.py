@@ -276,19 +276,19 @@ def _model(roles: Roles) -> list[str]:
             "                         # two_tower and sasrec learn from chosen rows and find items in the whole catalogue",
             "dim = 16",
         ]
-        batch = 1024
+        batch = _batch(sample.total_rows, 1024)
     elif "timestamp" in roles.columns and per_user >= _REPEATS:
         model = [
             f'name = "sasrec"          # reads the order of events, about {per_user:.0f} per user; two_tower also reads features',
             "dim = 64",
         ]
-        batch = 128
+        batch = _batch(sample.total_rows / per_user, 256)  # a row is a user's whole list
     else:
         model = ['name = "two_tower"       # or "sasrec", where users have many events in order', "dim = 64"]
         model += [] if "timestamp" in roles.columns else ['history = "others"       # the log has no times']
-        batch = 1024
+        batch = _batch(sample.total_rows, 1024)
     lines = ["", "[model]", *model, "history_length = 50"]
-    if batch == 128 and sample.total_rows / max(_per_value(sample, roles.columns["item"]), 1) < _FEW_ITEMS:
+    if "sasrec" in model[0] and sample.total_rows / max(_per_value(sample, roles.columns["item"]), 1) < _FEW_ITEMS:
         lines += [
             "",
             "[loss]",
@@ -310,6 +310,11 @@ def _model(roles: Roles) -> list[str]:
         "num_workers = 1          # a single one without a cluster is this process",
         "use_gpu = false",
     ]
+
+
+def _batch(rows: float, most: int) -> int:
+    """A power of two that gives an epoch of these training rows about 50 steps, where `most` would give fewer."""
+    return int(min(most, max(16, 2 ** int(np.log2(max(rows / 50, 1))))))
 
 
 def _per_value(sample: Sample, name: str) -> float:

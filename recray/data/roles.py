@@ -127,6 +127,7 @@ def _noun_rank(column: Column, role: str) -> tuple[int, ...] | None:
     if not (column.is_text or column.is_number) or column.is_bool or (column.free_text and role == "user"):
         return None
     parts = [piece for word in words(column.name) for piece in _unglued(word, role)]
+    bare = parts[-1:] != [] and parts[-1] not in names.ID_WORDS
     while len(parts) > 1 and parts[-1] in names.ID_WORDS:
         parts.pop()
     called = len(parts) > 1 and parts[-1] in ("name", "title")
@@ -135,7 +136,9 @@ def _noun_rank(column: Column, role: str) -> tuple[int, ...] | None:
         exact = text == noun
         if exact or text.endswith(f"_{noun}"):
             late = role == "user" and noun in names.LATE_USERS
-            return (int(column.nulls > 0), int(column.all_unique), int(late), int(called), int(not exact), rank)
+            return tuple(
+                map(int, (column.nulls > 0, column.all_unique, late, called, not exact, rank, bare, column.partition))
+            )
     return None
 
 

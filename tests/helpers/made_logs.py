@@ -421,3 +421,112 @@ def made_logs(draw: st.DrawFn) -> MadeLog:
         empty_file=draw(st.booleans()) and allowed("files without rows"),
         flaw=draw(st.sampled_from([None] * 8 + flaws)),
     )
+
+
+# ---- any schema, for `recray init`
+
+_COLUMNS: dict[str, Callable[[np.random.Generator, int], Any]] = {
+    "few": lambda rng, n: rng.integers(0, 6, n),
+    "many": lambda rng, n: rng.integers(0, 2**62, n),
+    "keys": lambda rng, n: np.arange(n),
+    "small": lambda rng, n: pa.array(rng.integers(0, 100, n).tolist(), pa.uint8()),
+    "real": lambda rng, n: rng.normal(size=n),
+    "whole": lambda rng, n: rng.integers(0, 30, n).astype(float),
+    "zero or one": lambda rng, n: rng.integers(0, 2, n),
+    "bool": lambda rng, n: rng.integers(0, 2, n).astype(bool),
+    "ratings": lambda rng, n: rng.integers(1, 6, n),
+    "text": lambda rng, n: [f"v{i}" for i in rng.integers(0, 9, n)],
+    "prose": lambda rng, n: [f"row {i} says at some length what happened in it" for i in range(n)],
+    "hashes": lambda rng, n: [f"{i:032x}" for i in rng.integers(0, 2**60, n)],
+    "iso": lambda rng, n: [str(np.datetime64(int(i), "s")) for i in rng.integers(START, START + 90 * DAY, n)],
+    "american": lambda rng, n: [f"{i % 12 + 1}/{i % 28 + 1}/2020 9:05:58 AM" for i in rng.integers(0, 999, n)],
+    "seconds": lambda rng, n: rng.integers(START, START + 90 * DAY, n),
+    "milliseconds": lambda rng, n: rng.integers(START, START + 90 * DAY, n) * 1_000,
+    "stamp": lambda rng, n: (
+        pa.array(rng.integers(START, START + 90 * DAY, n)).cast(pa.timestamp("s")).cast(pa.timestamp("ns"))
+    ),
+    "date": lambda rng, n: pa.array(rng.integers(19_000, 19_090, n).astype(np.int32)).cast(pa.date32()),
+    "clock": lambda rng, n: pa.array(rng.integers(0, DAY, n).astype(np.int32)).cast(pa.time32("s")),
+    "decimal": lambda rng, n: pa.array(rng.integers(0, 99, n)).cast(pa.decimal128(38, 0)),
+    "dictionary": lambda rng, n: pa.array([f"d{i}" for i in rng.integers(0, 9, n)]).dictionary_encode(),
+    "tags": lambda rng, n: [[f"t{k}" for k in range(i)] for i in rng.integers(0, 4, n)],
+    "vector": lambda rng, n: pa.array(rng.normal(size=(n, 8)).tolist(), pa.list_(pa.float32())),
+    "bytes": lambda rng, n: pa.array([b"\xff\xfe" + bytes([i]) for i in rng.integers(0, 255, n)], pa.binary()),
+    "struct": lambda rng, n: [{"a": int(i)} for i in rng.integers(0, 9, n)],
+    "nulls": lambda rng, n: pa.nulls(n),
+    "typed nulls": lambda rng, n: pa.nulls(n, pa.float64()),
+    "constant": lambda rng, n: ["x"] * n,
+}
+_ROLE_NAMES = [
+    "user_id",
+    "visitorid",
+    "session",
+    "itemId",
+    "sku",
+    "ad id",
+    "timestamp",
+    "created_at",
+    "date",
+    "label",
+    "clicked",
+    "weight",
+]
+_ROLE_NAMES += ["rating", "position", "event", "split", "id", "key", "time", "user", "item", "count"]
+
+
+@dataclass(frozen=True)
+class Schema:
+    seed: int
+    rows: int
+    files: int
+    usual: bool  # user_id, item_id and a time are among the columns
+    columns: dict[str, str]  # name -> kind of values
+    nulls: frozenset[str]
+    partition: str | None
+
+    def write(self, folder: Path) -> str:
+        rng = np.random.default_rng(self.seed)
+        usual: dict[str, Any] = {}
+        if self.usual:
+            usual = {
+                "user_id": rng.integers(0, 12, self.rows),
+                "item_id": rng.integers(0, 30, self.rows),
+                "ts": _COLUMNS["seconds"](rng, self.rows),
+            }
+        made = {name: pa.array(_COLUMNS[kind](rng, self.rows)) for name, kind in self.columns.items()}
+        for name in self.nulls:
+            gone = pa.array(rng.random(self.rows) < 0.2)
+            made[name] = pa.array(
+                [None if out else v for out, v in zip(gone.to_pylist(), made[name].to_pylist(), strict=True)],
+                made[name].type,
+            )
+        table = pa.table(made | usual)
+        step = -(-self.rows // self.files)
+        for i in range(self.files):
+            inside = folder / "log" / (f"{self.partition}={i}" if self.partition else "")
+            inside.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table.slice(i * step, step), inside / f"{i}.parquet", row_group_size=50)
+        return str(folder / "log")
+
+
+@st.composite
+def schemas(draw: st.DrawFn) -> Schema:
+    any_name = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+    usual = draw(st.booleans())
+    names = draw(
+        st.lists(st.one_of(st.sampled_from(_ROLE_NAMES), any_name), min_size=0 if usual else 1, max_size=8, unique=True)
+    )
+    taken = {"user_id", "item_id", "ts"} if usual else set()
+    columns = {name: draw(st.sampled_from(list(_COLUMNS))) for name in names if name not in taken}
+    plain = [name for name, kind in columns.items() if kind not in ("dictionary", "nulls", "struct", "vector", "tags")]
+    nulls = frozenset(draw(st.lists(st.sampled_from(plain), max_size=2))) if plain else frozenset()
+    partition = draw(st.sampled_from([None, None, "day", "user"]))
+    return Schema(
+        draw(st.integers(0, 2**32 - 1)),
+        draw(st.integers(60, 300)),
+        draw(st.integers(1, 5)),
+        usual,
+        columns,
+        nulls,
+        None if partition in columns else partition,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from helpers.inline_tasks import TIME_BINS, inline_prepare
-from helpers.made_logs import MadeLog, made_logs
+from helpers.made_logs import MadeLog, Schema, made_logs, schemas
 from helpers.pandas_prepare import SPLITS, Bounds, Expected, Refused, encoded, expected
 from recray.config import parse_config
 from recray.data.dataset import PreparedDataset
+from recray.data.infer import inferred
 from recray.errors import RecrayError
 from recray.records import DatasetRecord
 
@@ -162,3 +164,35 @@ def test_prepare_agrees_with_pandas(log: MadeLog) -> None:
 @given(made_logs())
 def test_prepare_agrees_with_pandas_on_2000_logs(log: MadeLog) -> None:
     same_as_pandas(log)
+
+
+def prepare_accepts_what_init_writes(schema: Schema) -> None:
+    """Without open questions prepare accepts the file as it is; with some, the file still loads."""
+    with tempfile.TemporaryDirectory() as name:
+        found = inferred(schema.write(Path(name)))
+        table = tomllib.loads(found.toml)
+        table["run"]["output"] = f"{name}/runs"
+        config = parse_config(table)
+        roles = [table["data"]["columns"].get(role) for role in ("user", "item", "timestamp")]
+        if schema.usual:
+            assert not {None, "?"} & set(roles), roles
+        try:
+            record = inline_prepare(config)
+            assert record.counts["events_read"] == schema.rows
+        except RecrayError as error:
+            # What a few rows cannot show: a split without events of one kind, all of whose rows are negatives, say.
+            assert found.questions or "no event" in str(error), str(error)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(schemas())
+def test_prepare_accepts_what_init_writes(schema: Schema) -> None:
+    prepare_accepts_what_init_writes(schema)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)
+@settings(max_examples=1_000, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
+@given(schemas())
+def test_prepare_accepts_what_init_writes_for_1000_schemas(schema: Schema) -> None:
+    prepare_accepts_what_init_writes(schema)
