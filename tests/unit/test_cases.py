@@ -129,15 +129,14 @@ for _name in ("code", "bucket", "time", "order", "label", "split", "item", "coun
             assert [sorted(feature.vocabulary or []) for feature in dataset.record.features] == [[0, 1, 2]]
 
 
-for _name in ("type", "items", "keys", "price.usd", "float"):
-
-    @case(f"a feature called {_name!r} trains")
-    def _(desk: Desk, name: str = _name) -> None:
-        items = desk.file("items.parquet", {"item_id": np.arange(40), name: np.arange(40) % 4})
-        data = {"items": items, "columns": {"context": [name]}}
-        config = desk.config(desk.log(**{name: np.arange(ROWS) % 5}), **data)
-        inline_prepare(config)
-        assert recray.train(config).history
+@case("features called type, items, keys, float and price.usd train")
+def _(desk: Desk) -> None:
+    names = ["type", "items", "keys", "float", "price.usd"]
+    items = desk.file("items.parquet", {"item_id": np.arange(40), **{name: np.arange(40) % 4 for name in names}})
+    log = desk.log(**{name: np.arange(ROWS) % 5 for name in names})
+    config = desk.config(log, items=items, columns={"context": names})
+    inline_prepare(config)
+    assert recray.train(config).history
 
 
 @case("two columns of one name are named")
