@@ -12,12 +12,13 @@ NOUNS = {
     "user": _words(
         """user uid customer cust visitor fullvisitor reviewer member client account subscriber consumer buyer shopper viewer
         listener reader player guest person profile learner student household login username steam uuid rater author
-        anonymous cookie device session"""
+        anonymous 用户 会员 cookie device session"""
     ),
     "item": _words(
         """item product sku parent_asin asin article movie film video vod track song music book isbn game app podcast show
         series anime recipe course job listing offer adgroup ad creative campaign news story post stream business poi venue
-        place hotel restaurant location stock merchandise goods good aid iid content document doc page artist album title"""
+        place hotel restaurant location stock merchandise goods good aid iid content document doc page artist album title 商品
+        物品 视频 文章"""
     ),
 }
 LATE_USERS = {"author", "cookie", "device", "session"}

@@ -239,7 +239,7 @@ def _time_kind(column: Column) -> int | None:
             known or (name[-1:] not in (["id"], ["ids"], ["uuid"]) and _share_within(column, unit, 1995, 2040) == 1)
         ):
             return 1
-        if unit is None and known and column.is_integer and column.distinct > 1:
+        if unit is None and "_".join(name) in names.TIMES and column.is_integer and column.distinct > 1:
             return 4
     if column.is_text and _share(column, _DATES) > 0.95:
         return 2 if _unit(column) else 3
