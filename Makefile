@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check test test-unit test-slow test-ray format clean
+.PHONY: help venv demo check test test-unit test-slow cases test-ray format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
 	@echo "make test       install into .venv and run the tests      make test-unit   those without Ray"
-	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-slow  the tests that take minutes        make cases  logs that other tools failed on, one line each"
 	@echo "make test-ray VERSION=2.59.0   the tests that use Ray, on another version of it"
 	@echo "make check      ruff, mypy, import contracts              make format      ruff format"
 
@@ -35,6 +35,9 @@ test: venv
 
 test-unit: venv
 	$(BIN)/python -m pytest tests/unit -m "not slow"
+
+cases: venv
+	$(BIN)/python -m pytest tests/unit/test_cases.py -vv
 
 test-slow: venv
 	$(BIN)/python tests/run.py --slow

@@ -60,11 +60,29 @@ def init(
     ],
     items: Annotated[str | None, typer.Option(help="Parquet table of item features")] = None,
     users: Annotated[str | None, typer.Option(help="Parquet table of user features")] = None,
+    user: Annotated[str | None, typer.Option(help="column of the user id, where it is not found")] = None,
+    item: Annotated[str | None, typer.Option(help="column of the item id")] = None,
+    time: Annotated[str | None, typer.Option(help="column of the event time")] = None,
+    label: Annotated[str | None, typer.Option(help="column of 1 = chosen, 0 = shown and not chosen")] = None,
+    weight: Annotated[str | None, typer.Option(help="column of the event's weight")] = None,
 ) -> None:
-    """Print a commented configuration inferred from Parquet files, to be edited."""
-    from recray.data.infer import infer
+    """Print a commented configuration inferred from Parquet files, to be edited.
 
-    typer.echo(infer(uri, items=items, users=users), nl=False)
+    It is always printed: a role that is not clear is written as "?" with candidates. Open questions stand on standard
+    error, and the exit code is then 2.
+    """
+    from recray.data.infer import inferred
+
+    found = inferred(
+        uri, items, users, {"user": user, "item": item, "timestamp": time, "label": label, "weight": weight}
+    )
+    _result("init", "configuration", found.toml.rstrip("\n"), vars(found))
+    for note in found.notes:
+        log.warning("init", note)
+    for question in found.questions:
+        log.error("init", question, event="question")
+    if found.questions:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -3,8 +3,9 @@
 Items, users and the values of categorical features have integer ids of one layout:
 
     0           PAD: padding; the missing value of a feature
-    1           UNKNOWN: not in the vocabulary that was built from the training split
-    2, 3, ...   real items (users, values); items are in order of falling training count
+    1           UNKNOWN: not in the vocabulary that a model was trained with
+    2, 3, ...   real items (users, values): those of the training split by falling count, then those that the validation
+                split adds, which only a model that is refitted on both splits knows
 
 An item table of 1,000 items therefore has 1,002 rows, and row i describes item id i.
 """

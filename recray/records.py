@@ -111,6 +111,7 @@ class Feature(Part):
     role: Role
     kind: Literal["categorical", "list", "numeric"]  # what a model sees; numbers between quantiles are categories
     cardinality: int = 0  # categorical, list: embedding rows incl. 0 (missing) and 1 (unknown)
+    new_values: int = 0  # ids from `cardinality` on: values that only the validation split adds, for a refit
     mean: float = 0.0  # numeric: fitted on train, applied; missing becomes 0 = the mean
     std: float = 1.0
     log: bool = False  # numeric: sign(x) log(1 + |x|) first
@@ -139,6 +140,7 @@ class DatasetRecord(Record):
 
     fingerprint: str  # of the input files
     num_items: int  # rows of the item table: real items + NUM_RESERVED
+    new_items: int = 0  # ids from `num_items` on: items that only the validation split adds, for a refit
     num_users: int  # largest user id + 1: real users + NUM_RESERVED
     counts: dict[str, int]  # events and users read, dropped (by reason), and in each split
     features: list[Feature] = []
@@ -148,6 +150,14 @@ class DatasetRecord(Record):
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
     has_time: bool = True
+
+    def refitted(self) -> DatasetRecord:
+        """The record as a refit sees it: items and values that the validation split adds are among the others."""
+        features = [
+            f.model_copy(update={"cardinality": f.cardinality + f.new_values, "new_values": 0}) for f in self.features
+        ]
+        update = {"num_items": self.num_items + self.new_items, "new_items": 0, "features": features}
+        return self.model_copy(update=update)
 
     @property
     def labelled(self) -> bool:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import hashlib
 import json
 import os
 import posixpath
+import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -27,9 +28,8 @@ import pyarrow.parquet as pq
 from recray import strict_json
 from recray.errors import DataError, StorageError
 
-_GLOB = "*?["
 _PART_BYTES = 16 << 20  # copied at a time
-_TAIL_BYTES = 65_536  # a Parquet footer with its statistics lies in a file's tail
+_HASHED_BYTES = 4 << 30  # local inputs up to this size are hashed whole: about a second per GB and core
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class FileInfo:
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a location and the path inside it."""
+    uri = re.sub(r"^s3[an]://", "s3://", uri)  # Hadoop's names of the same store
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     with _errors(uri, "opened"):
         if scheme in ("", "file"):
-            return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
+            return pafs.LocalFileSystem(), local_path(uri)
         if scheme == "s3":
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             if endpoint and "?" not in uri:
@@ -56,54 +57,82 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     raise StorageError(f"cannot open {uri!r}: the scheme '{scheme}://' is not known; use a local path, s3:// or gs://")
 
 
+def local_path(location: str) -> str:
+    """The absolute path of a local location: a path, which may begin with ~, or a file: URI with percent codes."""
+    if location.startswith("file:/"):
+        location = unquote(location.removeprefix("file:").removeprefix("//").removeprefix("localhost"))
+    return os.path.abspath(os.path.expanduser(location))
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri` and `parts` with single slashes between them."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def exists(uri: str) -> bool:
+def look(uri: str) -> tuple[Literal["file", "folder", "nothing"], int]:
+    """What is there, and the bytes of a file."""
     system, path = resolve(uri)
     with _errors(uri, "looked at"):
-        return bool(system.get_file_info(path).type != pafs.FileType.NotFound)
-
-
-def list_files(location: str | Sequence[str], suffix: str = ".parquet") -> list[FileInfo]:
-    """Files of a file, folder (recursive), glob or list of these, in a fixed order.
-
-    Names that begin with '_' or '.' are skipped, as Spark's markers are.
-    Raises StorageError when nothing is found.
-    """
-    if not isinstance(location, str):
-        return [info for one in location for info in list_files(one, suffix)]
-    base = location
-    if any(mark in location for mark in _GLOB):
-        head = location[: min(location.index(mark) for mark in _GLOB if mark in location)]
-        base = head.rpartition("/")[0] or ("." if not head.startswith("/") else "/")
-    system, path = resolve(base)
-    with _errors(location, "listed"):
         info = system.get_file_info(path)
-        if info.type == pafs.FileType.File:
-            return [FileInfo(location, info.size)]
-        if info.type == pafs.FileType.NotFound:
-            raise StorageError(f"{location} does not exist: give a Parquet file, a folder, a glob or a list of them")
+    if info.type == pafs.FileType.NotFound:
+        return "nothing", 0
+    return ("folder", 0) if info.type == pafs.FileType.Directory else ("file", info.size or 0)
+
+
+def exists(uri: str) -> bool:
+    return look(uri)[0] != "nothing"
+
+
+def list_files(folder: str, suffix: str = ".parquet") -> list[FileInfo]:
+    """The files directly in a folder that recray wrote, sorted by name."""
+    system, path = resolve(folder)
+    with _errors(folder, "listed"):
+        found = system.get_file_info(pafs.FileSelector(path))
+    names = sorted(entry.base_name for entry in found if entry.type == pafs.FileType.File)
+    return [FileInfo(join(folder, name), 0) for name in names if name.endswith(suffix)]
+
+
+def walk(folder: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int, str]], list[str]]:
+    """All files below a folder as (path inside it, bytes, path without links), and the links that lead back to a folder above.
+
+    Links are followed. enter: whether to look into a folder, by its path inside `folder`; for local folders.
+    """
+    system, path = resolve(folder)
+    with _errors(folder, "listed"):
+        if isinstance(system, pafs.LocalFileSystem):
+            return _walk_local(path, enter)
         found = system.get_file_info(pafs.FileSelector(path, recursive=True))
     prefix = path.rstrip("/") + "/"
-    _, pattern = resolve(location) if base != location else (system, None)
-    files = []
-    for entry in sorted(found, key=lambda entry: entry.path):
-        inside = entry.path.removeprefix(prefix)
-        hidden = any(part.startswith(("_", ".")) for part in inside.split("/"))
-        if entry.type != pafs.FileType.File or hidden or not entry.path.endswith(suffix):
-            continue
-        if (
-            pattern is None
-            or fnmatch.fnmatchcase(entry.path, pattern)
-            or fnmatch.fnmatchcase(entry.path, f"{pattern}/*")
-        ):
-            files.append(FileInfo(join(base, inside), entry.size))
-    if not files:
-        raise StorageError(f"no '*{suffix}' files in {location} ({len(found)} other entries): check the path")
-    return files
+    files = [entry for entry in found if entry.type == pafs.FileType.File]
+    return [(one.path.removeprefix(prefix), one.size, join(folder, one.path.removeprefix(prefix))) for one in files], []
+
+
+def _walk_local(root: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int, str]], list[str]]:
+    files: list[tuple[str, int, str]] = []
+    links_back: list[str] = []
+    to_list: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]  # and the real paths that lead there
+    while to_list:
+        inside, above = to_list.pop()
+        with os.scandir(os.path.join(root, inside)) as entries:
+            for entry in entries:
+                name = os.path.join(inside, entry.name)
+                linked = entry.is_symlink()
+                real = os.path.realpath(entry.path) if linked else os.path.join(above[-1], entry.name)
+                if not entry.is_dir():
+                    # A broken link is a file, so that reading it fails and names it.
+                    size = entry.stat().st_size if not linked or os.path.exists(real) else 0
+                    files.append((name, size, real))
+                elif linked and any(f"{one}/".startswith(f"{real.rstrip('/')}/") for one in above):
+                    links_back.append(name)
+                elif enter(name):
+                    to_list.append((name, (*above, real)))
+    return files, links_back
+
+
+def real_path(uri: str) -> str:
+    """What two names of one file have in common: the path without links; the URI itself on an object store."""
+    system, path = resolve(uri)
+    return os.path.realpath(path) if isinstance(system, pafs.LocalFileSystem) else uri
 
 
 def list_folders(uri: str) -> list[str]:
@@ -227,19 +256,52 @@ def delete_empty_folder(uri: str) -> None:
             os.rmdir(path)
 
 
+@contextlib.contextmanager
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; the checksums of its pages are verified where it has them.
+
+    Raises DataError if the file is damaged, encrypted or no Parquet file, StorageError if it cannot be read.
+    """
+    system, path = resolve(uri)
+    try:
+        with system.open_input_file(path) as stream:
+            yield pq.ParquetFile(stream, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        # Arrow reports damaged pages and footers as OSError without an errno.
+        if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+            raise StorageError(f"{uri} cannot be read: {error}; check the path and the credentials") from error
+        reason = str(error).splitlines()[0]
+        if "decrypt" in reason:
+            raise DataError(
+                f"{uri} is encrypted ({reason}): recray has no keys; write a copy without encryption"
+            ) from error
+        kind = "truncated or corrupt"
+        if "CRC" in reason:
+            kind = "changed after it was written: the checksum of a page does not match"
+        elif "size is 0 bytes" in reason:
+            kind = "empty: 0 bytes"
+        elif "magic bytes" in reason and not _begins_as_parquet(system, path):
+            kind = "another format: it does not begin with PAR1"
+        raise DataError(
+            f"{uri} is not a whole Parquet file ({kind}): {reason}; write it again or take it out"
+        ) from error
+
+
+def _begins_as_parquet(system: pafs.FileSystem, path: str) -> bool:
+    with system.open_input_file(path) as stream:
+        return bytes(stream.read(4)) == b"PAR1"
+
+
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file. Raises DataError naming the file when it is not whole."""
-    system, path = resolve(uri)
-    with _errors(uri, "read"), system.open_input_file(path) as file:
-        return pq.ParquetFile(file).read(columns=columns, use_threads=False)
+    with open_parquet(uri) as file:
+        return file.read(columns=columns, use_threads=False)
 
 
 def read_schema(uri: str) -> tuple[pa.Schema, int]:
     """Schema and number of rows from a Parquet file's footer."""
-    system, path = resolve(uri)
-    with _errors(uri, "read"), system.open_input_file(path) as file:
-        parquet = pq.ParquetFile(file)
-        return parquet.schema_arrow, parquet.metadata.num_rows
+    with open_parquet(uri) as file:
+        return file.schema_arrow, file.metadata.num_rows
 
 
 def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None:
@@ -257,20 +319,44 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
             compression="zstd",
             use_dictionary=repeated,
             row_group_size=max(1, row_group_rows),
+            write_page_checksum=True,
         )
 
 
-def fingerprint(files: Sequence[FileInfo]) -> str:
-    """SHA-256 over names, sizes and tails (Parquet footers) of files: changes when any file does."""
+def fingerprint(files: Sequence[FileInfo]) -> tuple[str, str]:
+    """SHA-256 that changes when a file, its name or the order of files does; and what it was made from, in words.
+
+    Local files of up to 4 GB in all are hashed whole, so that a copy elsewhere has the same fingerprint. Larger ones are
+    known by size, inode and times: a rewritten file has a new change time, whatever its modification time was set to.
+    In an object store a file is known by its size and ETag, or by its modification time where there is none.
+    """
+    hashed = sum(info.size for info in files) <= _HASHED_BYTES
+    with ThreadPoolExecutor(16) as pool:
+        states = list(pool.map(lambda info: _state(info.uri, hashed), files))
+    shared = os.path.commonprefix([info.uri for info in files])  # noqa: RUF071 - cut to a folder below
+    root = posixpath.dirname(shared)
     digest = hashlib.sha256()
-    root = posixpath.commonpath([info.uri for info in files]) if len(files) > 1 else posixpath.dirname(files[0].uri)
-    for info in files:
-        digest.update(f"{posixpath.relpath(info.uri, root)}\0{info.size}\0".encode())
-        system, path = resolve(info.uri)
-        with _errors(info.uri, "read"), system.open_input_file(path) as file:
-            tail = min(_TAIL_BYTES, info.size)
-            digest.update(file.read_at(tail, info.size - tail))
-    return digest.hexdigest()
+    for info, (_, state) in zip(files, states, strict=True):
+        # Partitions above the first file that differs are values of columns, too.
+        partitions = [part for part in root.split("/") if "=" in part]
+        digest.update(json.dumps([info.uri.removeprefix(root), partitions, info.size, state]).encode())
+    return digest.hexdigest(), " and ".join(dict.fromkeys(kind for kind, _ in states))
+
+
+def _state(uri: str, hashed: bool) -> tuple[str, str]:
+    """(what a file's state is known by, its state)."""
+    system, path = resolve(uri)
+    with _errors(uri, "read"):
+        if not isinstance(system, pafs.LocalFileSystem):
+            with system.open_input_file(path) as file:
+                tags = {key.lower(): value for key, value in (file.metadata() or {}).items()}
+            tag = tags.get("etag")
+            return ("ETag", tag.decode()) if tag else ("modification time", str(system.get_file_info(path).mtime_ns))
+        if not hashed:
+            stat = os.stat(path)
+            return "inode and times", f"{stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        with open(path, "rb") as stream:
+            return "content", hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_writable(uri: str) -> None:
@@ -296,10 +382,8 @@ def _errors(uri: str, done: str) -> Iterator[None]:
     """Every failure below names the location."""
     try:
         yield
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{uri} is not a whole Parquet file: {error}; write it again or leave it out") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise StorageError(f"disk full: {uri} cannot be {done}; free space or set run.output elsewhere") from error
         raise StorageError(f"{uri} cannot be {done}: {error}") from error
 

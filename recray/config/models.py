@@ -57,7 +57,7 @@ class SasrecOptions(ModelOptions):
     layers: int = Field(2, ge=1, description="number of transformer blocks")
     heads: int = Field(1, ge=1, description="number of attention heads; model.dim must be divisible by it")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout of embeddings, attention output and feed-forward part")
-    feed_forward: Literal["mlp", "gated"] = Field("mlp", description="GELU MLP, or the gated SwiGLU block of eSASRec")
+    feed_forward: Literal["mlp", "gated"] = Field("mlp", description="GELU MLP, or a gated one (SwiGLU)")
     expansion: int = Field(4, ge=1, description="width of the feed-forward part as a multiple of model.dim")
     normalize: bool = Field(
         False, description="scale vectors to length 1, so that scores are cosines (use loss.temperature of 0.05 to 0.2)"

@@ -96,7 +96,8 @@ class TrainingConfig(Section):
         description="age before validation at which an event's weight in the loss is halved, e.g. 12h; for items that age fast",
     )
     refit: bool = Field(
-        False, description="retrain on train and validation events for the best number of epochs, and keep that model"
+        False,
+        description="retrain on train and validation events, and the items that those add, for the best number of epochs, and keep that model",
     )
     metric: str = Field(
         "ndcg@10",

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recray import storage
 from recray.artifacts import Run
-from recray.records import DatasetRecord
+from recray.ids import UNKNOWN
+from recray.records import CheckpointRecord, DatasetRecord
 
 
 @dataclass(frozen=True)
 class PreparedDataset:
+    """A prepared dataset as a model knows it: the items and values of features of the train split, or, for a refit, also
+    those that the validation split adds. Everything else reads as UNKNOWN."""
+
     uri: str
-    record: DatasetRecord
+    record: DatasetRecord  # with the sizes of what is known
+    refit: bool = False
 
     @staticmethod
     def open(uri: str) -> PreparedDataset:
@@ -29,6 +35,14 @@ class PreparedDataset:
         artifact = run.dataset()
         return PreparedDataset(artifact.uri, artifact.record)
 
+    def refitted(self) -> PreparedDataset:
+        """The dataset as a refit knows it."""
+        return replace(self, record=self.record.refitted(), refit=True)
+
+    def known_to(self, model: CheckpointRecord) -> PreparedDataset:
+        """The dataset as a published model knows it."""
+        return self.refitted() if model.config["training"]["refit"] else self
+
     def file_uri(self, file: str) -> str:
         """The location of a shard's `file`."""
         return storage.join(self.uri, file)
@@ -36,23 +50,49 @@ class PreparedDataset:
     def iter_tables(self, split: str) -> Iterator[pa.Table]:
         """One table of user rows per shard."""
         for shard in self.record.shards.get(split, []):
-            yield storage.read_table(self.file_uri(shard.file))
+            yield self.read(shard.file)
+
+    def read(self, file: str) -> pa.Table:
+        """The user rows of one shard."""
+        return self.known(storage.read_table(self.file_uri(file)))
+
+    def known(self, table: pa.Table) -> pa.Table:
+        """User rows as a shard stores them with UNKNOWN in place of what is not known here."""
+        return self._masked(table, {"item": self.record.num_items} if self.record.new_items else {})
 
     def iter_early(self, split: str) -> Iterator[pa.Table]:
         """Events of a split that are no targets, since their users have too few events before them (data.min_history):
         one table for each file, of user rows that hold nothing else."""
         for file in self.record.early.get(split, []):
-            yield storage.read_table(self.file_uri(file))
+            yield self.read(file)
 
     def items(self) -> pa.Table:
         """Columns item (the original key), count and encoded features; row i is item id i."""
-        return storage.read_table(storage.join(self.uri, "items.parquet"))
+        table = storage.read_table(storage.join(self.uri, "items.parquet")).slice(0, self.record.num_items)
+        if "count_valid" in table.column_names:  # else prepared before there was that column
+            count = pc.add(table["count"], table["count_valid"]) if self.refit else table["count"]
+            table = table.set_column(table.column_names.index("count"), "count", count).drop_columns(["count_valid"])
+        return self._masked(table, {})
 
     def item_counts(self) -> np.ndarray:
-        """(N,) int64 training events of each item id; 0 for PAD and UNKNOWN."""
+        """(N,) int64 training events of each item id, for a refit those of validation too; 0 for PAD and UNKNOWN."""
         return np.asarray(self.items()["count"].to_numpy())
 
     def user_keys(self) -> pa.Table:
         """Columns user_id and user (the original key), one row per user."""
         files = storage.list_files(storage.join(self.uri, "users"))
         return pa.concat_tables([storage.read_table(info.uri) for info in files])
+
+    def _masked(self, table: pa.Table, sizes: Mapping[str, int]) -> pa.Table:
+        """The table with UNKNOWN in place of ids from `sizes[column]` on, and of values of features that are not known."""
+        columns = {f.column: f.cardinality for f in self.record.features if f.new_values}
+        for name, size in {**sizes, **columns}.items():
+            if name not in table.column_names:
+                continue
+            column = table[name].combine_chunks()
+            lists = pa.types.is_list(column.type)
+            values = column.values if lists else column
+            kept = pc.if_else(pc.less(values, size), values, pa.scalar(UNKNOWN, values.type))
+            column = pa.ListArray.from_arrays(column.offsets, kept, type=column.type) if lists else kept
+            table = table.set_column(table.column_names.index(name), name, column)
+        return table

@@ -1,6 +1,7 @@
 """Encoding of feature columns as numbers: fitted once on the train events, applied in every task.
 
-categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value;
+categorical, list   int32 ids: 0 missing, 1 unknown (rarer than min_count or never seen), 2.. by falling count, ties by value,
+                    then in the same order the values that the validation split adds, for a refit;
                     nulls inside lists are dropped, so that [a, null] is [a]
                     hashed: 0 missing, 2 + hash of the value modulo hash_buckets; nothing is unknown
 numeric             float32, (x - mean) / std with both from the fitted data, cut off at +-10; null, NaN and infinite
@@ -10,6 +11,8 @@ numeric             float32, (x - mean) / std with both from the fitted data, cu
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -103,8 +106,11 @@ def sentinel(feature: Feature, counts: pa.Table) -> str | None:
     return None
 
 
-def fit(name: str, role: Role, config: FeatureConfig, counts: pa.Table) -> Feature:
-    """Fit a feature to the statistics of all rows."""
+def fit(name: str, role: Role, config: FeatureConfig, counts: pa.Table, added: pa.Table | None = None) -> Feature:
+    """Fit a feature to the statistics of all rows.
+
+    added: statistics of the rows that a refit adds. Its vocabulary grows by their values; numbers are scaled as before.
+    """
     if config.kind == "numeric" and config.scale == "quantiles":
         edges = _edges(counts, config.quantiles)
         return Feature(name=name, role=role, kind="categorical", cardinality=NUM_RESERVED + len(edges) + 1, edges=edges)
@@ -125,12 +131,24 @@ def fit(name: str, role: Role, config: FeatureConfig, counts: pa.Table) -> Featu
             hash_buckets=config.hash_buckets,
             collisions=_collisions(len(counts), config.hash_buckets),
         )
-    kept = counts.filter(pc.greater_equal(counts["n"], config.min_count))
-    kept = kept.sort_by([("n", "descending"), ("value", "ascending")])
-    vocabulary = kept["value"].to_pylist()
+    vocabulary = _frequent(counts, config.min_count)
+    both = _frequent(merge(counts, added), config.min_count) if added is not None else vocabulary
+    known = set(vocabulary)
+    new = [value for value in both if value not in known]
     return Feature(
-        name=name, role=role, kind=config.kind, cardinality=NUM_RESERVED + len(vocabulary), vocabulary=vocabulary
+        name=name,
+        role=role,
+        kind=config.kind,
+        cardinality=NUM_RESERVED + len(vocabulary),
+        new_values=len(new),
+        vocabulary=vocabulary + new,
     )
+
+
+def _frequent(counts: pa.Table, min_count: int) -> list[Any]:
+    kept = counts.filter(pc.greater_equal(counts["n"], min_count))
+    values: list[Any] = kept.sort_by([("n", "descending"), ("value", "ascending")])["value"].to_pylist()
+    return values
 
 
 def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:

@@ -41,6 +41,7 @@ class Encoders:
     """What every task needs to write rows."""
 
     item_keys: pa.Array  # key of item id FIRST_ITEM, FIRST_ITEM + 1, ...
+    num_items: int  # ids of the train split's catalogue; larger ones are for a refit only
     context: dict[str, Feature]
     user: dict[str, Feature]
     user_table: pa.Table | None
@@ -122,7 +123,8 @@ def count(
     context: dict[str, FeatureConfig],
     sample: negatives.Sample,
 ) -> tuple[Any, ...]:
-    """Step 3: (counts of users and of events per split, train counts of items, a sample of positive events, counts of each context feature...)."""
+    """Step 3: (counts of users and of events per split, counts of items, a sample of positive events, then of each context
+    feature the values of train events and those of validation events)."""
     table = storage.read_table(file)
     part = division.bucket(table)
     positive_E = _positive(part.table)
@@ -139,15 +141,17 @@ def count(
         sizes[f"events_{name}"] = int(((part.code_E == code) & positive_E).sum())
         sizes[f"shown_{name}"] = int((part.code_E == code).sum())
         sizes[f"weightless_{name}"] = int((weightless_E & (part.code_E == code)).sum())
-    train_E = part.code_E == 0
-    train = part.table.filter(pa.array(train_E))
-    chosen = pa.array(positive_E[train_E].astype(np.int64))
-    items = pa.table({"value": train["item"], "n": np.ones(len(train), np.int64), "chosen": chosen})
+    train_E, valid_E = part.code_E == 0, part.code_E == 1
+    flags = {"n": train_E, "chosen": train_E & positive_E, "n_valid": valid_E, "chosen_valid": valid_E & positive_E}
+    numbers = {name: flag_E.astype(np.int64) for name, flag_E in flags.items()}
+    items = pa.table({"value": part.table["item"], **numbers}).filter(pa.array(train_E | valid_E))
     drawn_E = positive_E & negatives.sampled(part.table["order"].to_numpy(), sample.share)
     drawn_E &= user_rows.num_earlier(part.user_E, positive_E) >= sample.min_history
     place_E = part.code_E.astype(np.int64) if sample.by_split else part.table["time"].to_numpy()
     drawn = pa.table({"place": place_E, "item": part.table["item"]}).filter(pa.array(drawn_E))
-    values = [features.count_values(train[feature_column("context", name)], kind) for name, kind in context.items()]
+    known = [part.table.filter(pa.array(kept_E)) for kept_E in (train_E, valid_E)]
+    columns = [(feature_column("context", name), kind) for name, kind in context.items()]
+    values = [features.count_values(table[column], kind) for column, kind in columns for table in known]
     return sizes, features.merge(items), drawn, *values
 
 
@@ -162,7 +166,7 @@ def write(
     """Step 4: write this bucket's shard of every split, and its users. first_user: id of its first user."""
     part = division.bucket(storage.read_table(file))
     item_E = vocab.item_ids(part.table["item"], encoders.item_keys)
-    rare_E = (item_E == UNKNOWN) & (part.code_E == 0)
+    rare_E = ((item_E == UNKNOWN) | (item_E >= encoders.num_items)) & (part.code_E == 0)
     counts = {
         "events_after_end": int((part.code_E >= len(SPLITS)).sum()),
         "train_events_dropped_rare_item": int(rare_E.sum()),
@@ -191,7 +195,8 @@ def write(
         counts |= {f"events_{split_name}": events, f"users_{split_name}": len(rows.user_R)}
         counts[f"repeats_{split_name}"] = int(repeated_E[target_E].sum())
         if code:
-            counts[f"unknown_targets_{split_name}"] = int((positive_E & (item_E == UNKNOWN))[target_E].sum())
+            unknown_E = (item_E == UNKNOWN) | (item_E >= encoders.num_items)
+            counts[f"unknown_targets_{split_name}"] = int((positive_E & unknown_E)[target_E].sum())
         if "label" in table.column_names:
             counts[f"negatives_{split_name}"] = impressions - events
         if not impressions:

@@ -3,11 +3,12 @@
 Layout of <run>/dataset/<identity>:
 
     dataset.json             DatasetRecord, written last
-    items.parquet            row i is item id i: `item` (key), `count` (train events), item_<f>: encoded features
+    items.parquet            row i is item id i: `item` (key), `count` and `count_valid` (train and validation events),
+                             item_<f>: encoded features
     users/part-*.parquet     `user_id`, `user` (key)
     train/ valid/ test/      part-*.parquet, one row per user:
         user         int32
-        item         list<int32>   oldest first; 1 = unknown item
+        item         list<int32>   oldest first; 1 = unknown item, from `num_items` on: known to a refit only
         time         list<int64>   microseconds, or positions
         num_targets  int32         the last num_targets entries are targets, the ones before are history
         label        list<float32>     1 chosen, 0 shown and not chosen (or drawn: data.negatives); history is all chosen
@@ -19,7 +20,8 @@ Layout of <run>/dataset/<identity>:
 Steps: (1) partition events into buckets by a hash of the user, and sort each bucket
 (dropping duplicates), (2) find the time boundaries from a histogram, (3) count train
 events, which gives the users that are kept and the catalogue (items with too few train
-events are dropped; in valid and test they are the unknown item), (4) write shards.
+events are dropped; in valid and test they are the unknown item), and validation events,
+whose new items come after those of train, for a refit (recray.data.dataset), (4) write shards.
 Each step is one pass over the buckets. The number of buckets follows from the number
 of events, never from the machine, so the same log and seed give the same bytes on any
 number of CPUs. Only sums, merged counts and file names reach the driver.
@@ -137,18 +139,17 @@ class _Work:
         boundaries, ties = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else (None, "")
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
         division = ray.put(self._division(stats, boundaries, draw))
-        sample = self._sample(kept)
-        outputs = self._each(
-            partition.count, stats, division, columns.context, sample, num_returns=3 + len(columns.context)
-        )
+        sample, returned = self._sample(kept), 3 + 2 * len(columns.context)
+        outputs = self._each(partition.count, stats, division, columns.context, sample, num_returns=returned)
         sizes = self._get([out[0] for out in outputs])
         self._check(counts, sizes, split.Range(first, last, boundaries, self.source.has_time, ties))
-        items = self._catalogue(self._merge([out[1] for out in outputs]), counts)
-        fitted = self._fit(items, columns, [out[3:] for out in outputs])
-        sampler = self._sampler(items, sample.share, [out[2] for out in outputs])
-        keys = items["item"].combine_chunks()
+        known, new = self._catalogue(self._merge([out[1] for out in outputs]), counts)
+        items, num_items = pa.concat_tables([known, new]), NUM_RESERVED + len(known)
+        fitted = self._fit(items, num_items, columns, [out[3:] for out in outputs])
+        sampler = self._sampler(known, sample.share, [out[2] for out in outputs])
+        keys, least = items["item"].combine_chunks(), self.config.min_history
         encoders = partition.Encoders(
-            keys, fitted["context"], fitted["user"], columns.users, sampler, self.config.min_history, self.seed
+            keys, num_items, fitted["context"], fitted["user"], columns.users, sampler, least, self.seed
         )
         shards, early = self._write(stats, [size["users_kept"] for size in sizes], counts, division, encoders)
         for name in SPLITS:
@@ -162,7 +163,8 @@ class _Work:
             **self.artifact.lineage,
             config={"data": self.config.model_dump(mode="json"), "seed": self.seed},
             fingerprint=self.source.fingerprint,
-            num_items=len(items) + NUM_RESERVED,
+            num_items=num_items,
+            new_items=len(new),
             num_users=NUM_RESERVED + counts["users_kept"],
             counts=counts,
             features=[feature for role in ("user", "context", "item") for feature in fitted[role].values()],
@@ -176,21 +178,26 @@ class _Work:
             seconds=time.perf_counter() - started,
         ).write(self.artifact.uri)
 
-    def _catalogue(self, item_counts: pa.Table, counts: dict[str, int]) -> pa.Table:
-        """The items that get ids; the number of the others is added to `counts`."""
-        items = vocab.catalogue(item_counts, self.config.min_item_events)
-        counts["items_dropped_min_count"] = len(item_counts) - len(items)
-        return items
+    def _catalogue(self, item_counts: pa.Table, counts: dict[str, int]) -> tuple[pa.Table, pa.Table]:
+        """The items of the train split, and those that the validation split adds; how many of train have too few events is
+        added to `counts`."""
+        known, new = vocab.catalogue(item_counts, self.config.min_item_events)
+        counts["items_dropped_min_count"] = int((item_counts["n"].to_numpy() > 0).sum()) - len(known)
+        # Negatives are drawn from the train split's items: an added one would be an event's own item only, never a drawn
+        # one, which tells the label.
+        return known, new if self.config.negatives is None else new.slice(0, 0)
 
     def _fit(
-        self, items: pa.Table, columns: kinds.FeatureColumns, outputs: list[tuple[Any, ...]]
+        self, items: pa.Table, num_items: int, columns: kinds.FeatureColumns, outputs: list[tuple[Any, ...]]
     ) -> dict[str, dict[str, Feature]]:
         """Fit all features, by role, and write items.parquet.
 
         outputs: of each bucket, references to the counts of context features.
         """
         context = {
-            name: features.fit(name, "context", kind, self._merge([output[i] for output in outputs]))
+            name: features.fit(
+                name, "context", kind, *(self._merge([output[2 * i + split] for output in outputs]) for split in (0, 1))
+            )
             for i, (name, kind) in enumerate(columns.context.items())
         }
         user: dict[str, Feature] = {}
@@ -198,7 +205,7 @@ class _Work:
             for name, kind in columns.user.items():
                 values = columns.users[feature_column("user", name)]
                 user[name] = features.fit(name, "user", kind, features.count_values(values, kind))
-        table, item = vocab.item_table(items, columns.items, columns.item)
+        table, item = vocab.item_table(items, num_items, columns.items, columns.item)
         storage.write_table(storage.join(self.artifact.uri, "items.parquet"), table)
         _say(f"{len(items):,} items counted")
         for feature in (*context.values(), *user.values(), *item):

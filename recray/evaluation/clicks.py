@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from recray import storage
 from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -41,8 +40,9 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     """Evaluate the run's checkpoint on a split; writes report.json."""
     started = time.perf_counter()
     run = Run(config)
-    dataset, source = PreparedDataset.of(run), run.checkpoint()
+    source = run.checkpoint()
     record = source.record
+    dataset = PreparedDataset.of(run).known_to(record)
     check_refit([record], split)
     artifact = run.artifact(report_stage(split), [record.id, dataset.record.id])
     if not run.begin(artifact):
@@ -90,7 +90,7 @@ def _score_shards(dataset: PreparedDataset, model_uri: str, split: str, numbers:
     assert isinstance(model, Ranker)
     history_length = int(record.config["model"]["history_length"])
     for number in numbers:
-        table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))
+        table = dataset.read(dataset.record.shards[split][number].file)
         pieces = []
         for batch in impressions(table, _BATCH, history_length):
             assert batch.target_Q is not None and batch.label_Q is not None and batch.weight_Q is not None

@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from recray import log, storage
+from recray import log
 from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -151,7 +151,7 @@ def _score_shards(config: Config, artifacts: RunArtifacts, split: str, numbers: 
     scorer = _Scorer(recommenders | baselines, candidates, vectors_ND, config)
     options = config.evaluation
     for number in numbers:
-        table = storage.read_table(dataset.file_uri(dataset.record.shards[split][number].file))
+        table = dataset.read(dataset.record.shards[split][number].file)
         none = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in scorer.recommenders}
         part = _Part(none, left_out)
         for query in eval_queries(table, options.batch_size, config.model.history_length, options.queries):

@@ -27,7 +27,7 @@ from recray import log, storage
 from recray.artifacts import Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.data.sources import base
+from recray.data.sources import base, files, tables
 from recray.errors import DataError
 from recray.evaluation.parallel import map_shards
 from recray.ids import FIRST_ITEM, SPLITS
@@ -86,19 +86,29 @@ def _clear(output: str) -> None:
 
 
 def _keys(uri: str, column: str, dataset: PreparedDataset) -> pa.Array:
-    """The distinct user keys of a file, of the same type as the dataset's users."""
-    tables = [storage.read_table(info.uri) for info in storage.list_files(uri)]
-    table = pa.concat_tables(tables)
-    if column not in table.column_names:
-        raise DataError(
-            f"{uri} has no column '{column}'; its columns are {', '.join(table.column_names)}; "
-            f"name it as data.columns.user does"
+    """The distinct user keys of a file or folder, of the same type as the dataset's users."""
+    footers = tables.read_footers(files.find(uri, "recommend"))
+    full = [footer for footer in footers if footer.rows]
+    if not full:
+        raise DataError(f"{uri} holds no users: no file there has rows; give one row per user, or leave out --users")
+    for footer in full:
+        if column not in footer.names:
+            raise DataError(
+                f"{footer.uri} has no column '{column}'; its columns are {', '.join(footer.names)}; "
+                f"name it as data.columns.user does"
+            )
+    expected = dataset.user_keys()["user"].type
+    kind = tables.key_type(full, column, expected)
+    if kind != expected:
+        shown = kind or full[0].schema.field(column).type
+        raise DataError(f"{uri}: column '{column}' is {shown}, but users of the dataset are {expected}; convert it")
+    keys = [
+        base.ids(
+            tables.read_columns(footer.uri, footer.hive, [column])[column], f"{footer.uri}: column '{column}'", kind
         )
-    keys = base.ids(table[column], f"{uri}: column '{column}'")
-    kind = dataset.user_keys()["user"].type
-    if keys.type != kind:
-        raise DataError(f"{uri}: column '{column}' is {keys.type}, but users of the dataset are {kind}; convert it")
-    return pc.unique(keys)
+        for footer in full
+    ]
+    return pc.unique(pa.chunked_array([chunk for one in keys for chunk in one.chunks]))
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ def _latest(dataset: PreparedDataset, name: str, user_ids: pa.Array) -> Iterator
     for split in reversed(SPLITS):
         if f"{split}/{name}" not in existing[split]:
             continue
-        table = storage.read_table(dataset.file_uri(f"{split}/{name}"))
+        table = dataset.read(f"{split}/{name}")
         table = table.filter(pc.is_in(table["user"], value_set=left))
         left = left.filter(pc.invert(pc.is_in(left, value_set=table["user"].combine_chunks())))
         if len(table):

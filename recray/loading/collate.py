@@ -14,7 +14,7 @@ from torch import Tensor
 from recray.data.dataset import PreparedDataset
 from recray.ids import FIRST_ITEM
 from recray.loading.batch import Batch, Feature, ItemTable
-from recray.loading.examples import Decay, Examples, Fields, UserRows, example_table
+from recray.loading.examples import Decay, Examples, Fields, UserRows, example_table, impression_table
 from recray.loading.jagged import Column, Jagged, offsets_from_lengths, range_index
 from recray.loading.sampler import ShardSlice
 
@@ -51,7 +51,7 @@ def iter_batches(
 
 def impressions(table: pa.Table, batch_size: int, history_length: int) -> Iterator[Batch]:
     """Every impression of a labelled table, in order."""
-    shown = example_table(table, "impressions", history_length, None)
+    shown = impression_table(table, history_length)
     for start in range(0, len(shown), batch_size):
         yield _batch(shown.slice(start, min(start + batch_size, len(shown))))
 

@@ -203,7 +203,7 @@ class ExampleTable:
 def example_table(table: pa.Table, examples: Examples, history_length: int, decay: Decay | None) -> ExampleTable:
     """The examples of a table of user rows."""
     if examples == "impressions":
-        return _impressions(table, history_length, decay)
+        return impression_table(table, history_length, lambda rows: _weights(rows, decay))
     rows = UserRows(table)
     if examples == "sequences":
         return _sequences(rows, history_length, decay)
@@ -250,10 +250,12 @@ def _sequences(rows: UserRows, history_length: int, decay: Decay | None) -> Exam
     return ExampleTable.of(fields, ranges)
 
 
-def _impressions(table: pa.Table, history_length: int, decay: Decay | None) -> ExampleTable:
+def impression_table(
+    table: pa.Table, history_length: int, weigh: Callable[[UserRows], np.ndarray] = lambda rows: rows.weight
+) -> ExampleTable:
     """Every target, chosen or not, with what its user had chosen before that time.
 
-    Events of the same time have no order: none is in the history of another.
+    Events of the same time have no order: none is in the history of another. weigh: (E,) weights of the events.
     """
     chosen = UserRows(table)
     shown = UserRows(table.drop_columns(["label"]))
@@ -265,13 +267,12 @@ def _impressions(table: pa.Table, history_length: int, decay: Decay | None) -> E
     chosen_before = offsets_from_lengths(label > 0)[first_of_time]
     at = shown.targets()
     row, end = row[at], chosen_before[at]
-    weight = shown.weight if decay is None else shown.weight * decay(shown.time)
     ranges = [_Ranges(np.maximum(chosen.offsets[row], end - history_length), end)]
     fields: Fields[_Field] = Fields(
         user=chosen.user[row],
         history=_Lists(_wide(chosen.item), 0),
         target=shown.item[at],
-        weight=weight[at],
+        weight=weigh(shown)[at],
         label=label[at],
         user_features=_features(chosen.user_features, row, ranges),
         context=_features(shown.context, _slice_if_all(at, len(shown.item)), ranges),
@@ -307,6 +308,9 @@ def _wide(values: np.ndarray) -> np.ndarray:
 
 
 def _weights(rows: UserRows, decay: Decay | None) -> np.ndarray:
-    """(E,) weight of every event. Unknown items, which a refit meets in validation events, have no vector to train."""
+    """(E,) weight of every event; 0 for unknown items, which a refit may meet in validation events.
+
+    They have no vector to train, and next to drawn negatives, which are known items, they would tell a ranker the label.
+    """
     weight = np.where(rows.item < FIRST_ITEM, 0.0, rows.weight)
     return weight if decay is None else weight * decay(rows.time)

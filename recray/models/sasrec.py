@@ -3,8 +3,9 @@
     x_t = sqrt(D) item_table[item_t] + position[t]     x = blocks(x)     q = norm(x at the query's position)
     score of an item = q . item_table[item]            positions are counted from the end of the history
 
-Pre-norm blocks; `feed_forward = "gated"` is the SwiGLU block of LiGR and eSASRec (arXiv 2508.06450). In training every
-position of a history is a query for the item after it; otherwise there is one query after the last event.
+Pre-norm blocks; `feed_forward = "gated"` is a SwiGLU feed-forward (Shazeer 2020), without the gates that LiGR has on its
+residual branches (eSASRec, arXiv 2508.06450). In training every position of a history is a query for the item after it;
+otherwise there is one query after the last event.
 
 Shape legend: B rows, T tokens (events of all histories), Q queries, N items, D width.
 """

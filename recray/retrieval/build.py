@@ -39,7 +39,7 @@ def index(config: Config) -> IndexRecord:
     source, artifact = run.checkpoint(), run.index_artifact()
     if not run.begin(artifact):
         return artifact.record
-    dataset, options = PreparedDataset.of(run), config.retrieval
+    dataset, options = PreparedDataset.of(run).known_to(source.record), config.retrieval
     model, _ = checkpoint.load_model(source.uri)
     assert isinstance(model, Retriever)
     scaling = config.scaling if config.scaling.num_workers > 0 else None

@@ -24,12 +24,12 @@ from recray.artifacts import CHECKPOINT, Artifact, Run, in_use
 from recray.config import Config, RetrievalLossOptions
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
-from recray.ids import FIRST_ITEM, PAD
+from recray.ids import FIRST_ITEM, PAD, UNKNOWN
 from recray.loading.batch import Batch, select
 from recray.loading.collate import EvalQuery
 from recray.loading.jagged import Jagged
 from recray.models import Ranker, Retriever
-from recray.records import CheckpointRecord, IndexRecord
+from recray.records import CheckpointRecord, DatasetRecord, IndexRecord
 from recray.retrieval import Recommender, embed
 from recray.retrieval.baselines.item_knn import ItemKNN
 from recray.retrieval.blend import Blended, check_blend
@@ -60,6 +60,7 @@ class Reranked:
     ranker: Ranker
     candidates: int
     history_length: int  # of the ranker
+    known: DatasetRecord  # what the ranker was trained on: it may know fewer items than `search`, or more
 
     @torch.inference_mode()
     def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +70,7 @@ class Reranked:
         scores_BC = torch.full(found.shape, -torch.inf)
         for at in range(0, len(row), _ROWS):
             part = slice(at, at + _ROWS)
-            batch = _candidates(query.batch, history, row[part], found[row[part], place[part]])
+            batch = _candidates(query.batch, history, row[part], found[row[part], place[part]], self.known)
             scores_BC[row[part], place[part]] = self.ranker.logits(batch).float()
         best, order = scores_BC.sort(dim=1, descending=True, stable=True)
         best, order = best[:, :k], order[:, :k]
@@ -78,14 +79,27 @@ class Reranked:
         return F.pad(ids, short, value=PAD).numpy(), F.pad(best, short, value=-torch.inf).numpy()
 
 
-def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor) -> Batch:
-    """One row per candidate: the row of its query, repeated, and the item."""
+def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor, known: DatasetRecord) -> Batch:
+    """One row per candidate: the row of its query, repeated, and the item; UNKNOWN in place of what is not `known`."""
+
+    def clamped(ids: Tensor, size: int) -> Tensor:
+        return torch.where(ids < size, ids, UNKNOWN)
+
+    history, context = history.take(rows), {name: select(feature, rows) for name, feature in batch.context.items()}
+    for one in known.features:
+        if one.role == "context" and one.kind != "numeric":
+            ids = context[one.name]
+            context[one.name] = (
+                Jagged(clamped(ids.values, one.cardinality), ids.offsets)
+                if isinstance(ids, Jagged)
+                else clamped(ids, one.cardinality)
+            )
     return Batch(
         user_B=batch.user_B[rows],
-        history=history.take(rows),
-        target_Q=items,
+        history=Jagged(clamped(history.values, known.num_items), history.offsets),
+        target_Q=clamped(items, known.num_items),
         user_features={name: select(feature, rows) for name, feature in batch.user_features.items()},
-        context={name: select(feature, rows) for name, feature in batch.context.items()},
+        context=context,
     )
 
 
@@ -102,8 +116,9 @@ class RunArtifacts:
     def of(run: Run) -> RunArtifacts:
         """Raises LineageError if the checkpoint does not exist, or if the ranker was trained on another dataset; ConfigError
         if `retrieval.ranker` is the run of a retriever."""
-        dataset = PreparedDataset.of(run)
-        return RunArtifacts(dataset, run.checkpoint(), run.index(), _ranker(run.config, dataset))
+        source = run.checkpoint()
+        dataset = PreparedDataset.of(run).known_to(source.record)
+        return RunArtifacts(dataset, source, run.index(), _ranker(run.config, dataset))
 
     @property
     def models(self) -> list[CheckpointRecord]:
@@ -176,7 +191,8 @@ def open_recommenders(
         ranker, record = checkpoint.load_model(artifacts.ranker.uri)
         assert isinstance(ranker, Ranker)
         history_length = int(record.config["model"]["history_length"])
-        found = replace(found, reranked=Reranked(found.final, ranker, options.k, history_length))
+        known = DatasetRecord.read(artifacts.ranker.uri)
+        found = replace(found, reranked=Reranked(found.final, ranker, options.k, history_length, known))
     return found
 
 

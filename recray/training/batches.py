@@ -14,7 +14,6 @@ from functools import cached_property, partial
 
 import pyarrow as pa
 
-from recray import storage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.split import duration
@@ -115,14 +114,14 @@ class TrainingData:
                 count += 1
             for _ in range(count, batches):
                 if batch is None:  # this worker has no rows at all: any row shows what padding must look like
-                    file = self.dataset.file_uri(self.shards[0].files[0])
-                    row = storage.read_table(file).slice(0, 1)
+                    row = self.dataset.read(self.shards[0].files[0]).slice(0, 1)
                     batch = next(self._cut([(ShardSlice(0, 0, 0, 1), row)], decay))
                 yield padding_like(batch), False
 
     def _cut(self, tables: Iterable[tuple[ShardSlice, pa.Table]], decay: Decay | None) -> Iterator[Batch]:
         length, seed = self.config.model.history_length, self.config.run.seed
-        return iter_batches(tables, self.batch_size, self.examples, length, seed, decay)
+        known = ((part, self.dataset.known(table)) for part, table in tables)
+        return iter_batches(known, self.batch_size, self.examples, length, seed, decay)
 
     def _decay(self) -> Decay | None:
         half_life, record = self.config.training.half_life, self.dataset.record

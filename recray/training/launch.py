@@ -111,7 +111,7 @@ def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
     stop = interrupt.StopRequest(None if local else work.folder, context.rank)
     progress = _fit_phase(work, dataset, selection(config, work.folder), context, stop, on_epoch)
     if config.training.refit and work.until is None:
-        _fit_phase(work, dataset, refit(work.folder, progress.best_epoch), context, stop)
+        _fit_phase(work, dataset.refitted(), refit(work.folder, progress.best_epoch), context, stop)
 
 
 def selection(config: Config, folder: str) -> Phase:

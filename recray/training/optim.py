@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Optimizers:
         self._sparse = SparseOptimizer(sparse, update, config.embedding_decay) if sparse else None
         self._table_rate = (config.table_learning_rate or config.learning_rate) / config.learning_rate
         self._parts = [part for part in (self._dense, self._sparse) if part is not None]
+        self._joint: Any = _Joint(self._parts) if len(self._parts) != 1 else self._parts[0]
 
     def set_learning_rate(self, value: float) -> None:
         """Of the next step; tables keep the ratio of optim.table_learning_rate to optim.learning_rate."""
@@ -76,8 +77,7 @@ class Optimizers:
     @torch.no_grad()
     def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm`. (torch's own clipping skips sparse ones.)"""
-        for part in self._parts:
-            scaler.unscale_(part)
+        scaler.unscale_(self._joint)
         gradients: list[Tensor] = []
         replicated, sharded = (torch.zeros((), device=self._parameters[0].device) for _ in range(2))
         sharded_ids = self._sharded_ids | {id(p) for p in self._parameters if fsdp.is_part(p)}
@@ -94,9 +94,8 @@ class Optimizers:
             gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Update the weights, and drop the gradients. Under fp16 a step whose gradients overflowed is skipped."""
-        for part in self._parts:
-            scaler.step(part)
+        """Update the weights, and drop the gradients. Under fp16 the step is skipped if a gradient overflowed."""
+        scaler.step(self._joint)
         scaler.update()
         for part in self._parts:
             part.zero_grad(set_to_none=True)
@@ -130,6 +129,22 @@ class Optimizers:
     def load_table_state(self, name: str, state: dict[str, Any]) -> None:
         assert self._sparse is not None
         self._sparse.state[self._tables[name].weight] = state
+
+
+class _Joint:
+    """Several optimizers as one for a GradScaler, which skips the step of an optimizer whose gradients overflowed: either
+    all of them step, or none."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self._parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self._parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
 
 
 def _dense_optimizer(config: OptimConfig, model: nn.Module, sparse_ids: set[int]) -> torch.optim.Optimizer | None:

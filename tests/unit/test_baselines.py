@@ -16,7 +16,7 @@ from recray.ids import PAD, UNKNOWN
 from recray.loading.batch import Batch
 from recray.loading.collate import eval_queries
 from recray.models import Ranker, Retriever
-from recray.records import DatasetRecord, Shard
+from recray.records import DatasetRecord, Feature, Shard
 from recray.retrieval import Recommender, embed
 from recray.retrieval.baselines import hindsight, item_knn, open_baselines, recent_popularity, rolling_popularity
 from recray.retrieval.baselines.popularity import Popularity
@@ -281,7 +281,7 @@ def recommenders(dataset: PreparedDataset) -> dict[str, Recommender]:
     return {
         "exact": exact,
         "blended": Blended(exact, exact, built, 1.0, 0.5, 5),
-        "reranked": Reranked(exact, _ById(), 5, 2),
+        "reranked": Reranked(exact, _ById(), 5, 2, dataset.record),
         "popularity": Popularity(dataset.item_counts()),
         "rolling": rolling_popularity.build(RollingPopularityOptions(window="2s"), dataset, "test"),
         "hindsight": hindsight.build(hindsight.Options(), dataset, "test"),
@@ -316,6 +316,32 @@ def test_a_ranker_reorders_the_candidates_and_nothing_else(
     ids, scores = recommenders["reranked"].recommend(query, 4, True)
     assert ids.tolist() == [sorted(row, reverse=True)[:4] for row in candidates.tolist()]
     assert (scores == ids).all()
+
+
+def test_a_ranker_that_knows_fewer_items_takes_the_others_as_unknown(
+    dataset: PreparedDataset, recommenders: dict[str, Recommender]
+) -> None:
+    """A refitted retriever finds items that a ranker without a refit has no row for."""
+    (table,) = dataset.iter_tables("test")
+    (query,) = eval_queries(table, 8, 5, "user")
+    ranked: list[Batch] = []
+
+    class Kept(_ById):
+        def logits(self, batch: Batch) -> torch.Tensor:
+            ranked.append(batch)
+            return super().logits(batch)
+
+    known = dataset.record.model_copy(update={"num_items": 9})
+    query.batch.context["page"] = torch.tensor([2, 3, 4])
+    feature = Feature(name="page", role="context", kind="categorical", cardinality=4)
+    known = known.model_copy(update={"features": [feature]})
+    Reranked(recommenders["exact"], Kept(), 30, 3, known).recommend(query, 4, False)
+    (batch,) = ranked
+    assert batch.target_Q is not None
+    assert sorted(set(batch.target_Q.tolist())) == [1, 2, 3, 4, 5, 6, 7, 8]
+    histories = {tuple(x.tolist()) for x in batch.history.values.split(batch.history.lengths().tolist())}
+    assert histories == {(2, 3, 4), (8,), (4, 1, 1)}
+    assert isinstance(page := batch.context["page"], torch.Tensor) and set(page.tolist()) == {1, 2, 3}
 
 
 def test_vectors_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

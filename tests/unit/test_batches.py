@@ -244,7 +244,7 @@ def _labelled(seed: int) -> tuple[pa.Table, list[tuple]]:
         label = rng.integers(0, 2, size).astype(float)
         context = int(rng.integers(0, size))
         label[:context] = 1  # what comes before the targets was chosen
-        item = rng.integers(2, 50, size)
+        item = rng.integers(1, 50, size)
         for i in range(context, size):
             before = [int(item[j]) for j in range(size) if time[j] < time[i] and label[j]]
             expected.append((user, int(item[i]), float(label[i]), before[-3:]))
@@ -270,3 +270,8 @@ def test_impressions_see_what_was_chosen_strictly_before(seed: int) -> None:
     assert sum(float(batch.label_Q.sum()) for batch in shuffled if batch.label_Q is not None) == sum(
         label for _, _, label, _ in expected
     )
+    # An unknown item is scored, but not trained on.
+    for batches, weight in ((shuffled, 0.0), (impressions(table, 7, history_length=3), 1.0)):
+        for batch in batches:
+            assert batch.target_Q is not None and batch.weight_Q is not None
+            assert batch.weight_Q.tolist() == [weight if item == 1 else 1.0 for item in batch.target_Q.tolist()]

@@ -99,6 +99,27 @@ def test_rows_without_a_gradient_do_not_move_by_momentum() -> None:
         assert torch.equal(before, table.weight) == (weight == 0.0)
 
 
+@pytest.mark.parametrize("overflow", ["dense", "table"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_an_overflow_in_dense_weights_or_in_a_table_skips_the_step_of_both(overflow: str, clip: bool) -> None:
+    model = nn.ModuleDict({"table": _table(TablePlan("sparse_replicated")), "dense": nn.Linear(DIM, 1)})
+    optimizer, scaler = Optimizers(OptimConfig(), model), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer.set_learning_rate(0.1)
+    for finite in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.scale(model["dense"](model["table"](torch.tensor([5, 7]))).sum()).backward()
+        _sync(model)
+        if not finite:
+            table, dense = model["table"].weight.grad, model["dense"].weight.grad
+            (dense if overflow == "dense" else table._values())[0] = torch.inf
+        if clip:
+            optimizer.clip(scaler, 1.0)
+        optimizer.step(scaler)
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert moved == [finite] * 3, moved
+        assert scaler.get_scale() == 4.0
+
+
 @pytest.mark.parametrize("mode", ["dense", "sparse_replicated", "row_sharded"])
 def test_means_of_histories(mode: str) -> None:
     table = _table(TablePlan(mode))  # type: ignore[arg-type]

@@ -64,15 +64,21 @@ def test_large_numbers_keep_their_spread_and_constants_are_zero() -> None:
     assert features.encode(column([2, 3]), constant).to_pylist() == [0.0, 1.0]
 
 
+def item_counts(train: list[int], valid: list[int] | tuple[()] = ()) -> pa.Table:
+    """What partition.count gives for these chosen items."""
+    numbers = {"n": len(train) * [1] + len(valid) * [0], "n_valid": len(train) * [0] + len(valid) * [1]}
+    columns = {"value": [*train, *valid], **numbers, "chosen": numbers["n"], "chosen_valid": numbers["n_valid"]}
+    return features.merge(pa.table(columns))
+
+
 def test_catalogue_and_item_table() -> None:
-    parts = [features.value_counts(column([5, 9, 9, 4])), features.value_counts(column([4, 7, 9]))]
-    counts = features.merge(*(part.append_column("chosen", part["n"]) for part in parts))
-    items = vocab.catalogue(counts, 1)
-    assert items["item"].to_pylist() == [9, 4, 5, 7] and items["count"].to_pylist() == [3, 2, 1, 1]
-    assert vocab.catalogue(counts, 2)["item"].to_pylist() == [9, 4]
+    counts = item_counts(train=[5, 9, 9, 4, 4, 7, 9])
+    items, new = vocab.catalogue(counts, 1)
+    assert items["item"].to_pylist() == [9, 4, 5, 7] and items["count"].to_pylist() == [3, 2, 1, 1] and not len(new)
+    assert vocab.catalogue(counts, 2)[0]["item"].to_pylist() == [9, 4]
     assert vocab.item_ids(column([7], [9, 8]), items["item"].combine_chunks()).tolist() == [5, 2, 1]
     side = pa.table({"item": [4, 5, 9, 100], "item_brand": ["a", "b", "b", "c"]})
-    table, (feature,) = vocab.item_table(items, side, {"brand": CATEGORY})
+    table, (feature,) = vocab.item_table(items, 6, side, {"brand": CATEGORY})
     assert table["item"].to_pylist() == [None, None, 9, 4, 5, 7]
     assert table["count"].to_pylist() == [0, 0, 3, 2, 1, 1]
     assert feature.vocabulary == ["b", "a"]  # "c" belongs to an item that nobody trained on
@@ -82,9 +88,26 @@ def test_catalogue_and_item_table() -> None:
 
 
 def test_shown_and_never_chosen_is_known_and_comes_last() -> None:
-    counts = pa.table({"value": [3, 4, 5], "n": [9, 2, 1], "chosen": [0, 1, 1]})
-    items = vocab.catalogue(counts, 1)
+    zeros = {"n_valid": [0, 0, 0], "chosen_valid": [0, 0, 0]}
+    items, _ = vocab.catalogue(pa.table({"value": [3, 4, 5], "n": [9, 2, 1], "chosen": [0, 1, 1], **zeros}), 1)
     assert items["item"].to_pylist() == [4, 5, 3] and items["count"].to_pylist() == [1, 1, 0]
+
+
+def test_what_validation_adds_comes_after_what_train_has() -> None:
+    counts = item_counts(train=[5, 9, 9, 4], valid=[6, 9, 8, 8, 4])
+    items, new = vocab.catalogue(counts, 1)
+    assert items["item"].to_pylist() == [9, 4, 5]
+    assert new.to_pydict() == {"item": [8, 6], "count": [0, 0], "count_valid": [2, 1]}
+    items, new = vocab.catalogue(counts, 2)  # 4 has one train and one validation event
+    assert items["item"].to_pylist() == [9]
+    assert new.to_pydict() == {"item": [4, 8], "count": [1, 0], "count_valid": [1, 2]}
+
+    side = pa.table({"item": [4, 9, 8, 6], "item_tags": [["a"], ["b", "c"], ["c", "d"], ["e", "d"]]})
+    kinds = {"tags": FeatureConfig(kind="list")}
+    items, new = vocab.catalogue(counts, 1)
+    table, (feature,) = vocab.item_table(pa.concat_tables([items, new]), 5, side, kinds)
+    assert (feature.cardinality, feature.new_values, feature.vocabulary) == (5, 2, ["a", "b", "c", "d", "e"])
+    assert table["item_tags"].to_pylist() == [[], [], [3, 4], [2], [], [4, 5], [6, 5]]
 
 
 def test_hashed_categories_and_their_collisions() -> None:

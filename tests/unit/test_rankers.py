@@ -202,7 +202,7 @@ def test_a_checkpoint_keeps_scores(name: str, tmp_path: Path) -> None:
     config = parse_config({"model": options}).model_dump(mode="json")
     record = CheckpointRecord(config=config, epoch=1, step=1, rows=6, metric="auc", value=0.5, dataset_uri="")
     checkpoint.save_weights(str(tmp_path), model.state_dict())
-    checkpoint.save_record(str(tmp_path), record, _record(FEATURES), _items(True))
+    checkpoint.save_record(str(tmp_path), record, _record(FEATURES), _items(True), {})
     other, _ = checkpoint.load_model(str(tmp_path))
     assert torch.equal(model.eval().logits(_batch(True)), other.logits(_batch(True)))  # type: ignore[operator]
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from recray import storage
+from recray.config import DataConfig
+from recray.data.sources import files, parquet
 from recray.errors import StorageError
 from recray.training import sharded_tables
 
@@ -46,11 +48,28 @@ def test_tables_listing_and_globs(bucket: str) -> None:
     table = pa.table({"user": [1, 2]})
     for name in ("day=02/a.parquet", "day=01/a.parquet", "_tmp/a.parquet"):
         storage.write_table(f"{bucket}/events/{name}", table)
-    files = storage.list_files(f"{bucket}/events/")
-    assert [info.uri for info in files] == [f"{bucket}/events/day=01/a.parquet", f"{bucket}/events/day=02/a.parquet"]
-    assert storage.read_table(files[0].uri).equals(table)
-    assert [info.uri for info in storage.list_files(f"{bucket}/events/day=*1/*.parquet")] == [files[0].uri]
-    assert len(storage.fingerprint(files)) == 64
+    found = files.find(f"{bucket}/events/")
+    assert [info.uri for info in found] == [f"{bucket}/events/day=01/a.parquet", f"{bucket}/events/day=02/a.parquet"]
+    assert storage.read_table(found[0].uri).equals(table)
+    for pattern in ("day=*1/*.parquet", "day={01,03}", "**/*1/a*"):
+        assert [info.uri for info in files.find(f"{bucket}/events/{pattern}")] == [found[0].uri]
+    assert files.find(f"s3a://{bucket.removeprefix('s3://')}/events/day=01/a.parquet")[0].size == found[0].size
+    first, known_by = storage.fingerprint(found)
+    assert known_by == "ETag" and storage.fingerprint(found)[0] == first
+    storage.write_bytes(found[0].uri, storage.read_bytes(found[0].uri)[::-1])  # as many bytes
+    again = files.find(f"{bucket}/events/")
+    assert [info.size for info in again] == [info.size for info in found]
+    assert storage.fingerprint(again)[0] != first
+
+
+def test_a_log_in_partitions(bucket: str) -> None:
+    for day in range(3):
+        table = pa.table({"user_id": [1, 2], "item_id": [day, day], "timestamp": [1_600_000_000, 1_600_000_001]})
+        storage.write_table(f"{bucket}/log/day={day}/part.parquet", table)
+    columns = {"timestamp": "timestamp", "context": ["day"]}
+    log = parquet.Log.open(DataConfig.model_validate({"path": f"{bucket}/log/", "columns": columns}))
+    events = pa.concat_tables(t for task in log.tasks() for t in parquet.read_task(task, log.plan))
+    assert events["context_day"].to_pylist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_folders(bucket: str, tmp_path: object) -> None:
@@ -75,7 +94,7 @@ def test_pieces_are_read_from_a_copy_that_need_not_stay(bucket: str, monkeypatch
 
 def test_what_is_not_there_is_named(bucket: str) -> None:
     with pytest.raises(StorageError, match="s3://clicks/absent does not exist"):
-        storage.list_files(f"{bucket}/absent")
+        files.find(f"{bucket}/absent")
     with pytest.raises(StorageError, match=r"s3://clicks/absent\.json cannot be read"):
         storage.read_json(f"{bucket}/absent.json")
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/a cannot be written"):

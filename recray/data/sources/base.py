@@ -17,16 +17,17 @@ The prefix keeps the names of a user's columns apart from these, whatever they a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray import storage
 from recray.errors import DataError
 from recray.ids import SPLITS
 from recray.records import feature_column
@@ -52,49 +53,92 @@ class Source:
 
 
 def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without dictionary encoding."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    """Without dictionary encoding; extension types as what they are stored as, and bytes of a fixed width as text.
+
+    16 bytes are written as UUIDs are, others in hexadecimal digits.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+    if pa.types.is_fixed_size_binary(column.type):
+        encoded = column.combine_chunks().dictionary_encode()
+        texts = [None if value is None else value.hex() for value in encoded.dictionary.to_pylist()]
+        if column.type.byte_width == 16:
+            texts = [t and f"{t[:8]}-{t[8:12]}-{t[12:16]}-{t[16:20]}-{t[20:]}" for t in texts]
+        return pa.chunked_array([pa.array(texts, pa.string()).take(encoded.indices)])
+    if pa.types.is_decimal(column.type) and column.type.bit_width < 128:  # pyarrow 26 casts what lies under nulls
+        return column.cast(pa.decimal128(column.type.precision, column.type.scale))
+    return column
+
+
+def is_time(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
 
 
 def standard_type(kind: pa.DataType) -> pa.DataType | None:
-    """int64, float64, string or a list of these; None for what no column may be (structs, maps, times)."""
+    """int64, float64, string or a list of these; None for what no column may be (structs, maps, times).
+
+    A decimal without digits after the point is an integer, as databases write those.
+    """
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if _is_list(kind):
         inner = standard_type(kind.value_type)
-        return None if inner is None or pa.types.is_list(inner) else pa.list_(pa.field("element", inner))
-    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        plain = inner is not None and not pa.types.is_list(inner) and not _is_bytes(kind.value_type)
+        return pa.list_(pa.field("element", inner)) if plain else None
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or (pa.types.is_decimal(kind) and kind.scale == 0):
         return pa.int64()
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return pa.float64()
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or _is_bytes(kind):
         return pa.string()
     return pa.null() if pa.types.is_null(kind) else None
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+    return any(test(kind) for test in (*tests, pa.types.is_large_list_view))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
 def standardised(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
     """`column` as the standard type `kind`. Raises DataError where a value does not fit."""
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
     try:
-        # Times of other units are cut to microseconds.
-        return decoded(column).cast(kind, safe=not pa.types.is_timestamp(kind))
+        # Times of other units are cut to microseconds, and large integers rounded to floats.
+        return decoded(column).cast(kind, safe=not (is_time(kind) or pa.types.is_floating(kind)))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{where} holds values that are not {kind}: {error}; fix the column") from error
+        reason = "bytes that are not UTF-8 text" if "UTF8" in str(error) else f"values that are not {kind}: {error}"
+        raise DataError(f"{where} holds {reason}; fix the column") from error
 
 
-def ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """User or item keys as int64 or string; a null is an error."""
+def ids(column: pa.ChunkedArray, where: str, kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    """User or item keys as int64 or string; floats and decimals must be whole numbers, and a null is an error.
+
+    kind: that of all files, if it is known.
+    """
     if column.null_count:
         raise DataError(f"{where} has {column.null_count} null ids in {len(column)} rows; drop or fill these rows")
-    kind = standard_type(column.type)
-    if kind not in (pa.int64(), pa.string()):
+    own = standard_type(column.type)
+    if own not in (pa.int64(), pa.float64(), pa.string()):
         raise DataError(f"{where} is {column.type}: ids must be integers or strings; convert the column")
-    return standardised(column, kind, where)
+    if pa.types.is_floating(column.type) and len(column) and max(map(abs, low_high(column))) > 2**53:
+        raise DataError(f"{where} is {column.type}, which rounds integers above 2^53; write ids as integers or strings")
+    return standardised(column, kind or (pa.string() if own == pa.string() else pa.int64()), where)
 
 
 def finite(column: pa.ChunkedArray, role: str, where: str) -> pa.ChunkedArray:
     """A label (0 or 1) or a weight (>= 0) as float32."""
     values = standardised(column, pa.float32(), where)
-    bad = int(values.null_count + pc.sum(pc.invert(pc.is_finite(values.drop_null()))).as_py() if len(values) else 0)
+    bad = values.null_count + (pc.sum(pc.invert(pc.is_finite(values.drop_null()))).as_py() or 0)
     if bad:
         raise DataError(
             f"{where} has {bad} values in {len(values)} rows that are null, NaN or infinite; fill or drop these rows"
@@ -122,21 +166,27 @@ def splits(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def microseconds(column: pa.ChunkedArray, unit: str, where: str) -> pa.Array:
     """Timestamps as int64 microseconds since the epoch (unit 's', 'ms', 'us', 'ns'), or as they are ('order').
 
-    Raises DataError on nulls and on values that the unit puts outside of FIRST_YEAR .. LAST_YEAR.
+    Text is read as ISO 8601, and times without a zone as UTC. Raises DataError on nulls and on values outside of
+    FIRST_YEAR .. LAST_YEAR.
     """
-    column = decoded(column)
+    column = _times(column, where)
     if column.null_count:
         raise DataError(_null_times(column, where))
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        values = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).combine_chunks()
-        _check_years(values, "us", where)
-        return values
+    if is_time(column.type):
+        # Nanoseconds are cut to microseconds; seconds may not fit.
+        finer = pa.types.is_timestamp(column.type) and column.type.unit == "ns"
+        try:
+            values = column.cast(pa.timestamp("us"), safe=not finer).cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{where} holds times that are no dates: {error}; drop or fill these rows") from error
+        _check_years(values, "us", where, typed=True)
+        return values.combine_chunks()
     if pa.types.is_floating(column.type) and len(column) and not pc.all(pc.is_finite(column)).as_py():
         raise DataError(f"{where} has NaN or infinite timestamps; drop or fill these rows")
     if unit == "order":
         return standardised(column, pa.int64(), where).combine_chunks()
     _check_years(column, unit, where)
-    values = column.to_numpy() if isinstance(column, pa.ChunkedArray) else column.to_numpy(zero_copy_only=False)
+    values = column.to_numpy()
     if pa.types.is_floating(column.type):
         return pa.array(np.rint(values.astype(np.float64) * (1e6 / _PER_SECOND[unit])).astype(np.int64))
     values = values.astype(np.int64)
@@ -145,8 +195,8 @@ def microseconds(column: pa.ChunkedArray, unit: str, where: str) -> pa.Array:
 
 def infer_unit(column: pa.ChunkedArray, where: str) -> str:
     """The unit that puts the middle value into FIRST_YEAR .. LAST_YEAR. The four ranges do not overlap."""
-    column = decoded(column)
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+    column = _times(column, where)
+    if is_time(column.type):
         return "us"
     values = column.drop_null().to_numpy()
     values = values[np.isfinite(values)]
@@ -159,20 +209,56 @@ def infer_unit(column: pa.ChunkedArray, where: str) -> str:
     return fits[0]
 
 
+def _times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """As timestamps, dates, int64 or float64."""
+    column = decoded(column)
+    kind = standard_type(column.type)
+    if is_time(column.type) or column.null_count == len(column):
+        return column.cast(pa.int64()) if pa.types.is_null(column.type) else column
+    if kind not in (pa.int64(), pa.float64(), pa.string()):
+        raise DataError(f"{where} is {column.type}: times are timestamps, dates, numbers or ISO 8601 text; convert it")
+    if kind != pa.string():
+        return standardised(column, kind, where)
+    text = standardised(column, kind, where)
+    for parsed in (pa.timestamp("us"), pa.timestamp("us", "UTC"), pa.timestamp("ns"), pa.timestamp("ns", "UTC")):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return text.cast(parsed)
+    raise DataError(
+        f"{where} holds text such as '{text.drop_null()[0]}', and not only ISO 8601 times (2024-01-31, 2024-01-31 10:00:00 "
+        f"or 2024-01-31T10:00:00Z, in one form); write it as a timestamp type"
+    )
+
+
 def _null_times(column: pa.ChunkedArray, where: str) -> str:
     return f"{where} has {column.null_count} null timestamps in {len(column)} rows; drop or fill these rows"
 
 
-def _year(value: float, unit: str) -> float:
+def _year(value: Any, unit: str) -> Any:
+    """Of a number or an array of numbers."""
     return 1970 + value / _PER_SECOND[unit] / _YEAR_SECONDS
 
 
-def _check_years(column: pa.ChunkedArray, unit: str, where: str) -> None:
-    if not len(column):
+def _check_years(column: pa.ChunkedArray, unit: str, where: str, typed: bool = False) -> None:
+    """Raises DataError on values outside of the years: a wrong unit if most are, else a placeholder for 'no time'."""
+    if not len(column) or all(FIRST_YEAR <= _year(value, unit) < LAST_YEAR for value in low_high(column)):
         return
-    for value in low_high(column):
-        if not FIRST_YEAR <= _year(value, unit) < LAST_YEAR:
-            raise DataError(_wrong_unit(value, where, unit))
+    values = column.to_numpy()
+    years = _year(values, unit)
+    odd = values[(years < FIRST_YEAR) | (years >= LAST_YEAR)]
+    if not typed and len(odd) * 2 > len(values):
+        raise DataError(_wrong_unit(float(odd[0]), where, unit))
+    shown = _moment(float(odd[0]), unit) if typed else f"{odd[0]:.0f}, which is {_moment(float(odd[0]), unit)},"
+    raise DataError(
+        f"{where} holds {shown} in {int((odd == odd[0]).sum())} of {len(values)} rows: outside of {FIRST_YEAR} to {LAST_YEAR}, "
+        f"and often written for 'no time'; drop or fill these rows"
+    )
+
+
+def _moment(value: float, unit: str) -> str:
+    with contextlib.suppress(OverflowError):
+        moment = datetime(1970, 1, 1) + timedelta(seconds=value / _PER_SECOND[unit])
+        return moment.isoformat(sep=" ", timespec="seconds")
+    return f"the year {_year(value, unit):.0f}"
 
 
 def _wrong_unit(value: float, where: str, unit: str | None) -> str:
@@ -205,14 +291,6 @@ def unique_names(names: Sequence[str], wanted: Iterable[str], where: str) -> Non
             raise DataError(
                 f"{where} has {count} columns called {name!r}, and only one can be meant; rename the others"
             )
-
-
-def side_table(uri: str | None, key: str, role: Literal["item", "user"]) -> pa.Table | None:
-    """An item or user table with its key column renamed to `role`; one row per key."""
-    if uri is None:
-        return None
-    tables = [storage.read_table(info.uri) for info in storage.list_files(uri)]
-    return keyed_table(pa.concat_tables(tables, promote_options="permissive"), key, role, uri)
 
 
 def keyed_table(table: pa.Table, key: str, role: Literal["item", "user"], where: str) -> pa.Table:
