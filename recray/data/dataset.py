@@ -89,10 +89,13 @@ class PreparedDataset:
         for name, size in {**sizes, **columns}.items():
             if name not in table.column_names:
                 continue
-            column = table[name].combine_chunks()
-            lists = pa.types.is_list(column.type)
-            values = column.values if lists else column
-            kept = pc.if_else(pc.less(values, size), values, pa.scalar(UNKNOWN, values.type))
-            column = pa.ListArray.from_arrays(column.offsets, kept, type=column.type) if lists else kept
+            column = _below(table[name].combine_chunks(), size)
             table = table.set_column(table.column_names.index(name), name, column)
         return table
+
+
+def _below(ids: pa.Array, size: int) -> pa.Array:
+    """UNKNOWN in place of ids from `size` on; inside of lists, too, and of lists of lists (a list for every event)."""
+    if pa.types.is_list(ids.type):
+        return pa.ListArray.from_arrays(ids.offsets, _below(ids.values, size), type=ids.type)
+    return pc.if_else(pc.less(ids, size), ids, pa.scalar(UNKNOWN, ids.type))

@@ -41,15 +41,19 @@ class Expected:
     context: dict[str, Any] = field(default_factory=dict)  # feature -> vocabulary, or (mean, std)
     item: dict[str, Any] = field(default_factory=dict)
     user: dict[str, Any] = field(default_factory=dict)
+    # What only validation has, and a refit adds: keys of items, and values of features by role and name.
+    new_items: list[Any] = field(default_factory=list)
+    new_values: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
 
 
 def deduplicated(events: pd.DataFrame, options: dict[str, Any], timed: bool) -> pd.DataFrame:
-    """Of rows with one (user, item, time) one row stays: the greatest label, and of equal ones that of the earliest split, then the first."""
+    """Of rows with one (user, item, time) one row stays: the greatest label, of equal ones the greatest weight, then that of
+    the earliest split, then the first."""
     if not options["drop_duplicates"]:
         return events
     keys = ["user", "item", *(["time"] if timed else [])]
-    ranked = events.assign(_label=-events["label"] if "label" in events else 0)
-    ranked = ranked.sort_values(["_label", "code", "time", "order"], kind="stable")
+    strength = {f"_{name}": -events[name] if name in events else 0 for name in ("label", "weight")}
+    ranked = events.assign(**strength).sort_values([*strength, "code", "time", "order"], kind="stable")
     return events.loc[ranked.drop_duplicates(keys, keep="first").index]
 
 
@@ -59,14 +63,20 @@ def ordered(events: pd.DataFrame, options: dict[str, Any], timed: bool) -> tuple
     counts = {"events_read": len(events)}
     kept = deduplicated(events, options, timed)
     counts["duplicates_dropped"] = len(events) - len(kept)
-    per_user = kept.groupby("user", sort=False)["item"].transform("size")
-    frequent = kept[per_user >= options["min_user_events"]]
-    counts["events_dropped_min_count"] = len(kept) - len(frequent)
-    counts["users_dropped_min_count"] = kept["user"].nunique() - frequent["user"].nunique()
-    counts["events_kept"], counts["users_kept"] = len(frequent), frequent["user"].nunique()
-    if frequent.empty:
+    counts["events_kept"] = len(kept)
+    return kept.sort_values(["user", "code", "time", "order"], kind="stable").reset_index(drop=True), counts
+
+
+def frequent_users(events: pd.DataFrame, options: dict[str, Any], counts: dict[str, int]) -> pd.DataFrame:
+    """Events of the users with enough train events. Whether a user is kept must not depend on what is to be predicted."""
+    per_user = (events["code"] == 0).groupby(events["user"]).transform("sum")
+    kept = events[per_user >= options["min_user_events"]]
+    counts["events_dropped_min_count"] = len(events) - len(kept)
+    counts["users_dropped_min_count"] = events["user"].nunique() - kept["user"].nunique()
+    counts["users_kept"] = kept["user"].nunique()
+    if kept.empty:
         raise Refused("no events are left")
-    return frequent.sort_values(["user", "code", "time", "order"], kind="stable").reset_index(drop=True), counts
+    return kept.reset_index(drop=True)
 
 
 def coded(events: pd.DataFrame, kind: str, bounds: Bounds | None) -> pd.DataFrame:
@@ -98,7 +108,7 @@ def expected(
     the last three by name: kind and min_count. Raises Refused.
     """
     events, counts = ordered(events, options, timed)
-    events = coded(events, options["split"], bounds)
+    events = frequent_users(coded(events, options["split"], bounds), options, counts)
     events["chosen"] = events["label"] > 0 if "label" in events else True
     empty = [name for code, name in enumerate(SPLITS) if not ((events["code"] == code) & events["chosen"]).any()]
     if empty:
@@ -118,6 +128,7 @@ def expected(
         out.item = {name: fitted(aligned[name], how) for name, how in options["item_features"].items()}
     if user_table is not None:
         out.user = {name: fitted(user_table[name], how) for name, how in options["user_features"].items()}
+    _grow(out, events[events["code"] <= 1], options, item_table)
     rare = (events["code"] == 0) & ~events["item"].isin(known)
     counts["train_events_dropped_rare_item"] = int(rare.sum())
     counts["events_after_end"] = int((events["code"] == 3).sum())
@@ -127,6 +138,22 @@ def expected(
         if not out.rows[name]:
             raise Refused(f"no event of the {name} split", "no events fall in")
     return out
+
+
+def _grow(out: Expected, events: pd.DataFrame, options: dict[str, Any], item_table: pd.DataFrame | None) -> None:
+    """events: of train and validation."""
+    known = [key for key, _ in out.items]
+    shown, chosen = events["item"].value_counts(), Counter(events.loc[events["chosen"], "item"])
+    new = [key for key, n in shown.items() if n >= options["min_item_events"] and key not in known]
+    out.new_items = sorted(new, key=lambda key: (-chosen[key], key))
+    columns = {("context", name): (events[f"context {name}"], how) for name, how in options["context"].items()}
+    if item_table is not None:
+        aligned = item_table.set_index("key").reindex(known + out.new_items)
+        columns |= {("item", name): (aligned[name], how) for name, how in options["item_features"].items()}
+    for (role, name), (values, how) in columns.items():
+        if how["kind"] != "numeric":
+            before = getattr(out, role)[name]
+            out.new_values[role, name] = [value for value in fitted(values, how) if value not in before]
 
 
 def _rows(out: Expected, events: pd.DataFrame, known: set[Any], options: dict[str, Any]) -> None:

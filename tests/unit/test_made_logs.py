@@ -97,6 +97,8 @@ def check_dataset(dataset: PreparedDataset, wanted: Expected, log: MadeLog) -> N
     items = dataset.items()
     keys, numbers = items["item"].to_pylist(), items["count"].to_pylist()
     assert list(zip(keys[2:], numbers[2:], strict=True)) == wanted.items
+    grown = dataset.refitted().items()["item"].to_pylist()
+    assert grown[2:] == keys[2:] + wanted.new_items and dataset.record.new_items == len(wanted.new_items)
     fits = check_features(dataset.record, wanted)
     users = dataset.user_keys().to_pydict()
     key_of = dict(zip(users["user_id"], users["user"], strict=True))
@@ -141,7 +143,9 @@ def check_features(record: DatasetRecord, wanted: Expected) -> dict[tuple[str, s
         if feature.kind == "numeric":
             assert (feature.mean, feature.std) == pytest.approx(fit, rel=1e-9, abs=1e-9)
         else:
-            assert feature.vocabulary == fit and feature.cardinality == len(fit) + 2
+            new = wanted.new_values.get((feature.role, feature.name), [])
+            assert feature.vocabulary == fit + new and feature.cardinality == len(fit) + 2
+            assert feature.new_values == len(new)
     return fits
 
 
