@@ -114,6 +114,8 @@ def expected(
     if empty:
         raise Refused("no events fall in")
     train = events[events["code"] == 0]
+    if "weight" in train and not train.loc[train["chosen"], "weight"].any():
+        raise Refused("have weight 0")
     shown = train["item"].value_counts()
     chosen = Counter(train.loc[train["chosen"], "item"])
     known = [key for key, n in shown.items() if n >= options["min_item_events"]]
