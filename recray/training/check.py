@@ -11,7 +11,7 @@ import numpy as np
 from recray import storage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
-from recray.errors import DataError
+from recray.errors import ConfigError, DataError
 from recray.ids import FIRST_ITEM
 from recray.loading.batch import Jagged
 from recray.loading.collate import eval_queries
@@ -27,9 +27,19 @@ def check_validation(config: Config, dataset: PreparedDataset) -> None:
     Reads shards until the first query that can be answered, so usually a part of the first one.
     """
     if config.model.family == "ranker":
+        check_labels(config, dataset)
         _check_clicks(config.training.metric, dataset)
     else:
         _check_lists(config, dataset)
+
+
+def check_labels(config: Config, dataset: PreparedDataset) -> None:
+    """Raise ConfigError if a ranker is to be trained on a dataset without labels."""
+    if config.model.family == "ranker" and not dataset.record.labelled:
+        raise ConfigError(
+            f"model.name = '{config.model.name}' is a ranker and needs click labels; {dataset.uri} has none: set "
+            f"data.columns.label, or data.negatives to sample items that were not chosen, and run `recray prepare` again"
+        )
 
 
 def _check_lists(config: Config, dataset: PreparedDataset) -> None:
@@ -78,7 +88,7 @@ def _check_clicks(metric: str, dataset: PreparedDataset) -> None:
     columns = ["label", "num_targets", *(["weight"] if "weight" in dataset.record.columns else [])]
     for shard in dataset.record.shards["valid"]:
         table = storage.read_table(dataset.file_uri(shard.file), columns)
-        for row in table.to_pylist():
+        for row in (row for batch in table.to_batches(_QUERIES) for row in batch.to_pylist()):
             first = len(row["label"]) - row["num_targets"]
             weights = row["weight"][first:] if "weight" in columns else [1.0] * row["num_targets"]
             labels = [label > 0 for label, weight in zip(row["label"][first:], weights, strict=True) if weight > 0]

@@ -36,6 +36,7 @@ from recray.records import CheckpointRecord, FileDigest
 from recray.training import checkpoint, fsdp, optim
 from recray.training.accumulate import Accumulation
 from recray.training.batches import TrainingData
+from recray.training.check import check_labels
 from recray.training.console import Progress
 from recray.training.distributed import Context, without_cudnn_attention
 from recray.training.embedding_plan import table_plan
@@ -71,7 +72,7 @@ class Trainer:
     ) -> None:
         """stop: asked on every worker after each step; training saves its state and ends once it is true on one."""
         self.config, self.dataset, self.phase, self.context = config, dataset, phase, context
-        _check_labels(config, dataset)
+        check_labels(config, dataset)
         self.items = item_table(dataset)
         self.precision = optim.MixedPrecision(config.training.precision, context.device)
         _check_fsdp(config, context, self.precision)
@@ -275,14 +276,6 @@ def _objective(config: Config, model: nn.Module, items: ItemTable, context: Cont
     # A loss may need how often items occur, on the device; features stay where the model keeps them.
     counts = ItemTable(items.counts_N.to(context.device))
     return Objective(model, config.loss, counts, context, config.run.plugins)
-
-
-def _check_labels(config: Config, dataset: PreparedDataset) -> None:
-    if config.model.family == "ranker" and not dataset.record.labelled:
-        raise ConfigError(
-            f"model.name = '{config.model.name}' is a ranker and needs click labels; {dataset.uri} has none: set "
-            f"data.columns.label, or data.negatives to sample items that were not chosen, and run `recray prepare` again"
-        )
 
 
 def _check_warmup(config: Config, phase: Phase, steps: int) -> None:

@@ -48,7 +48,7 @@ def test_patience_ends_training_and_keeps_the_best_epoch(folder: Path, patience:
     # It ended as soon as `patience` validations in a row were no better than the best before them, and not earlier.
     waits = [sum(1 for _ in range(best, end)) for best, end in _droughts(values)]
     assert waits[-1] == patience and all(wait < patience for wait in waits[:-1])
-    assert record.history == entries[: record.epoch]
+    assert record.history == entries, "all epochs, those after the best one too"
     # Training again trains nothing.
     assert _trained(config) == (record, [])
 
