@@ -108,7 +108,7 @@ class TrainingConfig(Section):
     save_every: str = Field(
         "10m",
         pattern=r"^(\d+(\.\d+)?[dhms]|[1-9]\d* steps|)$",
-        description="time or steps between saves inside an epoch, from which training resumes: 10m, 500 steps; empty = only at the end of epochs",
+        description="time or steps between saves inside an epoch, from which training resumes: 10m, 500 steps; empty = only at the end of epochs; a save needs host memory for a copy of the training state",
     )
     resume: bool = Field(True, description="resume from the run's last checkpoint if there is one")
 

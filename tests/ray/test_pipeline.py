@@ -264,6 +264,7 @@ def test_training_stops_where_it_is_told_to_and_goes_on_on_the_same_schedule(run
     assert record.value == expected.value and storage.exists(f"{parts.run_uri}/checkpoint/current")
 
 
+@pytest.mark.slow
 def test_a_relative_output_means_the_same_folder_to_a_worker(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,10 @@ def _train(rank: int, world_size: int, table: dict[str, Any]) -> list[dict[str, 
     return trainer.fit().history
 
 
-@pytest.mark.parametrize(("train_users", "valid_users"), [(1, 1), (1, 12), (12, 1)])
+@pytest.mark.parametrize(
+    ("train_users", "valid_users"),
+    [(1, 1), *(pytest.param(*users, marks=pytest.mark.slow) for users in ((1, 12), (12, 1)))],
+)
 def test_workers_without_rows(train_users: int, valid_users: int, tmp_path: Path) -> None:
     """One process group for all models: starting one takes seconds."""
     found = run_ranks(_train_all, WORKERS, str(tmp_path), train_users, valid_users)
