@@ -31,7 +31,7 @@ def run(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="run.seed = 1, 2, ...")] = 3,
     at_once: Annotated[int, typer.Option(min=1, help="runs at a time; they share the cores")] = 1,
-    folder: Annotated[str | None, typer.Option(help="keep the runs there, and go on from those that are there")] = None,
+    folder: Annotated[str | None, typer.Option(help="keep the runs there, and reuse those that exist")] = None,
     out: Annotated[str | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """A shipped configuration, and variants of it, on several seeds: mean and standard deviation of every test metric,
@@ -91,7 +91,7 @@ class Runs:
         self._stage("prepare", "data", seed, [])
 
     def train(self, name: str, keys: list[str], seed: int) -> Evaluated:
-        """Train and evaluate a run, each in a process of its own; what is up to date is only read again."""
+        """Train and evaluate a run, each in a separate process; artefacts that are up to date are read."""
         from recray.records import CheckpointRecord, ReportRecord
 
         megabytes = self._stage("train", name, seed, keys)

@@ -29,7 +29,7 @@ def run(
     config: Annotated[str, typer.Argument(help="configuration of a retriever, e.g. jobs/configs/amazon-beauty.toml")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, of all runs")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="run.seed = 1, 2, ...")] = 1,
-    folder: Annotated[str | None, typer.Option(help="keep the runs there, and go on from those that are there")] = None,
+    folder: Annotated[str | None, typer.Option(help="keep the runs there, and reuse those that exist")] = None,
 ) -> None:
     """A row for each of two metrics: the model alone, without a refit, blended, and baselines; then the verdict.
 

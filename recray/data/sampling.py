@@ -85,7 +85,7 @@ class Column:
 
     @property
     def all_unique(self) -> bool:
-        """Every row has a value of its own: a key of rows. Few rows say nothing."""
+        """Whether no two rows share a value, as in a key. False where there are too few rows to tell."""
         return self.rows >= 50 and self.nulls == 0 and self.distinct == self.rows
 
     @cached_property

@@ -86,7 +86,7 @@ def remaining(slices: list[ShardSlice], segments: Segments) -> list[ShardSlice]:
     """What is left of `slices` after training that was interrupted, possibly several times and with other numbers of workers.
 
     Each of W workers takes its share from the start. After n examples the rest of all W shares, one behind the other, is
-    what the next start shares out. With the same W every worker goes on exactly where it was: (r T) // W - r n =
+    what the next start shares out. With the same W every worker continues exactly where it stopped: (r T) // W - r n =
     (r (T - W n)) // W.
     """
     for workers, taken in segments:

@@ -1,6 +1,6 @@
-"""Train and fill a faiss index; also a script that does so in a process of its own: `faiss_build.py VECTORS FACTORY GPU OUT`.
+"""Train and fill a faiss index. As a script it does so in a separate process: `faiss_build.py VECTORS FACTORY GPU OUT`.
 
-Some factory strings make faiss abort, crash or never return (NSG16 over 50 items, HNSW1, NSG0). In a process of its own
+Some factory strings make faiss abort, crash or never return (NSG16 over 50 items, HNSW1, NSG0). In a separate process
 that is an exit code. Nothing of recray is imported, so that the process starts fast.
 """
 

@@ -67,7 +67,7 @@ def forwarded(folder: str) -> Iterator[None]:
 def _handled(folder: str | None) -> Iterator[None]:
     global _training, _folder
     _training, _folder = True, folder
-    if _graceful:  # here and not earlier: ray.init sets a handler of its own
+    if _graceful:  # here and not earlier: ray.init replaces the handlers
         for number in _SIGNALS:
             signal.signal(number, _note)
     try:

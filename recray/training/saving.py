@@ -24,12 +24,13 @@ from torch import Tensor
 from recray import storage
 from recray.data.split import duration
 from recray.errors import StorageError
-from recray.records import FileDigest
+from recray.records import CheckpointRecord, FileDigest
 from recray.training.distributed import Context
 from recray.training.phase import Phase
 from recray.training.state import Snapshot, TrainState
 
-Complete = Callable[[str, dict[str, FileDigest]], None]
+Describe = Callable[[], CheckpointRecord]
+Complete = Callable[[str, CheckpointRecord, dict[str, FileDigest]], None]
 
 
 class Flags(NamedTuple):
@@ -44,11 +45,15 @@ class Saver:
     """Saves the state of one phase between the ends of its epochs.
 
     every: training.save_every: a duration, a number of steps ("500 steps"), or "" for never.
+    describe: the record of the state, taken with the copy: training has moved on when the record is written.
     complete: called on worker 0 once all parts are in a folder, with the digests of its files; writes the record.
     """
 
-    def __init__(self, state: TrainState, context: Context, phase: Phase, every: str, complete: Complete) -> None:
-        self._state, self._context, self._phase, self._complete = state, context, phase, complete
+    def __init__(
+        self, state: TrainState, context: Context, phase: Phase, every: str, describe: Describe, complete: Complete
+    ) -> None:
+        self._state, self._context, self._phase = state, context, phase
+        self._describe, self._complete = describe, complete
         self._steps, self._seconds = _interval(every)
         self._saved_at, self._saved_step = time.monotonic(), state.progress.step
         self._buffers: dict[str, Tensor] = {}
@@ -73,7 +78,7 @@ class Saver:
             self.wait()
             progress = self._state.progress
             folder = self._phase.folder(progress.epoch, progress.sums.steps)
-            self._write = _Write(self._copy(self._state.snapshot(self._context)), folder)
+            self._write = _Write(self._copy(self._state.snapshot(self._context)), folder, self._describe())
             self.restart_clock()
             if flags.stop:
                 self.wait()
@@ -109,7 +114,7 @@ class Saver:
         """All workers have written their part."""
         write, self._write = self._write, None
         if write is not None and self._context.rank == 0:
-            self._complete(write.folder, digests(write.folder, write.files, self._context.world_size))
+            self._complete(write.folder, write.record, digests(write.folder, write.files, self._context.world_size))
 
     def _copy(self, snapshot: Snapshot) -> Snapshot:
         """With copies of all tensors in host memory, which the next save reuses."""
@@ -137,8 +142,8 @@ class Saver:
 class _Write:
     """One worker's part on its way to disk."""
 
-    def __init__(self, snapshot: Snapshot, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, snapshot: Snapshot, folder: str, record: CheckpointRecord) -> None:
+        self.folder, self.record = folder, record
         self.files: dict[str, FileDigest] = {}
         self._snapshot = snapshot
         self.error: BaseException | None = None

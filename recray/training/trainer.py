@@ -88,7 +88,7 @@ class Trainer:
         self.data = TrainingData(config, dataset, phase, model.examples, context)
         _check_warmup(config, phase, self.data.steps)
         self.stop = stop
-        self.saver = Saver(self.state, context, phase, config.training.save_every, self._save_record)
+        self.saver = Saver(self.state, context, phase, config.training.save_every, self._record, self._save_record)
         self.meter = Progress(phase.name, phase.epochs, self.data.steps, enabled=context.rank == 0)
 
     def fit(self, on_epoch: OnEpoch | None = None, until: int | None = None) -> TrainProgress:
@@ -236,21 +236,22 @@ class Trainer:
             )
 
     def _end_epoch(self, entry: dict[str, float]) -> None:
+        # First: the record of a save inside the epoch must not tell, nor its clean-up follow, what the epoch's end decides.
+        self.saver.wait()
         progress, context = self.state.progress, self.context
         metric = self.config.training.metric
         progress.end_epoch(entry, self.data.rows, metric, higher_is_better(metric, self.config.run.plugins))
-        self.saver.wait()
         folder = self.phase.folder(progress.epoch)
         files = self.state.save(folder, context)
         if context.rank == 0:
-            self._save_record(folder, digests(folder, files, context.world_size))
+            self._save_record(folder, self._record(), digests(folder, files, context.world_size))
         context.barrier()  # no worker may report the epoch, or end, before it is on disk
         self.saver.restart_clock()
         self.meter.report(entry)
 
-    def _save_record(self, folder: str, files: dict[str, FileDigest]) -> None:
+    def _save_record(self, folder: str, record: CheckpointRecord, files: dict[str, FileDigest]) -> None:
         """Complete a saved state, on worker 0."""
-        checkpoint.save_record(folder, self._record(), self.dataset.record, self.items, files)
+        checkpoint.save_record(folder, record, self.dataset.record, self.items, files)
         self.phase.delete_old(self.state.progress.best_epoch)
 
     def _record(self) -> CheckpointRecord:

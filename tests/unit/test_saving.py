@@ -25,7 +25,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import Interrupted
 from recray.loading.sampler import ShardGroup, ShardSlice, epoch_order, num_rows, remaining, share
 from recray.records import CheckpointRecord
-from recray.training import interrupt, launch
+from recray.training import checkpoint, interrupt, launch
 from recray.training.distributed import LocalContext, data_parallel
 from recray.training.phase import Phase, Position
 from recray.training.trainer import MicroBatches, Step, Trainer
@@ -145,13 +145,27 @@ def test_training_that_is_stopped_at_any_steps_ends_bit_for_bit_as_an_undisturbe
     assert (records[0].step, records[0].rows) == (records[1].step, records[1].rows)
 
 
-def test_saves_by_steps_leave_the_two_newest_states_and_change_nothing(tmp_path: Path) -> None:
+def test_saves_by_steps_leave_the_two_newest_states_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_dataset(tmp_path / "data")
     config = _config(tmp_path, *KEYS)
     saving = _config(tmp_path, *KEYS, "training.save_every=1 steps")
     plain, often = _phase(tmp_path / "plain", config), _phase(tmp_path / "often", config)
     _fit(config, plain)
-    _fit(saving, often)
+    written: dict[str, tuple[int, int]] = {}
+    save = checkpoint.save_record
+
+    def note(folder: str, record: CheckpointRecord, *rest: Any) -> CheckpointRecord:
+        written[folder] = (record.epoch, record.step)
+        return save(folder, record, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_record", note)
+    steps = _fit(saving, often).data.steps
+    # A record tells the state that was copied, not the one that training has reached when it is written.
+    positions = [(epoch, step) for epoch in range(4) for step in range(steps)]
+    wanted = {often.folder(epoch, step): (epoch, epoch * steps + step) for epoch, step in positions}
+    assert len(written) > 3 and written == {folder: wanted[folder] for folder in written}
     a, b = _weights(plain), _weights(often)
     assert all(torch.equal(a[name], b[name]) for name in a)
     best = CheckpointRecord.read(often.folder(3)).best_epoch

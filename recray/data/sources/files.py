@@ -196,7 +196,7 @@ def _own_folders(base: str, paths: list[str]) -> list[str]:
         if name == "_lists.json" and folder:
             own.append(prefix)
         elif name == "identity.json":
-            with contextlib.suppress(ValueError):  # somebody else's file
+            with contextlib.suppress(ValueError):  # a file that recray did not write
                 body = storage.read_json(storage.join(base, path))
                 if isinstance(body, dict) and {"stage", "identity", "keys", "inputs"} <= body.keys():
                     own.append(prefix)
