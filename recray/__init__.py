@@ -14,7 +14,7 @@ Every stage returns a record and is skipped if it is up to date; `recray.Run(con
 searches hyperparameters, `recray.recommend` writes every user's list. Errors that recray raises on purpose extend `recray.RecrayError`; the library prints nothing and
 logs to `logging.getLogger("recray")`. Every key of the configuration: `recray keys` on the command line.
 
-Importing recray loads neither Ray, torch nor faiss: a name is loaded when it is first used. It sets OMP_WAIT_POLICY unless
+Importing recray loads neither Ray, torch nor faiss: a name is loaded when it is first used. It sets GOMP_SPINCOUNT unless
 that is set (recray.cluster.cpus).
 """
 
@@ -23,9 +23,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from recray.cluster.cpus import let_threads_sleep
+from recray.cluster.cpus import bound_spinning
 
-let_threads_sleep()
+bound_spinning()
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import recray  # noqa: F401  # before torch: it makes OpenMP's threads sleep while they wait
+import recray  # noqa: F401  # before torch: it bounds how long OpenMP's threads spin
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SLOW_TIMEOUT = 600  # seconds; a slow test may set its own with `@pytest.mark.timeout`

@@ -1,4 +1,4 @@
-"""A training step while other processes hold the cores, with OpenMP's threads spinning, and sleeping as recray sets them."""
+"""A training step while other processes hold the cores, with OpenMP's threads spinning, sleeping, and as recray sets them."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from benchmarks.figures import report
 
 _SETTINGS = {
     "default": {},
-    "spincount_1000": {"GOMP_SPINCOUNT": "1000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "recray": {"GOMP_SPINCOUNT": "30000"},
 }
 # Steps of a two_tower (mean of a history of 20, two layers, softmax in the batch) of batches made before.
 _STEP = """

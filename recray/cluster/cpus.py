@@ -2,8 +2,9 @@
 
 libgomp, which torch, faiss and scikit-learn use, lets threads spin at the end of every parallel operation until the
 last one arrives. Where another process holds a core, that one arrives late and all others burn their time slices:
-steps of a small model take 4 to 20 times as long. Sleeping threads cost a few microseconds per operation
-(jobs/benchmarks/README.md, `busy`).
+steps of a small model take 6 to 12 times as long. Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) have to be woken
+for every operation, which makes the same steps 1.7 times as long on a quiet machine. So they spin, but not for long: a
+tenth of a millisecond is more than threads on cores of their own need (jobs/benchmarks/README.md, `busy`).
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+_SPINS = "30000"  # rounds of libgomp's waiting loop before a thread sleeps; its default is practically for ever
 # OpenMP's own name, and what libgomp and LLVM's library read instead. Any of them that the user has set wins.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def let_threads_sleep() -> None:
-    """Make OpenMP's threads of this process, and of those it starts, sleep while they wait.
+def bound_spinning() -> None:
+    """Make OpenMP's threads of this process, and of those it starts, sleep when they have waited a moment.
 
     Only has an effect before the first library with OpenMP is loaded, so `import recray` calls it.
     """
     if not waiting():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def waiting() -> dict[str, str]:

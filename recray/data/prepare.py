@@ -76,9 +76,9 @@ def prepare(config: Config) -> DatasetRecord:
     with unwrapped(), contextlib.ExitStack() as stack:
         source: Source = module.read(config.data, config.run.seed)
         artifact = run.artifact(DATASET, [source.fingerprint])
+        stack.enter_context(locks.exclusive(artifact.uri))
         if not run.begin(artifact):
             return artifact.record
-        stack.enter_context(locks.exclusive(artifact.uri))
         storage.delete_folder(artifact.uri)  # what a process that was killed has left
         artifact.mark()
         work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -322,5 +323,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     work = Work(config, settings["dataset"], settings["folder"], settings["until"])
     report = ray.train.report if settings["report"] else None
     context = RayContext(config.scaling)
-    with releasing_ddp(), threads(config.scaling, context.local_size):
+    with contextlib.ExitStack() as stack:
+        if context.rank == 0:  # the workers of a driver that was killed train on for some seconds
+            stack.enter_context(locks.exclusive(storage.join(work.folder, "workers")))
+        stack.enter_context(releasing_ddp())
+        stack.enter_context(threads(config.scaling, context.local_size))
         fit(work, context, report)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,14 @@ def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"
         with (
             pytest.raises(StorageError, match=rf"1a2b is being written by process {other.pid} on .*: wait until"),
-            locks.exclusive(str(folder)),
+            locks.exclusive(str(folder), wait=0.5),
         ):
             pass
-        other.send_signal(signal.SIGKILL)
-    with locks.exclusive(str(folder)):  # the kernel has released it
+        ending = threading.Timer(0.5, other.send_signal, [signal.SIGKILL])
+        ending.start()
+        with locks.exclusive(str(folder)):  # waits until the kernel releases it
+            ending.join()
+    with locks.exclusive(str(folder)):
         storage.write_json(str(folder / "a.json"), 1)
     assert [path.name for path in folder.parent.iterdir()] == ["1a2b"]
 
