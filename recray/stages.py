@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from recray.cluster import runtime
 from recray.config import Config
 from recray.data.prepare import prepare
 
@@ -27,6 +28,7 @@ def run(config: Config) -> ReportRecord:
 
         faiss_index.check(config.retrieval.index)
     prepare(config)
+    runtime.stop_own()  # training often needs none, and starts another one if it does
     # Torch takes seconds to load, which an error in the log should not wait for.
     from recray.evaluation import evaluate
     from recray.retrieval.build import index

@@ -241,6 +241,16 @@ def is_own() -> bool:
     return _own
 
 
+def stop_own() -> None:
+    """Shut down the local Ray that this process started, if it did: idle, it still takes memory and a share of the CPUs."""
+    global _own
+    if _own:
+        import ray
+
+        ray.shutdown()
+        _own = False
+
+
 def is_shared() -> bool:
     """True if work goes to a cluster: RAY_ADDRESS names one, or this process has joined one."""
     ray = sys.modules.get("ray")  # not imported yet means not connected
