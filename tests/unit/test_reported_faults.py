@@ -69,7 +69,7 @@ ROWS = {
     "29 a machine too busy to start Ray": [
         "ray/test_runtime.py::test_a_local_ray_that_starts_slowly_is_tried_again",
         "ray/test_runtime.py::test_a_local_ray_that_does_not_start_says_what_to_do",
-        "unit/test_cpus.py::test_threads_sleep_unless_the_user_says_otherwise",
+        "unit/test_cpus.py::test_threads_spin_for_a_moment_unless_the_user_says_otherwise",
     ],
     "18, 32 NDCG, recall, MAP and GAUC with many targets (recommenders#1749, RecBole#1035, FuXiCTR)": [
         "unit/test_metrics.py::test_equal_trec_eval",
