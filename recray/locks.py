@@ -13,7 +13,6 @@ from typing import TextIO
 from recray import log, storage
 from recray.errors import StorageError
 
-
 # Workers of a driver that was killed live on for some seconds.
 _WAIT = 30.0
 _POLL = 0.2
@@ -58,7 +57,9 @@ def _locked(uri: str, path: str, deadline: float) -> TextIO:
                         f"choose another run.name"
                     ) from error
                 if not told:
-                    log.info("storage", f"waiting for {holder or 'another process'}, which writes {uri}", event="locked")
+                    log.info(
+                        "storage", f"waiting for {holder or 'another process'}, which writes {uri}", event="locked"
+                    )
                     told = True
                 time.sleep(_POLL)
                 continue

@@ -106,7 +106,9 @@ def test_without_workers_torch_keeps_its_threads_within_the_quota(monkeypatch: p
         ({"KMP_BLOCKTIME": "0"}, {"KMP_BLOCKTIME": "0"}),
     ],
 )
-def test_threads_spin_for_a_moment_unless_the_user_says_otherwise(own: dict[str, str], expected: dict[str, str]) -> None:
+def test_threads_spin_for_a_moment_unless_the_user_says_otherwise(
+    own: dict[str, str], expected: dict[str, str]
+) -> None:
     """In a process of its own: it must be set before torch is loaded, by importing recray alone."""
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")} | own
     code = "import sys, recray; from recray.cluster import cpus; print(cpus.waiting(), 'torch' in sys.modules)"
