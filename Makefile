@@ -34,7 +34,7 @@ test: venv
 	$(BIN)/python tests/run.py
 
 test-unit: venv
-	$(BIN)/python -m pytest tests/unit -m "not slow"
+	$(BIN)/python -m pytest tests/unit -m "not slow" -n 2
 
 cases: venv
 	$(BIN)/python -m pytest tests/unit/test_cases.py -vv

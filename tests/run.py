@@ -1,6 +1,6 @@
 """Runs the tests folder by folder, each in its own process: `python tests/run.py [--slow]`.
 
-Unit tests come first and never import Ray; the tests on a local Ray, on clusters of several nodes and on a GPU follow.
+Unit tests come first, as many at a time as there are CPUs, and never import Ray; the tests on a local Ray, on clusters of several nodes and on a GPU follow.
 At the end come the seconds of every folder and of the slowest modules, and one closing line for all of them. The exit
 code is 1 when any part fails, crashes or exceeds its limit.
 """
@@ -54,8 +54,13 @@ def run(name: str, slow: bool) -> Part:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", str(TESTS / name), "-m", "slow" if slow else "not slow"]
+        environment = dict(os.environ)
+        if name == "unit" and not slow:
+            command += ["-n", str(len(os.sched_getaffinity(0)))]
+            environment.setdefault("OMP_NUM_THREADS", "1")  # their models are small, and each process has one CPU
         start = time.monotonic()
-        process = subprocess.Popen([*command, f"--junitxml={report}"], cwd=TESTS.parent, start_new_session=True)
+        command.append(f"--junitxml={report}")
+        process = subprocess.Popen(command, cwd=TESTS.parent, env=environment, start_new_session=True)
         try:
             code = process.wait(SLOW_LIMIT if slow else LIMIT)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):

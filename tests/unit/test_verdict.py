@@ -171,6 +171,8 @@ def test_the_verdict_names_what_cannot_be_hit_epochs_and_the_index() -> None:
     assert (
         "the index loses 0.0100 of ndcg@10 (5.0%) against exact search" in found and "retrieval.recall_target" in found
     )
+    same = _report(index={"recall@100_against_exact": 1.0, "ndcg@10_lost": 1e-9})
+    assert "the index loses no ndcg@10 against exact search" in _said(same)
     assert "training.refit = true" in found
     assert "best epoch 4 of 9, chosen on validation" in _said(report)
     assert "try next: a lower learning rate" in _said(report, best=1)
