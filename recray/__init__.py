@@ -11,8 +11,9 @@
     report.metrics["model"]["ndcg@10"].value
 
 Every stage returns a record and is skipped if it is up to date; `recray.Run(config)` finds its artefacts. `recray.tune`
-searches hyperparameters, `recray.recommend` writes every user's list. Errors that recray raises on purpose extend `recray.RecrayError`; the library prints nothing and
-logs to `logging.getLogger("recray")`. Every key of the configuration: `recray keys` on the command line.
+searches hyperparameters, `recray.recommend` writes every user's list, and `recray.load("runs/news")` answers in Python
+with raw keys. Errors that recray raises on purpose extend `recray.RecrayError`; the library prints nothing and logs to
+`logging.getLogger("recray")`. Every key of the configuration: `recray keys` on the command line.
 
 Importing recray loads neither Ray, torch nor faiss: a name is loaded when it is first used. It sets GOMP_SPINCOUNT unless
 that is set (recray.cluster.cpus).
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     )
     from recray.evaluation import evaluate
     from recray.evaluation.recommend import recommend
+    from recray.inference import load
     from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, ReportRecord, TuneRecord
     from recray.report.text import render
     from recray.retrieval.build import index
@@ -73,6 +75,7 @@ __all__ = [
     "evaluate",
     "index",
     "infer",
+    "load",
     "load_config",
     "load_model",
     "parse_config",
@@ -93,6 +96,7 @@ _MODULES = {
     "recray.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "recray.evaluation": ("evaluate",),
     "recray.evaluation.recommend": ("recommend",),
+    "recray.inference": ("load",),
     "recray.records": tuple(name for name in __all__ if name.endswith("Record")),
     "recray.report.text": ("render",),
     "recray.retrieval.build": ("index",),

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from recray import storage
 from recray.artifacts import Run
-from recray.ids import UNKNOWN
+from recray.ids import SPLITS, UNKNOWN
 from recray.records import CheckpointRecord, DatasetRecord
 
 
@@ -55,6 +55,22 @@ class PreparedDataset:
     def read(self, file: str) -> pa.Table:
         """The user rows of one shard."""
         return self.known(storage.read_table(self.file_uri(file)))
+
+    def latest(self, name: str, user_ids: pa.Array) -> Iterator[pa.Table]:
+        """Rows of these users from the last split that has them, which contain all of their events.
+
+        name: of the file that these users share: "part-00003.parquet".
+        """
+        left = user_ids
+        existing = {split: {shard.file for shard in self.record.shards.get(split, [])} for split in SPLITS}
+        for split in reversed(SPLITS):
+            if f"{split}/{name}" not in existing[split]:
+                continue
+            table = self.read(f"{split}/{name}")
+            table = table.filter(pc.is_in(table["user"], value_set=left))
+            left = left.filter(pc.invert(pc.is_in(left, value_set=table["user"].combine_chunks())))
+            if len(table):
+                yield table
 
     def known(self, table: pa.Table) -> pa.Table:
         """User rows as a shard stores them with UNKNOWN in place of what is not known here."""

@@ -30,12 +30,12 @@ from recray.data.dataset import PreparedDataset
 from recray.data.sources import base, files, tables
 from recray.errors import DataError
 from recray.evaluation.parallel import map_shards
-from recray.ids import FIRST_ITEM, SPLITS
+from recray.ids import SPLITS
 from recray.loading.collate import eval_queries
 from recray.records import ListsRecord
 from recray.retrieval.baselines.popularity import Popularity
 from recray.retrieval.blend import check_blend
-from recray.retrieval.recommenders import RunArtifacts, open_recommenders
+from recray.retrieval.recommenders import RunArtifacts, list_table, open_recommenders
 
 _BATCH = 512
 
@@ -133,42 +133,14 @@ def _write_parts(writer: _Writer, names: list[str], numbers: Iterable[int]) -> I
             users = users.filter(pc.is_in(users["user"], value_set=writer.wanted))
         keys, user_ids = users["user"].combine_chunks(), users["user_id"].combine_chunks()
         written = []
-        for table in _latest(dataset, names[number], user_ids):
+        for table in dataset.latest(names[number], user_ids):
             for query in eval_queries(table, _BATCH, config.model.history_length, "next"):
                 ids, scores = recommender.recommend(query, writer.k, config.evaluation.filter_seen)
                 asked = pa.array(query.batch.user_B.numpy().astype(np.int32))
-                written.append(_table(keys.take(pc.index_in(asked, user_ids)), ids, scores, items))
+                written.append(list_table(keys.take(pc.index_in(asked, user_ids)), ids, scores, items))
         if written:
             storage.write_table(storage.join(writer.output, names[number]), pa.concat_tables(written))
         yield sum(len(pc.unique(table["user"])) for table in written)
-
-
-def _latest(dataset: PreparedDataset, name: str, user_ids: pa.Array) -> Iterator[pa.Table]:
-    """Rows of these users from the last split that has them, which contain all of their events."""
-    left = user_ids
-    existing = {split: {shard.file for shard in dataset.record.shards[split]} for split in SPLITS}
-    for split in reversed(SPLITS):
-        if f"{split}/{name}" not in existing[split]:
-            continue
-        table = dataset.read(f"{split}/{name}")
-        table = table.filter(pc.is_in(table["user"], value_set=left))
-        left = left.filter(pc.invert(pc.is_in(left, value_set=table["user"].combine_chunks())))
-        if len(table):
-            yield table
-
-
-def _table(users: pa.Array, ids_BK: np.ndarray, scores_BK: np.ndarray | None, items: pa.Array) -> pa.Table:
-    """One row per filled place of the lists."""
-    row, place = np.nonzero(ids_BK >= FIRST_ITEM)
-    scores = np.zeros(len(row), np.float32) if scores_BK is None else scores_BK[row, place].astype(np.float32)
-    return pa.table(
-        {
-            "user": users.take(pa.array(row)),
-            "item": items.take(pa.array(ids_BK[row, place])),
-            "rank": pa.array((place + 1).astype(np.int32)),
-            "score": pa.array(scores, mask=np.full(len(row), scores_BK is None)),
-        }
-    )
 
 
 def _write_popular(dataset: PreparedDataset, output: str, wanted: pa.Array, any_written: bool, k: int) -> int:
@@ -181,5 +153,5 @@ def _write_popular(dataset: PreparedDataset, output: str, wanted: pa.Array, any_
         best = Popularity(dataset.item_counts()).order[:k]
         lists = np.broadcast_to(best, (len(left), len(best)))
         items = dataset.items()["item"].combine_chunks()
-        storage.write_table(storage.join(output, "part-popular.parquet"), _table(left, lists, None, items))
+        storage.write_table(storage.join(output, "part-popular.parquet"), list_table(left, lists, None, items))
     return len(left)

@@ -129,7 +129,7 @@ def eval_queries(
 def item_table(dataset: PreparedDataset) -> ItemTable:
     """items.parquet as tensors."""
     table = dataset.items()
-    features = {f.name: _feature(Column.of(table[f.column])) for f in dataset.record.features if f.role == "item"}
+    features = {f.name: feature_tensor(Column.of(table[f.column])) for f in dataset.record.features if f.role == "item"}
     return ItemTable(torch.from_numpy(table["count"].to_numpy().astype(np.float32)), features)
 
 
@@ -146,8 +146,8 @@ def _batch(fields: Fields[Column]) -> Batch:
         weight_Q=_numbers(weight),
         label_Q=None if fields.label is None else _numbers(fields.label),
         position_Q=position,
-        user_features={name: _feature(column) for name, column in fields.user_features.items()},
-        context={name: _feature(column) for name, column in fields.context.items()},
+        user_features={name: feature_tensor(column) for name, column in fields.user_features.items()},
+        context={name: feature_tensor(column) for name, column in fields.context.items()},
     )
 
 
@@ -159,7 +159,8 @@ def _concat(columns: list[Column]) -> Column:
     return Column(values, offsets_from_lengths(np.concatenate(lengths)) if lengths else None)
 
 
-def _feature(column: Column) -> Feature:
+def feature_tensor(column: Column) -> Feature:
+    """The column as int64 or float32 tensors."""
     return _numbers(column) if column.offsets is None else _jagged(column)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -202,3 +203,28 @@ def _item_vectors(artifacts: RunArtifacts, model: Retriever) -> np.ndarray:
     if artifacts.index is not None:
         return embed.load_vectors(artifacts.index.uri, num_items)
     return embed.item_vectors(artifacts.checkpoint, model, num_items)
+
+
+def list_table(
+    users: pa.Array,
+    ids_BK: np.ndarray,
+    scores_BK: np.ndarray | None,
+    items: pa.Array,
+    unscored_B: np.ndarray | None = None,
+) -> pa.Table:
+    """Lists of B users as rows user, item, rank (from 1), score: one row for each place that is filled.
+
+    items: (N,) keys by id. unscored_B: rows whose scores are null; all of them without scores_BK.
+    """
+    row, place = np.nonzero(ids_BK >= FIRST_ITEM)
+    scores = np.zeros(len(row), np.float32) if scores_BK is None else scores_BK[row, place].astype(np.float32)
+    if unscored_B is None:
+        unscored_B = np.full(len(ids_BK), scores_BK is None)
+    return pa.table(
+        {
+            "user": users.take(pa.array(row)),
+            "item": items.take(pa.array(ids_BK[row, place])),
+            "rank": pa.array((place + 1).astype(np.int32)),
+            "score": pa.array(scores, mask=unscored_B[row]),
+        }
+    )
