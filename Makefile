@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check test test-unit test-slow cases test-ray format clean
+.PHONY: help venv demo check test test-unit test-slow faults cases test-ray format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
 	@echo "make test       install into .venv and run the tests      make test-unit   those without Ray"
 	@echo "make test-slow  the tests that take minutes        make cases  logs that other tools failed on, one line each"
+	@echo "make faults     failures injected into every stage, and what each costs (tests/faults/README.md)"
 	@echo "make test-ray VERSION=2.59.0   the tests that use Ray, on another version of it"
 	@echo "make check      ruff, mypy, import contracts              make format      ruff format"
 
@@ -41,6 +42,9 @@ cases: venv
 
 test-slow: venv
 	$(BIN)/python tests/run.py --slow
+
+faults: venv
+	$(BIN)/python -m pytest tests/faults -m slow -v
 
 # Everything else is as in the lock, so a failure comes from Ray.
 RAY_ENV = build/ray-$(VERSION)

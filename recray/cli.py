@@ -117,7 +117,8 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from recray.artifacts import Run
 
     settings = _load(config, overrides, starts_ray=True)
-    record = recray.prepare(settings)
+    with _stoppable():
+        record = recray.prepare(settings)
     _made("prepare", Run(settings).dataset().uri, record, "")
 
 
@@ -146,7 +147,8 @@ def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     from recray.tuning.console import summary  # loads torch
     from recray.tuning.store import sweep_uri
 
-    record = recray.tune(settings)
+    with _stoppable():
+        record = recray.tune(settings)
     _result("tune", "result", summary(record, sweep_uri(settings)), record.model_dump(mode="json"))
 
 
@@ -157,7 +159,8 @@ def index(config: ConfigPath, overrides: Overrides = None) -> None:
     from recray.artifacts import Run
 
     settings = _load(config, overrides)
-    record = recray.index(settings)
+    with _stoppable():
+        record = recray.index(settings)
     _made(
         "index",
         Run(settings).index_artifact().uri,
@@ -179,7 +182,8 @@ def evaluate(
     from recray.report.text import render
 
     settings = _load(config, overrides)
-    report = recray.evaluate(settings, split.value)
+    with _stoppable():
+        report = recray.evaluate(settings, split.value)
     _result("evaluate", "report", render(report), report.model_dump(mode="json"))
 
 
@@ -199,7 +203,8 @@ def recommend(
 
     settings = _load(config, overrides)
     storage.check_writable(output)
-    record = recray.recommend(settings, output, users, k)
+    with _stoppable():
+        record = recray.recommend(settings, output, users, k)
     _made("recommend", output, record, f"{record.counts['users']:,} users")
 
 
@@ -349,7 +354,8 @@ def _load(path: str, overrides: list[str] | None, starts_ray: bool = False) -> C
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM or Ctrl-C saves the training state first; the exit code is 128 + the signal's number, as in a shell."""
+    """SIGTERM or Ctrl-C first saves the state of a training, or deletes what another stage has half written; the exit code
+    is 128 + the signal's number, as in a shell."""
     from recray.training import interrupt
 
     with interrupt.graceful():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-FOLDERS = ("unit", "ray", "cluster", "gpu")
+FOLDERS = ("unit", "ray", "cluster", "faults", "gpu")
 TESTS = Path(__file__).parent
 SLOWEST = 12  # modules listed
 LIMIT, SLOW_LIMIT = 1800, 5400  # seconds for one folder; pytest-timeout bounds every test long before

@@ -17,8 +17,11 @@ _IN_TRACEBACK = re.compile(
 )
 # What the workers that are left say when another one is gone.
 _LOST = re.compile(
-    r"gloo|nccl|processgroup|connection (closed|reset|refused)|timed out waiting|broken pipe", re.IGNORECASE
+    r"gloo|nccl|processgroup|connection (closed|reset|refused)|timed out waiting|broken pipe|worker health check",
+    re.IGNORECASE,
 )
+# Where Ray names a worker's host and process.
+_HOST, _PID = re.compile(r"\b(?:hostname='|ip: )([\w.:-]+)"), re.compile(r"\bpid[=:] ?(\d+)")
 _DEPTH = 8  # of wrappers; a chain of causes may be a ring
 
 
@@ -72,10 +75,25 @@ def lost_worker(error: BaseException) -> bool:
 
 
 def summary(error: BaseException) -> str:
-    """One line about an error that Ray wrapped: the last line of its innermost text."""
+    """One line about an error that Ray wrapped: the worker that was lost, else the last line of its innermost text."""
+    lost = [line for cause in _causes(error, _DEPTH) if (line := _lost(cause))]
+    if lost:
+        return ", ".join(dict.fromkeys(lost))
     innermost = list(_causes(error, _DEPTH))[-1]
     lines = [line.strip() for line in str(innermost).splitlines() if line.strip()] or [type(innermost).__name__]
     return lines[-1][:200]
+
+
+def _lost(error: BaseException) -> str:
+    """The workers of a WorkerGroupError that ended or do not answer, by rank, host and process."""
+    lines = []
+    for rank, failure in sorted((getattr(error, "worker_failures", None) or {}).items()):
+        text = "\n".join(str(cause) for cause in _causes(failure, _DEPTH))
+        host, pid = _HOST.search(text), _PID.search(text)
+        if host and pid:
+            what = "did not answer" if "hanging" in text else "ended"
+            lines.append(f"worker {rank} on {host[1]} {what} (process {pid[1]})")
+    return ", ".join(lines)
 
 
 def _is_plain(error: BaseException) -> TypeGuard[RecrayError]:

@@ -56,3 +56,9 @@ def drop_placement_group_cleaner(trainer: Any) -> None:
     if create is not None:
         name = "PlacementGroupCleanerCallback"
         trainer._create_default_callbacks = lambda: [one for one in create() if type(one).__name__ != name]
+
+
+def keep_ctrl_c(trainer: Any) -> None:
+    """Make a TorchTrainer keep the program's handler of Ctrl-C, where Ray Train would abort its workers without a save."""
+    if hasattr(trainer, "_register_sigint_handler"):
+        trainer._register_sigint_handler = lambda controller: None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -76,10 +77,20 @@ def connect(num_cpus: int | None = None) -> None:
     registry.pickle_by_value()
     if ray.is_initialized():
         return
-    if address == "local":
-        _start_local(num_cpus)
-    else:
-        _join(address)
+    with _own_handlers():
+        if address == "local":
+            _start_local(num_cpus)
+        else:
+            _join(address)
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Keep the program's handler of SIGTERM, if it has one. Ray's ends Ray's processes first, at which its client aborts."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def check() -> None:
@@ -101,7 +112,9 @@ def check() -> None:
 
 def _set_defaults(address: str) -> None:
     # Joining: an attempt takes Ray 40 s, and its default of 20 attempts 14 minutes. A local start polls, so it keeps 20.
-    joining = {} if address == "local" else {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+    # Local: the agents of a Ray whose driver was killed look for its head no longer than that.
+    local = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
+    joining = local if address == "local" else {"RAY_NUM_REDIS_GET_RETRIES": "2"}
     for name, value in (_DEFAULTS | joining).items():
         os.environ.setdefault(name, value)
 

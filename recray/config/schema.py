@@ -142,6 +142,11 @@ class ScalingConfig(Section):
         ge=0,
         description="with Ray workers: restarts after a worker or node was lost, without progress since the last one",
     )
+    collective_timeout: float = Field(
+        120,
+        gt=0,
+        description="with Ray workers: seconds after which a worker that hangs in a step, or does not answer, counts as lost",
+    )
     wait_seconds: float = Field(
         900, ge=0, description="on a cluster: seconds to wait for nodes of the autoscaler or for resources in use"
     )

@@ -13,6 +13,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from recray.errors import ResourceError
 from recray.layers import collectives, embedding
 from recray.loading.sampler import ShardGroup, ShardSlice
 from recray.training import fsdp
+from recray.training.watchdog import Watchdog
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -59,6 +61,10 @@ class Context(Protocol):
         """The module on the worker's device, with gradients averaged over workers."""
         ...
 
+    def bounded(self, what: str, first: bool = False) -> AbstractContextManager[None]:
+        """Bound the time of a step, in which workers wait for each other. first: of a phase; it may take any time."""
+        ...
+
 
 class LocalContext:
     """A single process."""
@@ -87,6 +93,9 @@ class LocalContext:
     def wrap(self, module: nn.Module) -> nn.Module:
         return module.to(self.device)
 
+    def bounded(self, what: str, first: bool = False) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 class RayContext:
     """One worker of a Ray TorchTrainer.
@@ -97,7 +106,8 @@ class RayContext:
     single node the worker reads all shards itself, which costs fewer cycles of the same cores.
     """
 
-    def __init__(self, scaling: ScalingConfig) -> None:
+    def __init__(self, scaling: ScalingConfig, folder: str) -> None:
+        """folder: where a worker that hangs says so."""
         import ray.train
         import ray.train.torch
 
@@ -106,6 +116,7 @@ class RayContext:
         self.local_size = train.get_local_world_size()
         self.device = ray.train.torch.get_device() if scaling.use_gpu else torch.device("cpu")
         self._scaling = scaling
+        self.watchdog = Watchdog(scaling.collective_timeout, folder, self.rank)
 
     def tables(
         self, dataset: PreparedDataset, shards: list[ShardGroup], slices: list[ShardSlice]
@@ -139,6 +150,9 @@ class RayContext:
     def wrap(self, module: nn.Module) -> nn.Module:
         module = module.to(self.device)
         return module if self.world_size == 1 else data_parallel(module, self._scaling.fsdp)
+
+    def bounded(self, what: str, first: bool = False) -> AbstractContextManager[None]:
+        return self.watchdog.bounded(what, first)
 
 
 def data_parallel(module: nn.Module, fully_sharded: bool = False) -> nn.Module:

@@ -2,6 +2,7 @@
 
     with interrupt.graceful():      # the command line does this
         recray.train(config)        # raises Interrupted once the state is on disk
+        recray.prepare(config)      # raises SystemExit or KeyboardInterrupt, as every stage but training does
 
 A process that trains by itself looks for a signal after every step. Ray workers run on other machines, so the driver's
 signal handler writes a file into the checkpoint's folder, which worker 0 looks for every few seconds.
@@ -30,19 +31,28 @@ _received: signal.Signals | None = None
 
 @contextlib.contextmanager
 def graceful() -> Iterator[None]:
-    """Inside the block the first SIGTERM or SIGINT asks training to save and stop; a second one stops at once."""
+    """Inside the block the first SIGTERM or SIGINT asks training to save and stop; a second one stops at once.
+
+    Outside of training the first one stops at once, and what is half written is deleted on the way out.
+    """
     global _graceful, _received
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     _graceful = True
+    _handle()
     try:
         yield
     finally:
         _graceful, _received = False, None
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_graceful() -> bool:
+    """Whether this is inside of `graceful`."""
+    return _graceful
 
 
 @contextlib.contextmanager
@@ -67,13 +77,17 @@ def forwarded(folder: str) -> Iterator[None]:
 def _handled(folder: str | None) -> Iterator[None]:
     global _training, _folder
     _training, _folder = True, folder
-    if _graceful:  # here and not earlier: ray.init replaces the handlers
-        for number in _SIGNALS:
-            signal.signal(number, _note)
+    if _graceful:  # again: Ray may have replaced the handlers
+        _handle()
     try:
         yield
     finally:
         _training, _folder = False, None
+
+
+def _handle() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, _note)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ClusterError, LineageError, StorageError
 from recray.records import CheckpointRecord
-from recray.training import checkpoint, interrupt
+from recray.training import checkpoint, interrupt, watchdog
 from recray.training.check import check_validation
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
 from recray.training.phase import Phase, Position
@@ -241,6 +241,7 @@ def _in_this_process(config: Config, dataset_uri: str) -> bool:
 def _run_workers(work: Work, callback: UserCallback | None) -> None:
     """Train on Ray workers. A lost worker or node ends all of them, and they start again from the last saved state."""
     failures, most = 0, work.config.scaling.max_failures
+    watchdog.stalled(work.folder)  # of an earlier start
     while True:
         before = _states(work)
         try:
@@ -248,16 +249,17 @@ def _run_workers(work: Work, callback: UserCallback | None) -> None:
         except Exception as error:
             if not lost_worker(error):
                 raise
+            reason = watchdog.stalled(work.folder) or summary(error)
             failures = 1 if _states(work) != before else failures + 1
             if failures > most:
                 raise ClusterError(
-                    f"training workers were lost {failures} times without progress, the last time by: {summary(error)}. "
+                    f"training workers were lost {failures} times without progress, the last time by: {reason}. "
                     f"Look at the nodes and their memory; the same command resumes from the last saved state"
                 ) from error
             delay = _BACKOFF[min(failures, len(_BACKOFF)) - 1]
             log.warning(
                 "train",
-                f"training workers were lost ({summary(error)}): they start again from the last saved state in {delay:.0f} s "
+                f"training workers were lost ({reason}): they start again from the last saved state in {delay:.0f} s "
                 f"(failure {failures} of {most} without progress)",
                 event="restart",
                 values={"failures": failures, "seconds": delay},
@@ -278,6 +280,8 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
     runtime.start(config.scaling, tasks=False)
     if not runtime.is_own():
         resources.wait_for_workers(config.scaling)
+    # Read by Ray Train's controller, which asks every worker twice a second.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.collective_timeout)
     from ray import train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -307,6 +311,8 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
     )
     if runtime.is_own():
         private_ray.drop_placement_group_cleaner(trainer)
+    if interrupt.is_graceful():
+        private_ray.keep_ctrl_c(trainer)
     try:
         with interrupt.forwarded(work.folder):
             trainer.fit()
@@ -322,10 +328,11 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     work = Work(config, settings["dataset"], settings["folder"], settings["until"])
     report = ray.train.report if settings["report"] else None
-    context = RayContext(config.scaling)
+    context = RayContext(config.scaling, work.folder)
     with contextlib.ExitStack() as stack:
         if context.rank == 0:  # the workers of a driver that was killed train on for some seconds
             stack.enter_context(locks.exclusive(storage.join(work.folder, "workers")))
         stack.enter_context(releasing_ddp())
         stack.enter_context(threads(config.scaling, context.local_size))
+        stack.enter_context(context.watchdog.watching())
         fit(work, context, report)

@@ -87,7 +87,7 @@ class Trainer:
         )
         self.data = TrainingData(config, dataset, phase, model.examples, context)
         _check_warmup(config, phase, self.data.steps)
-        self.stop = stop
+        self.stop, self.stepped = stop, False
         self.saver = Saver(self.state, context, phase, config.training.save_every, self._record, self._save_record)
         self.meter = Progress(phase.name, phase.epochs, self.data.steps, enabled=context.rank == 0)
 
@@ -121,10 +121,12 @@ class Trainer:
         before = sums.seconds
         for _ in range(self.data.steps_left(epoch, progress.segments)):
             started = time.perf_counter()
-            micro = [next(batches) for _ in range(self.config.training.accumulation_steps)]
-            waited = time.perf_counter() - started
-            self._seed_draws(epoch, sums.steps)
-            step = self.train_step(micro)
+            with self.context.bounded(f"step {sums.steps + 1} of epoch {epoch + 1}", first=not self.stepped):
+                micro = [next(batches) for _ in range(self.config.training.accumulation_steps)]
+                waited = time.perf_counter() - started
+                self._seed_draws(epoch, sums.steps)
+                step = self.train_step(micro)
+            self.stepped = True
             self.meter.step(step.loss, events=step.queries, waited=waited)
             sums.steps += 1
             sums.loss, sums.weight = sums.loss + step.loss * step.weight, sums.weight + step.weight

@@ -100,6 +100,16 @@ def test_only_lost_workers_are_started_again() -> None:
         group(RecrayError("loss"), gone)
     )
     assert summary(group(ValueError("first line\nlast line"))) == "last line"
+    # Texts of Ray 2.60.
+    silent = RuntimeError(
+        "A worker health check has been hanging for 8.54 seconds. Marking the worker as dead.\nWorker info: Worker(\n"
+        "  metadata=ActorMetadata(\n    hostname='node-7',\n    node_ip='192.0.2.2',\n    pid=388,\n  ),\n)\nSet the"
+    )
+    died = RuntimeError("The actor died unexpectedly before finishing this task.\n\tpid: 77\n\tip: 192.0.2.3\n")
+    assert lost_worker(group(gone, silent)) and summary(group(gone, silent)) == (
+        "worker 1 on node-7 did not answer (process 388)"
+    )
+    assert summary(group(died, gone)) == "worker 0 on 192.0.2.3 ended (process 77)"
 
 
 @pytest.mark.slow

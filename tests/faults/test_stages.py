@@ -1,0 +1,104 @@
+"""SIGTERM, Ctrl-C and kill -9 in prepare, index, evaluate and recommend: nothing half written, no process, the same result."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.faults import Table, config_of, half_written, recray_child
+from helpers.inline_tasks import inline_prepare
+from recray import storage
+from recray.config import Config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ONE = ("scaling.num_workers=0", "training.epochs=2")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = config_of(tmp_path_factory.mktemp("faults"), "trained", *ONE)
+    inline_prepare(config)
+    for words in (("train",), ("index",), ("evaluate",), ("recommend", "--output", f"{config.run.output}/whole")):
+        with recray_child(config, *words) as child:
+            code, said = child.end()
+            assert code == 0, said
+    return config
+
+
+def _tables(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*.parquet")
+    }
+
+
+@pytest.fixture(scope="module")
+def slow_stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An environment in which a child waits before it completes an artefact, so that a signal comes before."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "import recray.storage as storage\n"
+        "write = storage.write_json\n"
+        "def slow(uri, value):\n"
+        "    if uri.endswith(('index.json', 'report.json', '_lists.json')):\n"
+        "        print('WRITING', file=sys.stderr, flush=True)\n"
+        "        time.sleep(60)\n"
+        "    write(uri, value)\n"
+        "storage.write_json = slow\n"
+    )
+    yield {"PYTHONPATH": f"{folder}:{Path(storage.__file__).parents[1]}"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("stage", ["index", "evaluate", "recommend"])
+def test_a_stage_that_is_ended(
+    trained: Config, slow_stages: dict[str, str], table: Table, stage: str, number: signal.Signals
+) -> None:
+    output = Path(trained.run.output)
+    config = config_of(output, "trained", *ONE, *(["retrieval.k=7"] if stage == "index" else []))
+    config = config_of(output, "trained", *ONE, "evaluation.bootstrap=7") if stage == "evaluate" else config
+    words = (stage, "--output", f"{output}/{number.name}") if stage == "recommend" else (stage,)
+    with recray_child(config, *words, environment=slow_stages) as child:
+        child.until("WRITING")
+        child.process.send_signal(number)
+        sent = time.monotonic()
+        code, said = child.end(20)
+        seconds = time.monotonic() - sent
+        assert code == (-number if number == signal.SIGKILL else 128 + number) and "Traceback" not in said, said
+        child.gone(5)
+    assert number == signal.SIGKILL or not half_written(output)
+    with recray_child(config, *words) as child:
+        code, said = child.end()
+        assert code == 0, said
+    assert not half_written(output)
+    if stage == "recommend":
+        assert _tables(output / number.name) == _tables(output / "whole")
+    table.row(f"{number.name} in {stage}", "the stage's work", seconds)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_prepare_that_is_ended(tmp_path: Path, table: Table, number: signal.Signals) -> None:
+    config = config_of(tmp_path, "prepared", "data.simulated.events=100000", "data.shard_events=2000")
+    with recray_child(config, "prepare") as child:
+        child.until("events read", 1, 400)
+        child.process.send_signal(number)
+        sent = time.monotonic()
+        code, said = child.end(30)
+        assert code == (-number if number == signal.SIGKILL else 128 + number) and "Traceback" not in said, said
+        child.gone(30)
+        seconds = time.monotonic() - sent
+    files = [path for path in (tmp_path / "dataset").rglob("*") if path.is_file()]
+    assert number == signal.SIGKILL or not files
+    inline_prepare(config)
+    assert not half_written(tmp_path)
+    whole = config_of(tmp_path / "whole", "prepared", "data.simulated.events=100000", "data.shard_events=2000")
+    inline_prepare(whole)
+    assert _tables(tmp_path / "dataset") == _tables(tmp_path / "whole" / "dataset")
+    table.row(f"{number.name} in prepare: no process left", "the stage's work", seconds)
