@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recray import log
+from recray import credentials, log
 from recray.errors import Interrupted, RecrayError
 
 if TYPE_CHECKING:
@@ -408,6 +408,8 @@ def main() -> None:
     first = [word for word in sys.argv[1:] if word in _GLOBAL]
     rest = [word for word in sys.argv[1:] if word not in _GLOBAL]
     try:
+        for word in rest:
+            credentials.refuse(word, "the command line")
         app([*first, *rest])
     except RecrayError as error:
         if _json:

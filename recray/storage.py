@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from recray import strict_json
+from recray import credentials, strict_json
 from recray.errors import DataError, StorageError
 
 _PART_BYTES = 16 << 20  # copied at a time
@@ -39,7 +39,8 @@ class FileInfo:
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a location and the path inside it."""
+    """The file system of a location and the path inside it. Raises ConfigError if the URI holds credentials."""
+    credentials.refuse(uri, "this URI")
     uri = re.sub(r"^s3[an]://", "s3://", uri)  # Hadoop's names of the same store
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     with _errors(uri, "opened"):
@@ -48,6 +49,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         if scheme == "s3":
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             if endpoint and "?" not in uri:
+                credentials.refuse(endpoint, "AWS_ENDPOINT_URL")
                 parts = urlsplit(endpoint)
                 region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
                 system = pafs.S3FileSystem(endpoint_override=parts.netloc, scheme=parts.scheme, region=region)

@@ -307,6 +307,7 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
     )
     if runtime.is_own():
         private_ray.drop_placement_group_cleaner(trainer)
+    private_ray.keep_store_on_loopback(trainer)
     try:
         with interrupt.forwarded(work.folder):
             trainer.fit()
