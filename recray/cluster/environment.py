@@ -222,8 +222,9 @@ def _rank(backend: str, world: int, init_method: str, rank: int) -> None:
 
 def _space() -> list[Finding]:
     found = []
-    if Path("/dev/shm").is_dir():
-        shared = shutil.disk_usage("/dev/shm")
+    memory = "/dev/shm"  # nosec B108 - only its size is asked for
+    if Path(memory).is_dir():
+        shared = shutil.disk_usage(memory)
         problem = (
             "too small for Ray's object store, which then uses the disk: start the container with --shm-size=8g; on "
             "Kubernetes mount an emptyDir with medium Memory at /dev/shm"

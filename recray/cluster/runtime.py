@@ -109,7 +109,7 @@ def _set_defaults(address: str) -> None:
 
 def _check_socket_path() -> None:
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder = os.environ.get(name, "/tmp").rstrip("/")
+    folder = os.environ.get(name, "/tmp").rstrip("/")  # nosec B108 - only the length of Ray's own path is checked
     if sys.platform.startswith("linux") and len(os.fsencode(folder)) + _SESSION > _SOCKET_PATH:
         raise ClusterError(
             f"{name} = {folder} is too long for the sockets of a local Ray, whose paths have at most {_SOCKET_PATH} bytes: set "

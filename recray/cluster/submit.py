@@ -132,7 +132,7 @@ def _ask_version(url: str) -> None:
         raise ValueError
     if url.startswith(("http://", "https://")):
         with contextlib.suppress(HTTPError):  # it answers; Ray's client tells what is wrong
-            urlopen(f"{url.rstrip('/')}/api/version").close()
+            urlopen(f"{url.rstrip('/')}/api/version").close()  # nosec B310 - http and https only
 
 
 def _unreachable(address: str, error: Exception) -> ClusterError:
