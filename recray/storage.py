@@ -325,16 +325,21 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
         )
 
 
-def fingerprint(files: Sequence[FileInfo]) -> tuple[str, str]:
+def file_states(files: Sequence[FileInfo]) -> list[tuple[str, str]]:
+    """(what a file's state is known by, its state) of every file; `fingerprint` says what these are."""
+    hashed = sum(info.size for info in files) <= _HASHED_BYTES
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda info: _state(info.uri, hashed), files))
+
+
+def fingerprint(files: Sequence[FileInfo], states: Sequence[tuple[str, str]] | None = None) -> tuple[str, str]:
     """SHA-256 that changes when a file, its name or the order of files does; and what it was made from, in words.
 
     Local files of up to 4 GB in all are hashed whole, so that a copy elsewhere has the same fingerprint. Larger ones are
     known by size, inode and times: a rewritten file has a new change time, whatever its modification time was set to.
     In an object store a file is known by its size and ETag, or by its modification time where there is none.
     """
-    hashed = sum(info.size for info in files) <= _HASHED_BYTES
-    with ThreadPoolExecutor(16) as pool:
-        states = list(pool.map(lambda info: _state(info.uri, hashed), files))
+    states = file_states(files) if states is None else states
     shared = os.path.commonprefix([info.uri for info in files])  # noqa: RUF071 - cut to a folder below
     root = posixpath.dirname(shared)
     digest = hashlib.sha256()
