@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check test test-unit test-slow faults cases test-ray format clean
+.PHONY: help venv demo check audit test test-unit test-slow faults cases test-ray format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
@@ -10,7 +10,8 @@ help:
 	@echo "make test-slow  the tests that take minutes        make cases  logs that other tools failed on, one line each"
 	@echo "make faults     failures injected into every stage, and what each costs (tests/faults/README.md)"
 	@echo "make test-ray VERSION=2.59.0   the tests that use Ray, on another version of it"
-	@echo "make check      ruff, mypy, import contracts              make format      ruff format"
+	@echo "make check      ruff, mypy, import contracts, bandit      make format      ruff format"
+	@echo "make audit      known vulnerabilities of the locked packages; needs the network"
 
 venv: .venv/.installed
 
@@ -30,6 +31,12 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --severity-level medium recray docker jobs
+
+# Known vulnerabilities of the locked packages: the only check that needs the network, so `make check` leaves it out.
+audit: venv
+	test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
+	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 test: venv
 	$(BIN)/python tests/run.py

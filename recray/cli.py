@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recray import log
+from recray import console, credentials, log
 from recray.errors import Interrupted, RecrayError
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def runs(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="folder or
         return
     if not entries:
         raise typer.BadParameter(f"no runs in {output}")
-    _table(entries)
+    console.table(entries)
 
 
 @app.command()
@@ -275,11 +275,44 @@ def prune(
     elif not entries:
         typer.echo("nothing to delete")
     else:
-        _table(entries)
+        console.table(entries)
         size = sum(entry.bytes for entry in entries)
-        typer.echo(f"{'deleted' if yes else 'would delete'} {len(entries)} artefacts, {_size(size)}")
+        typer.echo(f"{'deleted' if yes else 'would delete'} {len(entries)} artefacts, {console.size(size)}")
         if not yes:
             typer.echo("nothing was deleted: add --yes to delete")
+
+
+@app.command()
+def lineage(uri: Annotated[str, typer.Argument(metavar="URI", help="folder of an artefact or a run")]) -> None:
+    """Show what an artefact, or the last one of a run, was made from, down to the raw files, with code and time.
+
+    Exit code 0; 1 if a record of the chain is missing; 2 if the folder holds no artefact.
+    """
+    from recray.lineage import lineage as trace
+    from recray.lineage import render
+
+    node = trace(uri)
+    _result("lineage", "lineage", render(node), node.as_json())
+    if not node.complete:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="folder of an artefact or a run")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another one of the same stage")],
+) -> None:
+    """Show what differs between two artefacts or runs: configuration, data, code and result.
+
+    Exit code 0 if configuration, data and result are the same; 1 if they differ; 2 if they cannot be compared.
+    """
+    from recray.lineage import diff as compare
+    from recray.lineage import render_diff
+
+    found = compare(a, b)
+    _result("diff", "diff", render_diff(found), found)
+    if any(values for section, values in found.items() if section != "code"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -379,41 +412,14 @@ def _result(stage: str, event: str, text: str, values: dict[str, Any]) -> None:
         typer.echo(text)
 
 
-def _table(entries: list[Any]) -> None:
-    """One line an artefact, aligned."""
-    heads = ("run", "stage", "artefact", "", "age", "size", "")
-    rows = [
-        (e.run, e.stage, e.identity, "in use" if e.in_use else "", _age(e.age_seconds), _size(e.bytes), e.summary)
-        for e in entries
-    ]
-    widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TB"
-
-
 def main() -> None:
     """Entry point: an error that recray raises on purpose is one message and exit code 2, not a traceback."""
     # Options of the whole command may follow the verb, where people write them.
     first = [word for word in sys.argv[1:] if word in _GLOBAL]
     rest = [word for word in sys.argv[1:] if word not in _GLOBAL]
     try:
+        for word in rest:
+            credentials.refuse(word, "the command line")
         app([*first, *rest])
     except RecrayError as error:
         if _json:

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 import recray
-from recray import storage
+from recray import provenance, storage
 from recray.errors import LineageError, StorageError
+from recray.provenance import Provenance
 
 
 class Record(BaseModel):
@@ -30,6 +31,7 @@ class Record(BaseModel):
     parents: list[str] = []  # ids of the records that it was made from
     seconds: float = 0.0  # wall time of the stage
     config: dict[str, Any] = {}  # the whole resolved configuration
+    made_by: Provenance = Provenance()  # code, packages and machine
 
     @classmethod
     def file_name(cls) -> str:
@@ -57,13 +59,14 @@ class Record(BaseModel):
 
     def write(self, folder: str) -> Self:
         """Stamp id, time and version, write the record, and return it as written."""
-        body = self.model_dump(mode="json", exclude={"id", "created", "seconds"})
+        body = self.model_dump(mode="json", exclude={"id", "created", "seconds", "made_by", "inputs"})
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
         stamped = self.model_copy(
             update={
                 "id": f"{self.file_name().removesuffix('.json').lstrip('_')}-{digest}",
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "recray_version": recray.__version__,
+                "made_by": provenance.here(),
             }
         )
         storage.write_json(storage.join(folder, self.file_name()), stamped.model_dump(mode="json"))
@@ -126,6 +129,16 @@ class Feature(Part):
         return feature_column(self.role, self.name)
 
 
+class InputFile(Part):
+    """A file that a dataset was prepared from, or, of very many files, all those of one folder."""
+
+    uri: str
+    bytes: int
+    files: int = 1
+    known_by: str  # what `state` is: the hash of the content, the ETag, ...
+    state: str
+
+
 class Shard(Part):
     """One Parquet file of a split; `file` is relative to the dataset's folder."""
 
@@ -139,6 +152,7 @@ class DatasetRecord(Record):
     """A prepared dataset (layout: recray.data.prepare)."""
 
     fingerprint: str  # of the input files
+    inputs: list[InputFile] = []  # the input files; none of generated data
     num_items: int  # rows of the item table: real items + NUM_RESERVED
     new_items: int = 0  # ids from `num_items` on: items that only the validation split adds, for a refit
     num_users: int  # largest user id + 1: real users + NUM_RESERVED

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from recray import strict_json
+from recray import credentials, strict_json
 from recray.errors import DataError, StorageError
 
 _PART_BYTES = 16 << 20  # copied at a time
@@ -39,7 +39,8 @@ class FileInfo:
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a location and the path inside it."""
+    """The file system of a location and the path inside it. Raises ConfigError if the URI holds credentials."""
+    credentials.refuse(uri, "this URI")
     uri = re.sub(r"^s3[an]://", "s3://", uri)  # Hadoop's names of the same store
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     with _errors(uri, "opened"):
@@ -48,6 +49,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         if scheme == "s3":
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             if endpoint and "?" not in uri:
+                credentials.refuse(endpoint, "AWS_ENDPOINT_URL")
                 parts = urlsplit(endpoint)
                 region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
                 system = pafs.S3FileSystem(endpoint_override=parts.netloc, scheme=parts.scheme, region=region)
@@ -323,16 +325,21 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
         )
 
 
-def fingerprint(files: Sequence[FileInfo]) -> tuple[str, str]:
+def file_states(files: Sequence[FileInfo]) -> list[tuple[str, str]]:
+    """(what a file's state is known by, its state) of every file; `fingerprint` says what these are."""
+    hashed = sum(info.size for info in files) <= _HASHED_BYTES
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda info: _state(info.uri, hashed), files))
+
+
+def fingerprint(files: Sequence[FileInfo], states: Sequence[tuple[str, str]] | None = None) -> tuple[str, str]:
     """SHA-256 that changes when a file, its name or the order of files does; and what it was made from, in words.
 
     Local files of up to 4 GB in all are hashed whole, so that a copy elsewhere has the same fingerprint. Larger ones are
     known by size, inode and times: a rewritten file has a new change time, whatever its modification time was set to.
     In an object store a file is known by its size and ETag, or by its modification time where there is none.
     """
-    hashed = sum(info.size for info in files) <= _HASHED_BYTES
-    with ThreadPoolExecutor(16) as pool:
-        states = list(pool.map(lambda info: _state(info.uri, hashed), files))
+    states = file_states(files) if states is None else states
     shared = os.path.commonprefix([info.uri for info in files])  # noqa: RUF071 - cut to a folder below
     root = posixpath.dirname(shared)
     digest = hashlib.sha256()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import recray
-from recray.cluster import cpus
+from recray.cluster import cpus, runtime
 
 _GIB = 2**30
 _SHARED_MEMORY = 1 * _GIB  # containers have 64 MiB by default; Ray's object store then falls back to disk
@@ -176,7 +176,12 @@ def all_reduce(backend: str, world: int, ranks: Sequence[int] | None = None, ini
 
     Each rank is a subprocess, so that a collective that hangs can be killed.
     """
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(recray.__file__).parents[1]), *sys.path]))}
+    alone = {} if init_method else runtime.loopback()
+    env = (
+        alone
+        | os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(recray.__file__).parents[1]), *sys.path]))}
+    )
     deadline = time.monotonic() + _SECONDS
     errors = []
     with tempfile.TemporaryDirectory() as folder:
@@ -217,8 +222,9 @@ def _rank(backend: str, world: int, init_method: str, rank: int) -> None:
 
 def _space() -> list[Finding]:
     found = []
-    if Path("/dev/shm").is_dir():
-        shared = shutil.disk_usage("/dev/shm")
+    memory = "/dev/shm"  # nosec B108 - only its size is asked for
+    if Path(memory).is_dir():
+        shared = shutil.disk_usage(memory)
         problem = (
             "too small for Ray's object store, which then uses the disk: start the container with --shm-size=8g; on "
             "Kubernetes mount an emptyDir with medium Memory at /dev/shm"

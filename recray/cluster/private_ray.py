@@ -1,15 +1,22 @@
 """The only use of private parts of Ray, for what its public API does not offer.
 
 Every use has a guard. With a Ray version that lacks one of these names recray works, less comfortably: it waits for
-resources up to `scaling.wait_seconds` instead of refusing them, leaves it to Ray to find a cluster, or logs more.
+resources up to `scaling.wait_seconds` instead of refusing them, leaves it to Ray to find a cluster, logs more, or listens
+on all interfaces of a machine that trains alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 from recray import log
+
+_LOOPBACK = "127.0.0.1"
 
 
 def autoscales() -> bool:
@@ -62,3 +69,63 @@ def keep_ctrl_c(trainer: Any) -> None:
     """Make a TorchTrainer keep the program's handler of Ctrl-C, where Ray Train would abort its workers without a save."""
     if hasattr(trainer, "_register_sigint_handler"):
         trainer._register_sigint_handler = lambda controller: None
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Make a Ray that is started in this block listen on 127.0.0.1 only.
+
+    Ray's processes do so if the address of their node is 127.0.0.1. On Linux `ray.init` replaces this address by that of
+    a network interface, even where the caller gives it; this constant, which is false on macOS and Windows, prevents it.
+    """
+    try:
+        from ray._private import ray_constants
+
+        before = ray_constants.ENABLE_RAY_CLUSTER
+    except (ImportError, AttributeError):
+        log.warning("cluster", "this version of Ray does not tell how to listen on loopback only: see SECURITY.md")
+        yield
+        return
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def keep_store_on_loopback(trainer: Any) -> None:
+    """Make torch's store of a TorchTrainer listen on 127.0.0.1 only, where Ray does.
+
+    torch.distributed.TCPStore has no authentication and listens on all interfaces, unless it is given a socket.
+    """
+    import ray.util
+
+    given = getattr(trainer, "backend_config", None)
+    backend = getattr(given, "backend_cls", None)
+    if backend is None or ray.util.get_node_ip_address() != _LOOPBACK:
+        return
+
+    def on_start(self: Any, worker_group: Any, config: Any) -> None:
+        worker_group.execute(_bind_store_to_loopback)
+        backend.on_start(self, worker_group, config)
+
+    bound = type("LoopbackBackend", (backend,), {"on_start": on_start})
+    kind = type("LoopbackConfig", (type(given),), {"backend_cls": property(lambda self: bound)})
+    trainer.backend_config = kind(**vars(given))
+
+
+def _bind_store_to_loopback() -> None:
+    """In a training worker: give the store that Ray Train is about to make a socket on 127.0.0.1."""
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # not public
+
+    made = getattr(rendezvous, "TCPStore", None)
+    if made is None:
+        return
+
+    def store(*given: Any, **options: Any) -> Any:
+        if options.get("is_master") and options.get("host_name") == _LOOPBACK and "master_listen_fd" not in options:
+            listener = socket.create_server((_LOOPBACK, options["port"]), backlog=2048)
+            options["master_listen_fd"] = listener.detach()
+        return made(*given, **options)
+
+    setattr(rendezvous, "TCPStore", store)  # noqa: B010 - mypy knows no attributes of a module

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from recray import log, registry
+from recray import credentials, log, registry
 from recray.cluster import cpus, private_ray, resources
 from recray.config import ScalingConfig
 from recray.errors import ClusterError
@@ -101,6 +101,7 @@ def check() -> None:
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     _set_defaults(address)
+    credentials.refuse(f"//{address.rpartition('//')[2]}", "RAY_ADDRESS")
     if address == "local":
         _check_socket_path()
         return
@@ -121,7 +122,7 @@ def _set_defaults(address: str) -> None:
 
 def _check_socket_path() -> None:
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder = os.environ.get(name, "/tmp").rstrip("/")
+    folder = os.environ.get(name, "/tmp").rstrip("/")  # nosec B108 - only the length of Ray's own path is checked
     if sys.platform.startswith("linux") and len(os.fsencode(folder)) + _SESSION > _SOCKET_PATH:
         raise ClusterError(
             f"{name} = {folder} is too long for the sockets of a local Ray, whose paths have at most {_SOCKET_PATH} bytes: set "
@@ -133,15 +134,18 @@ def _start_local(num_cpus: int | None) -> None:
     global _own
     import ray
 
+    for name, value in loopback().items():
+        os.environ.setdefault(name, value)
     for left in reversed(range(_STARTS)):
         try:
-            ray.init(
-                address="local",  # without it Ray may join another user's cluster on this machine, and reject num_cpus
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                logging_config=ray.LoggingConfig(log_level="ERROR"),
-            )
+            with private_ray.on_loopback():
+                ray.init(
+                    address="local",  # without it Ray may join another user's cluster on this machine, and reject num_cpus
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    logging_config=ray.LoggingConfig(log_level="ERROR"),
+                )
             break
         except Exception as error:  # Ray raises a bare Exception when its processes do not start in time
             ray.shutdown()
@@ -153,6 +157,12 @@ def _start_local(num_cpus: int | None) -> None:
                 "full: try again when it is less busy, or set scaling.num_workers = 0 to train without Ray"
             ) from error
     _own = True
+
+
+def loopback() -> dict[str, str]:
+    """Environment variables that keep collectives between processes of one machine on loopback."""
+    name = "lo0" if sys.platform == "darwin" else "lo"
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
 
 
 def _join(address: str) -> None:

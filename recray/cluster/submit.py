@@ -32,7 +32,7 @@ from urllib.request import urlopen
 import tomli_w
 
 import recray
-from recray import log, storage
+from recray import credentials, log, storage
 from recray.cluster import cpus, runtime
 from recray.config import Config
 from recray.errors import ClusterError, DependencyError
@@ -52,6 +52,7 @@ class Jobs:
         """
         if importlib.util.find_spec("aiohttp") is None:
             raise DependencyError("jobs need Ray's dashboard: pip install 'recray[cluster]'")
+        credentials.refuse(f"//{address.rpartition('//')[2]}", "the address of the dashboard")
         try:
             runtime.within_seconds(partial(_ask_version, _url(address)), address)
         except (OSError, ValueError, HTTPException) as error:
@@ -131,7 +132,7 @@ def _ask_version(url: str) -> None:
         raise ValueError
     if url.startswith(("http://", "https://")):
         with contextlib.suppress(HTTPError):  # it answers; Ray's client tells what is wrong
-            urlopen(f"{url.rstrip('/')}/api/version").close()
+            urlopen(f"{url.rstrip('/')}/api/version").close()  # nosec B310 - http and https only
 
 
 def _unreachable(address: str, error: Exception) -> ClusterError:

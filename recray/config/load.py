@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from recray import registry, storage
+from recray import credentials, registry, storage
 from recray.config.data import DataConfig
 from recray.config.losses import DEFAULT
 from recray.config.schema import Config
@@ -52,6 +52,7 @@ def parse_config(table: Mapping[str, Any], overrides: Sequence[str] = (), where:
     """As `load_config`, from nested dictionaries as tomllib reads them; `where` names them in errors."""
     merged: dict[str, Any] = _copy(table)
     for override in overrides:
+        credentials.refuse(override, "--set")
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {override!r}: write it as section.key=value, for example training.epochs=5")

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from recray import metrics, registry
+from recray import credentials, metrics, registry
 from recray.config import losses
 from recray.config.baselines import BaselineOptions
 from recray.config.data import DataConfig, check_duration
@@ -232,6 +232,8 @@ class Config(Section):
     @classmethod
     def _with_plugins(cls, value: Any, handler: ModelWrapValidatorHandler[Config]) -> Config:
         """Validates with run.plugins as the folder in which nested tables look plug-ins up."""
+        if isinstance(value, dict):
+            credentials.refuse(value, "")
         run = value.get("run", {}) if isinstance(value, dict) else getattr(value, "run", {})
         folder = run.get("plugins") if isinstance(run, dict) else getattr(run, "plugins", None)
         with registry.searching(folder if isinstance(folder, str) else None):

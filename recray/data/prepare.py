@@ -163,6 +163,7 @@ class _Work:
             **self.artifact.lineage,
             config={"data": self.config.model_dump(mode="json"), "seed": self.seed},
             fingerprint=self.source.fingerprint,
+            inputs=list(self.source.inputs),
             num_items=num_items,
             new_items=len(new),
             num_users=NUM_RESERVED + counts["users_kept"],

@@ -31,7 +31,7 @@ def shard(module: nn.Module, outside: list[Tensor]) -> nn.Module:
     if outside and "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigError(
             f"scaling.fsdp = true with sparse_replicated or row_sharded tables needs torch >= 2.7, and this is "
-            f"{torch.__version__}: update torch, or set model.embedding.mode = 'dense' or scaling.fsdp = false"
+            f"{torch.__version__}: use a newer one, or set model.embedding.mode = 'dense' or scaling.fsdp = false"
         )
     ignored = {"ignored_params": set(outside)} if outside else {}
     fully_shard(module, mesh=mesh, reshard_after_forward=False, **ignored)  # type: ignore[call-overload]

@@ -313,6 +313,7 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
         private_ray.drop_placement_group_cleaner(trainer)
     if interrupt.is_graceful():
         private_ray.keep_ctrl_c(trainer)
+    private_ray.keep_store_on_loopback(trainer)
     try:
         with interrupt.forwarded(work.folder):
             trainer.fit()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import logging
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from recray import storage
 from recray.artifacts import CHECKPOINT, Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
+from recray.errors import StorageError
 from recray.records import CheckpointRecord, DatasetRecord
 from recray.training.launch import selection, train
 from recray.tuning.objective import Objective
@@ -70,7 +73,7 @@ def on_this_node(uri: str) -> PreparedDataset:
     dataset = PreparedDataset.open(uri)
     if "://" not in uri:
         return dataset
-    local = os.path.join(tempfile.gettempdir(), f"recray-{dataset.record.id}")
+    local = os.path.join(_own_folder(), dataset.record.id)
     with open(f"{local}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # trials start at the same time
         if not storage.exists(storage.join(local, DatasetRecord.file_name())):
@@ -79,6 +82,20 @@ def on_this_node(uri: str) -> PreparedDataset:
                 storage.copy_file(dataset.file_uri(file), storage.join(local, file))
             storage.write_json(storage.join(local, DatasetRecord.file_name()), dataset.record.model_dump(mode="json"))
     return PreparedDataset.open(local)
+
+
+def _own_folder() -> str:
+    """This user's folder for temporary files that last. Raises StorageError if another user could have put files in it."""
+    path = os.path.join(tempfile.gettempdir(), f"recray-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise StorageError(
+            f"{path} is not a folder that only user {os.getuid()} can read and write: delete it, or set TMPDIR to a folder "
+            f"of your own"
+        )
+    return path
 
 
 class _Reporter:

@@ -84,6 +84,38 @@ def test_a_manifest_passes_its_schema(document: dict[str, Any]) -> None:
         validate.validate(document, "1.31", strict=True)
 
 
+def test_containers_run_without_privileges_and_redis_has_a_password() -> None:
+    documents = [parameter.values[0] for parameter in MANIFESTS]
+    containers = [one for document in documents for one in _containers(document)]
+    assert len(containers) >= 10
+    for one in containers:
+        context = one["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False and context["capabilities"] == {"drop": ["ALL"]}
+    (cluster,) = (one for one in documents if one["kind"] == "RayCluster")
+    (redis,) = (one for one in documents if one["kind"] == "Deployment")
+    secret = cluster["spec"]["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    assert container["env"][0]["valueFrom"]["secretKeyRef"] == secret
+    assert "requirepass $REDIS_PASSWORD" in container["args"][0]
+    (policy,) = (one for one in documents if one["kind"] == "NetworkPolicy")
+    assert policy["spec"]["podSelector"]["matchLabels"] == redis["spec"]["template"]["metadata"]["labels"]
+
+
+def _containers(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return [found for one in value for found in _containers(one)]
+    if not isinstance(value, dict):
+        return []
+    return value.get("containers", []) + [found for one in value.values() for found in _containers(one)]
+
+
+def test_what_runs_in_the_image_cannot_change_its_code() -> None:
+    text = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    changed = [line for line in text.splitlines() if "chown" in line or "chmod" in line]
+    assert len(changed) == 2 and all(line.endswith("chown -R 10001 /home/recray/notebooks") for line in changed)
+    assert text.count("USER 10001") == 2
+
+
 def test_a_misspelt_field_is_found() -> None:
     schema = {"properties": {"spec": {"properties": {"image": {"type": "string"}}, "type": "object"}}, "type": "object"}
     assert list(unknown({"spec": {"imgae": "x"}}, schema)) == ["spec.imgae"]

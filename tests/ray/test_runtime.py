@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import socket
 import sys
 import threading
@@ -86,6 +87,26 @@ def test_without_an_address_ray_is_local_and_starts_once(
     runtime.start(ScalingConfig())
     runtime.start(ScalingConfig())
     assert len(started) == 1 and runtime.is_own() and not runtime.is_shared()
+
+
+def test_a_local_ray_starts_on_loopback_and_a_cluster_is_joined_through_its_network(
+    started: list[dict[str, Any]], head: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import ray_constants, services
+
+    addresses: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda **options: addresses.append(services.get_node_ip_address()))
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address: "192.0.2.7")
+    for name in runtime.loopback():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    runtime.connect()
+    assert not runtime.loopback().keys() & os.environ.keys()
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    runtime.connect()
+    assert addresses == ["192.0.2.7", "127.0.0.1"]
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert ray_constants.ENABLE_RAY_CLUSTER is True  # as it was
 
 
 @pytest.mark.usefixtures("head")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from helpers.runs import dataset_of
 from recray import storage
 from recray.artifacts import CHECKPOINT, in_use
 from recray.config import Config, load_config, parse_config
+from recray.errors import StorageError
 from recray.records import TrialRecord, TuneRecord
 from recray.tuning.store import sweep_uri
 
@@ -142,12 +144,36 @@ def test_a_dataset_elsewhere_is_fetched_once_for_a_node(
     original = dataset_of(sweep[0])
     assert on_this_node(original.uri) == original
     local = on_this_node(f"file://{original.uri}")
-    assert Path(local.uri).parent == tmp_path and not Path(local.uri, "test").exists()
+    assert Path(local.uri).parent.parent == tmp_path and not Path(local.uri, "test").exists()
     assert local.record == original.record
     for split in ("train", "valid"):
         assert list(local.iter_tables(split)) == list(original.iter_tables(split))
     (Path(local.uri) / "items.parquet").write_text("mine")
     assert (Path(on_this_node(f"file://{original.uri}").uri) / "items.parquet").read_text() == "mine"
+
+
+@pytest.mark.parametrize("attack", ["link", "open to others", "file"])
+def test_a_folder_for_temporary_files_that_another_user_prepared_is_refused(
+    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name can be guessed; in /tmp another user may make it first."""
+    from recray.tuning import trial
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, elsewhere = tmp_path / f"recray-{os.getuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir(0o700)
+    if attack == "link":
+        folder.symlink_to(elsewhere)
+    elif attack == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(StorageError, match=rf"recray-{os.getuid()} is not a folder that only user"):
+        trial._own_folder()
+    folder.unlink() if attack != "open to others" else folder.rmdir()
+    assert trial._own_folder() == trial._own_folder() == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 @pytest.mark.usefixtures("ray_local")

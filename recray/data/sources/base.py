@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 
 from recray.errors import DataError
 from recray.ids import SPLITS
-from recray.records import feature_column
+from recray.records import InputFile, feature_column
 
 if TYPE_CHECKING:
     import ray.data
@@ -50,6 +50,7 @@ class Source:
     items: pa.Table | None = None  # column `item` and features `item_<name>`, of any type
     users: pa.Table | None = None  # column `user` and features `user_<name>`
     types: dict[str, pa.DataType] | None = None  # of the columns of events, if known before events are read
+    inputs: Sequence[InputFile] = ()  # what it reads, for the record
 
 
 def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:

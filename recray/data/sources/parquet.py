@@ -23,11 +23,12 @@ from recray.data.sources import base, files, tables
 from recray.data.sources.base import Source
 from recray.data.sources.tables import Footer, Side
 from recray.errors import ConfigError, DataError
-from recray.records import feature_column
+from recray.records import InputFile, feature_column
 from recray.storage import FileInfo
 
 __all__ = ["Options", "read"]
 _TASK_BYTES = 64 << 20
+_LISTED_FILES = 1_000  # more of them are recorded by folder
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,12 @@ class Log:
         declared = list(getattr(self.config, f"{role}_features"))
         return tables.side_table(self.sides[role], uri, role, key, declared, self.full)
 
-    def fingerprint(self) -> str:
-        """Of the log and its side tables; logs how it is taken."""
+    def fingerprint(self) -> tuple[str, list[InputFile]]:
+        """Of the log and its side tables, and what they consist of; logs how it is taken."""
         inputs = [[footer for footer, _ in self.footers], *self.sides.values()]
-        found = [storage.fingerprint([FileInfo(footer.uri, footer.size) for footer in one]) for one in inputs]
+        files = [[FileInfo(footer.uri, footer.size) for footer in one] for one in inputs]
+        states = [storage.file_states(one) for one in files]
+        found = [storage.fingerprint(one, state) for one, state in zip(files, states, strict=True)]
         count, size = sum(map(len, inputs)), sum(footer.size for one in inputs for footer in one)
         known_by = " and ".join(dict.fromkeys(how for _, how in found))
         log.info(
@@ -105,7 +108,31 @@ class Log:
             event="input",
             values={"files": count, "bytes": size, "known_by": known_by},
         )
-        return hashlib.sha256("".join(digest for digest, _ in found).encode()).hexdigest()
+        known = [
+            InputFile(uri=info.uri, bytes=info.size, known_by=how, state=state)
+            for one, two in zip(files, states, strict=True)
+            for info, (how, state) in zip(one, two, strict=True)
+        ]
+        return hashlib.sha256("".join(digest for digest, _ in found).encode()).hexdigest(), _by_folder(known)
+
+
+def _by_folder(files: list[InputFile]) -> list[InputFile]:
+    """Very many files are recorded by folder, with the hash of their names and states."""
+    if len(files) <= _LISTED_FILES:
+        return files
+    folders: dict[str, list[InputFile]] = {}
+    for file in files:
+        folders.setdefault(file.uri.rpartition("/")[0] + "/", []).append(file)
+    return [
+        InputFile(
+            uri=folder,
+            bytes=sum(file.bytes for file in inside),
+            files=len(inside),
+            known_by=f"hash of names and {inside[0].known_by}",
+            state=hashlib.sha256(json.dumps([[file.uri, file.state] for file in inside]).encode()).hexdigest(),
+        )
+        for folder, inside in folders.items()
+    ]
 
 
 _checked: list[Log] = []  # by `check`, for the `read` after it
@@ -124,14 +151,16 @@ def read(config: DataConfig, seed: int) -> Source:
     opened = held if held is not None and held.config is config else Log.open(config)
     tasks = [{"pieces": task} for task in opened.tasks()]
     work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+    fingerprint, inputs = opened.fingerprint()
     return Source(
         events=work.map_batches(_read_batch, batch_size=1, batch_format="pyarrow", fn_kwargs={"plan": opened.plan}),
         num_events=sum(footer.rows for footer in opened.full),
-        fingerprint=opened.fingerprint(),
+        fingerprint=fingerprint,
         has_time=opened.plan.unit not in (None, "order"),
         items=opened.side_table("item"),
         users=opened.side_table("user"),
         types=opened.plan.types,
+        inputs=inputs,
     )
 
 
