@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check test test-unit test-slow cases test-ray format clean
+.PHONY: help venv demo check test test-unit test-slow cases fuzz test-ray format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
 	@echo "make test       install into .venv and run the tests      make test-unit   those without Ray"
 	@echo "make test-slow  the tests that take minutes        make cases  logs that other tools failed on, one line each"
 	@echo "make test-ray VERSION=2.59.0   the tests that use Ray, on another version of it"
+	@echo "make fuzz       100,000 malformed records and configurations"
 	@echo "make check      ruff, mypy, import contracts              make format      ruff format"
 
 venv: .venv/.installed
@@ -38,6 +39,10 @@ test-unit: venv
 
 cases: venv
 	$(BIN)/python -m pytest tests/unit/test_cases.py -vv
+
+# About 100,000 malformed records and configurations.
+fuzz: venv
+	RECRAY_FUZZ=9000 $(BIN)/python -m pytest tests/unit/test_malformed.py
 
 test-slow: venv
 	$(BIN)/python tests/run.py --slow

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import log, storage
+from recray import digests, log, storage
 from recray.config import ColumnsConfig, DataConfig
 from recray.config.sources import ParquetOptions as Options
 from recray.data.sources import base, files, tables
@@ -96,7 +96,7 @@ class Log:
     def fingerprint(self) -> str:
         """Of the log and its side tables; logs how it is taken."""
         inputs = [[footer for footer, _ in self.footers], *self.sides.values()]
-        found = [storage.fingerprint([FileInfo(footer.uri, footer.size) for footer in one]) for one in inputs]
+        found = [digests.fingerprint([FileInfo(footer.uri, footer.size) for footer in one]) for one in inputs]
         count, size = sum(map(len, inputs)), sum(footer.size for one in inputs for footer in one)
         known_by = " and ".join(dict.fromkeys(how for _, how in found))
         log.info(
