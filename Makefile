@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check audit test test-unit test-slow faults cases test-ray format clean
+.PHONY: help venv demo check audit test test-unit test-slow faults cases fuzz test-ray format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-slow  the tests that take minutes        make cases  logs that other tools failed on, one line each"
 	@echo "make faults     failures injected into every stage, and what each costs (tests/faults/README.md)"
 	@echo "make test-ray VERSION=2.59.0   the tests that use Ray, on another version of it"
+	@echo "make fuzz       100,000 malformed records and configurations"
 	@echo "make check      ruff, mypy, import contracts, bandit      make format      ruff format"
 	@echo "make audit      known vulnerabilities of the locked packages; needs the network"
 
@@ -46,6 +47,10 @@ test-unit: venv
 
 cases: venv
 	$(BIN)/python -m pytest tests/unit/test_cases.py -vv
+
+# About 100,000 malformed records and configurations.
+fuzz: venv
+	RECRAY_FUZZ=9000 $(BIN)/python -m pytest tests/unit/test_malformed.py
 
 test-slow: venv
 	$(BIN)/python tests/run.py --slow

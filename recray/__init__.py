@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from recray.training.checkpoint import load_model
     from recray.training.launch import train
     from recray.tuning.study import tune
+    from recray.verification import verify
 
 __all__ = [
     "CheckpointRecord",
@@ -85,6 +86,7 @@ __all__ = [
     "run",
     "train",
     "tune",
+    "verify",
 ]
 
 # Module -> public names that are loaded from it.
@@ -104,6 +106,7 @@ _MODULES = {
     "recray.training.checkpoint": ("load_model",),
     "recray.training.launch": ("train",),
     "recray.tuning.study": ("tune",),
+    "recray.verification": ("verify",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -18,17 +18,16 @@ This module knows the paths below a run; no other module joins them. (It is not 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
-from recray import log, registry, storage
+from recray import folders, layout, log, registry, sealed, storage
 from recray.config import Config
 from recray.errors import LineageError
 from recray.metrics import parse
@@ -37,8 +36,9 @@ from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Record,
 R = TypeVar("R", bound=Record, covariant=True)
 Split = Literal["test", "valid"]
 
-_IDENTITY = "identity.json"
+_IDENTITY = folders.MARK
 _CURRENT = "current.json"
+_NAME = re.compile("[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Stage(Generic[R]):
     record: type[R]
     keys: tuple[str, ...]
     excluded: tuple[str, ...] = ()
+    version: int = 1  # of the files that it writes: those of an older one are not up to date
 
     def values(self, config: Config) -> dict[str, Any]:
         """Dotted key -> value, of the keys that decide this stage's result."""
@@ -86,7 +87,7 @@ _PLUGINS: dict[str, registry.Kind] = {
     "evaluation.metrics": "metric",
     "evaluation.baselines": "baseline",
 }
-DATASET = Stage("dataset", "prepare", DatasetRecord, ("data", "run.seed"))
+DATASET = Stage("dataset", "prepare", DatasetRecord, ("data", "run.seed"), version=2)
 CHECKPOINT = Stage(
     "checkpoint",
     "train",
@@ -178,7 +179,12 @@ class Artifact(Generic[R]):
             "inputs": self.inputs,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        storage.write_json(storage.join(self.uri, _IDENTITY), body)
+        sealed.write(storage.join(self.uri, _IDENTITY), body)
+
+    def clear(self) -> None:
+        """Delete what recray wrote in its folder. Does nothing to a folder that recray did not mark."""
+        if _read_identity(self.uri) is not None:
+            layout.clear(self.uri, layout.WRITTEN[self.stage.name])
 
 
 class Run:
@@ -195,7 +201,7 @@ class Run:
         Raises LineageError where the folder of that identity holds something else.
         """
         keys = stage.values(self.config)
-        identity = identity_of(keys, inputs)
+        identity = identity_of(keys, inputs, stage.version)
         root = self._dataset_root if stage.name == "dataset" else storage.join(self.uri, stage.name)
         made = Artifact(stage, storage.join(root, identity), identity, keys, list(inputs))
         found = _read_identity(made.uri)
@@ -203,8 +209,15 @@ class Run:
             raise LineageError(f"{made.uri} holds an artefact of another configuration: delete that folder")
         return made
 
-    def begin(self, artifact: Artifact[R]) -> bool:
-        """Whether the artefact has to be made. Says why, and marks its folder; what is up to date is published."""
+    def begin(self, artifact: Artifact[R], anew: bool = False) -> bool:
+        """Whether the artefact has to be made. Says why, and marks its folder; what is up to date is published.
+
+        anew: delete what is there of it. Raises StorageError if a folder that recray did not mark is not empty.
+        """
+        if _read_identity(artifact.uri) is None:
+            layout.refuse_foreign(artifact.uri, layout.NOTHING)
+        elif anew:
+            artifact.clear()
         stage = artifact.stage
         values = {"identity": artifact.identity, "uri": artifact.uri}
         if artifact.complete():
@@ -224,12 +237,12 @@ class Run:
             return  # a dataset that another run owns
         named = self.current()
         if named.get(stage) != artifact.identity:
-            storage.write_json(storage.join(self.uri, _CURRENT), {**named, stage: artifact.identity})
+            sealed.write(storage.join(self.uri, _CURRENT), {**named, stage: artifact.identity})
         storage.link(storage.join(self.uri, stage, "current"), artifact.identity)
 
     def discard(self, artifact: Artifact[Record]) -> None:
         """Delete an artefact that could not be completed, and the folder of its stage if nothing else is in it."""
-        storage.delete_folder(artifact.uri)
+        artifact.clear()
         storage.delete_empty_folder(artifact.uri.rpartition("/")[0])
 
     def current(self) -> dict[str, str]:
@@ -253,7 +266,13 @@ class Run:
                     f"use those, or leave run.dataset out"
                 )
             return Artifact(DATASET, fixed, record.identity, record.keys, record.parents)
-        found = [one for one in artifacts_of(self._dataset_root, DATASET) if one.keys == wanted and one.complete()]
+        found = [
+            one
+            for one in artifacts_of(self._dataset_root, DATASET)
+            if one.keys == wanted
+            and one.identity == identity_of(one.keys, one.inputs, DATASET.version)
+            and one.complete()
+        ]
         if not found:
             self._refuse(DATASET, self._dataset_root, wanted)
         in_use = current_of(self._dataset_root.rpartition("/")[0]).get("dataset")
@@ -305,9 +324,10 @@ class Run:
         )
 
 
-def identity_of(keys: Mapping[str, Any], inputs: Sequence[str]) -> str:
+def identity_of(keys: Mapping[str, Any], inputs: Sequence[str], version: int = 1) -> str:
     """Eight hex digits of SHA-256; `Run.artifact` checks the whole keys, so that a collision cannot pass unnoticed."""
-    body = json.dumps({"keys": dict(keys), "inputs": list(inputs)}, sort_keys=True)
+    decides = {"keys": dict(keys), "inputs": list(inputs)} | ({"version": version} if version > 1 else {})
+    body = json.dumps(decides, sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()[:8]
 
 
@@ -343,7 +363,11 @@ def _below(key: str, prefixes: Sequence[str]) -> bool:
 def current_of(run_uri: str) -> dict[str, str]:
     """Stage -> identity of the artefacts that a run names as in use; empty where it names none."""
     uri = storage.join(run_uri, _CURRENT)
-    named: dict[str, str] = storage.read_json(uri) if storage.exists(uri) else {}
+    if not storage.exists(uri):
+        return {}
+    named = sealed.read(uri, "delete it, and run the stages again: what is up to date does no work")
+    if not all(isinstance(one, str) and _NAME.fullmatch(one) for one in named.values()):
+        raise LineageError(f"{uri} does not name artefacts: delete it, and run the stages again")
     return named
 
 
@@ -379,8 +403,8 @@ def _read_identity(uri: str) -> dict[str, Any] | None:
     file = storage.join(uri, _IDENTITY)
     if not storage.exists(file):
         return None
-    with contextlib.suppress(ValueError):
-        body = storage.read_json(file)
-        if isinstance(body, dict) and {"stage", "identity", "keys", "inputs", "created"} <= body.keys():
-            return body
-    raise LineageError(f"{file} is damaged: delete the folder {os.path.dirname(file)}, and run its stage again")
+    remedy = f"delete the folder {uri}, and run its stage again"
+    body = sealed.read(file, remedy)
+    if not {"stage", "identity", "keys", "inputs", "created"} <= body.keys():
+        raise LineageError(f"{file} is damaged: {remedy}")
+    return body

@@ -316,6 +316,23 @@ def diff(
 
 
 @app.command()
+def verify(
+    uri: Annotated[str, typer.Argument(metavar="RUN_OR_ARTEFACT", help="folder or URI of a run, an artefact or lists")],
+) -> None:
+    """Read all files of a run again and compare them with their hashes. Exit code 1 if one is damaged, missing or unknown."""
+    from recray.verification import verify as compare
+
+    found = compare(uri)
+    for one in found:
+        name = f"{one.kind}  {one.uri}" if one.kind else one.uri
+        lines = [f"{name}: {problem}" for problem in one.problems]
+        ok = f"{name}: ok, {one.files} files, {console.size(one.bytes)}"
+        _result("verify", "damaged" if lines else "ok", "\n".join(lines) or ok, one.as_json())
+    if any(one.problems for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def keys(
     section: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="e.g. training, data.columns, model.din, training.epochs")

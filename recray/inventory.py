@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from recray import log, storage
+from recray import folders, layout, log, storage
 from recray.artifacts import STAGES, Artifact, artifacts_of, current_of
 from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Record, ReportRecord, TuneRecord
 
@@ -63,7 +63,7 @@ def _entry(run_uri: str, artifact: Artifact[Record], named: dict[str, str]) -> E
         complete=complete,
         summary=_summary(artifact.record) if complete else "not complete",
         created=artifact.record.created if complete else "",
-        bytes=storage.folder_size(artifact.uri),
+        bytes=folders.size(artifact.uri),
         uri=artifact.uri,
     )
 
@@ -112,9 +112,9 @@ def prunable(run_uri: str, keep: int) -> list[Entry]:
 
 
 def prune(run_uri: str, keep: int) -> list[Entry]:
-    """Delete what `prunable` names, and nothing that recray did not mark as an artefact. Returns what was deleted."""
+    """Delete what `prunable` names, and only what recray wrote there. Returns what was deleted."""
     deleted = prunable(run_uri, keep)
     for entry in deleted:
-        storage.delete_folder(entry.uri)
+        layout.clear(entry.uri, layout.WRITTEN[entry.stage])
         log.info("prune", f"deleted {entry.uri}", event="deleted", values=entry.as_json())
     return deleted

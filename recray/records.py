@@ -6,8 +6,6 @@ id, so that a later stage can refuse what does not belong together.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
@@ -15,9 +13,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 import recray
-from recray import provenance, storage
-from recray.errors import LineageError, StorageError
+from recray import provenance, sealed, storage
+from recray.digests import Digests, Inside
+from recray.errors import LineageError
 from recray.provenance import Provenance
+
+# Fields of a record that are not part of its id: the same work at another time, on another machine or on a copy of the input.
+_NO_CONTENT = ("id", "created", "seconds", "made_by", "inputs")
 
 
 class Record(BaseModel):
@@ -32,45 +34,59 @@ class Record(BaseModel):
     seconds: float = 0.0  # wall time of the stage
     config: dict[str, Any] = {}  # the whole resolved configuration
     made_by: Provenance = Provenance()  # code, packages and machine
+    files: Digests = {}  # all others of the artefact
 
     @classmethod
     def file_name(cls) -> str:
         return f"{cls.__name__.removesuffix('Record').lower()}.json"
 
     @classmethod
-    def read(cls, folder: str) -> Self:
-        """The record of this kind in `folder`. Raises LineageError when the stage never completed there."""
+    def read(cls, folder: str, copy: bool = False) -> Self:
+        """The record of this kind in `folder`.
+
+        copy: it is not the artefact's own, and may differ in its sizes (DatasetRecord.refitted).
+
+        Raises LineageError when the stage never completed there, or if the file is damaged.
+        """
         uri = storage.join(folder, cls.file_name())
         if not storage.exists(uri):
             stage = cls.file_name().removesuffix(".json")
             raise LineageError(
                 f"no {cls.file_name()} in {folder}: the stage that writes the {stage} has not completed there"
             )
-        body = storage.read_json(uri)
+        body = sealed.read(uri, f"run its stage again (this is recray {recray.__version__})")
         try:
-            return cls.model_validate(body)
+            record = cls.model_validate(body)
         except ValidationError as error:
-            version = body.get("recray_version", "?") if isinstance(body, dict) else "?"
             first = error.errors()[0]
             raise LineageError(
-                f"{uri} was written by recray {version} and this is {recray.__version__}: "
+                f"{uri} was written by recray {body.get('recray_version', '?')} and this is {recray.__version__}: "
                 f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; run its stage again"
             ) from None
+        if not copy and record.id != cls._id_of(body):
+            raise LineageError(f"{uri} does not have the id of its content: run its stage again")
+        return record
 
     def write(self, folder: str) -> Self:
         """Stamp id, time and version, write the record, and return it as written."""
-        body = self.model_dump(mode="json", exclude={"id", "created", "seconds", "made_by", "inputs"})
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
         stamped = self.model_copy(
             update={
-                "id": f"{self.file_name().removesuffix('.json').lstrip('_')}-{digest}",
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "recray_version": recray.__version__,
                 "made_by": provenance.here(),
             }
         )
-        storage.write_json(storage.join(folder, self.file_name()), stamped.model_dump(mode="json"))
-        return stamped
+        body = stamped.model_dump(mode="json")
+        id_ = self._id_of(body)
+        storage.sync(folder, self.files)
+        sealed.write(storage.join(folder, self.file_name()), body | {"id": id_})
+        return stamped.model_copy(update={"id": id_})
+
+    @classmethod
+    def _id_of(cls, body: dict[str, Any]) -> str:
+        """Of the content, whenever and however fast it was made."""
+        content = {key: value for key, value in body.items() if key not in _NO_CONTENT}
+        return f"{cls.file_name().removesuffix('.json').lstrip('_')}-{sealed.hash_of(content)[:12]}"
 
 
 # A value that may be undefined: NaN here, null in a file.
@@ -89,22 +105,6 @@ Role = Literal["user", "item", "context"]
 def feature_column(role: Role, name: str) -> str:
     """The column of a feature. The prefix keeps the user's names apart from recray's own: `item`, `count`, `label`, ..."""
     return f"{role}_{name}"
-
-
-class FileDigest(Part):
-    """Size and hash of a file, by which a damaged one is recognized."""
-
-    bytes: int
-    sha256: str
-
-    def check(self, uri: str) -> None:
-        """Raises StorageError if the file at `uri` is missing, or is not the one that was written."""
-        found = storage.digest(uri)
-        if found != (self.bytes, self.sha256):
-            raise StorageError(
-                f"{uri} is damaged: it has {found[0]:,} bytes with sha256 {found[1][:12]}, written were {self.bytes:,} "
-                f"bytes with sha256 {self.sha256[:12]}: restore it, or delete its folder and run the stage again"
-            )
 
 
 class Feature(Part):
@@ -142,7 +142,7 @@ class InputFile(Part):
 class Shard(Part):
     """One Parquet file of a split; `file` is relative to the dataset's folder."""
 
-    file: str
+    file: Inside
     rows: int  # users
     events: int  # targets that were chosen, over all rows (training examples of a retriever of events)
     impressions: int  # all targets, chosen or not (training examples of a ranker)
@@ -160,7 +160,7 @@ class DatasetRecord(Record):
     features: list[Feature] = []
     columns: dict[str, str] = {}  # of every shard: name -> Arrow type
     shards: dict[str, list[Shard]]  # "train", "valid", "test"
-    early: dict[str, list[str]] = {}  # split -> files of events that data.min_history keeps from being targets
+    early: dict[str, list[Inside]] = {}  # split -> files of events that data.min_history keeps from being targets
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
     has_time: bool = True
@@ -194,7 +194,6 @@ class CheckpointRecord(Record):
     best_epoch: int = 0  # the one with the best validation value so far; 0 before the first validation
     history: list[dict[str, float]] = []  # one entry per epoch trained, later ones than the best among them
     dataset_uri: str
-    files: dict[str, FileDigest] = {}  # all others in the folder
     pieces: int = 0  # files that row_sharded tables lie in, one a training worker
 
 
@@ -274,7 +273,6 @@ class ListsRecord(Record):
 
     k: int
     counts: dict[str, int]  # users asked for, with a list of their own, with popular items
-    files: list[str]
 
     @classmethod
     def file_name(cls) -> str:

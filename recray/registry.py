@@ -56,6 +56,8 @@ def names(kind: Kind) -> list[str]:
 
 def options(kind: Kind, name: str, folder: str | None = None) -> Any:
     """The class of a plug-in's options. Imports the plug-in only if it is not a shipped one. Raises ConfigError."""
+    if not isinstance(name, str):  # of a configuration that is not validated yet
+        raise ConfigError(f"the name of a {kind} is text, given is {name!r}")
     shipped = _shipped(kind)
     return shipped[name] if name in shipped else load(kind, name, folder).Options
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
-import posixpath
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -29,7 +27,7 @@ from recray import credentials, strict_json
 from recray.errors import DataError, StorageError
 
 _PART_BYTES = 16 << 20  # copied at a time
-_HASHED_BYTES = 4 << 30  # local inputs up to this size are hashed whole: about a second per GB and core
+_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     credentials.refuse(uri, "this URI")
     uri = re.sub(r"^s3[an]://", "s3://", uri)  # Hadoop's names of the same store
     scheme = urlsplit(uri).scheme if "://" in uri else ""
-    with _errors(uri, "opened"):
+    with errors_at(uri, "opened"):
         if scheme in ("", "file"):
             return pafs.LocalFileSystem(), local_path(uri)
         if scheme == "s3":
@@ -74,7 +72,7 @@ def join(uri: str, *parts: str) -> str:
 def look(uri: str) -> tuple[Literal["file", "folder", "nothing"], int]:
     """What is there, and the bytes of a file."""
     system, path = resolve(uri)
-    with _errors(uri, "looked at"):
+    with errors_at(uri, "looked at"):
         info = system.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
         return "nothing", 0
@@ -88,47 +86,10 @@ def exists(uri: str) -> bool:
 def list_files(folder: str, suffix: str = ".parquet") -> list[FileInfo]:
     """The files directly in a folder that recray wrote, sorted by name."""
     system, path = resolve(folder)
-    with _errors(folder, "listed"):
+    with errors_at(folder, "listed"):
         found = system.get_file_info(pafs.FileSelector(path))
     names = sorted(entry.base_name for entry in found if entry.type == pafs.FileType.File)
     return [FileInfo(join(folder, name), 0) for name in names if name.endswith(suffix)]
-
-
-def walk(folder: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int, str]], list[str]]:
-    """All files below a folder as (path inside it, bytes, path without links), and the links that lead back to a folder above.
-
-    Links are followed. enter: whether to look into a folder, by its path inside `folder`; for local folders.
-    """
-    system, path = resolve(folder)
-    with _errors(folder, "listed"):
-        if isinstance(system, pafs.LocalFileSystem):
-            return _walk_local(path, enter)
-        found = system.get_file_info(pafs.FileSelector(path, recursive=True))
-    prefix = path.rstrip("/") + "/"
-    files = [entry for entry in found if entry.type == pafs.FileType.File]
-    return [(one.path.removeprefix(prefix), one.size, join(folder, one.path.removeprefix(prefix))) for one in files], []
-
-
-def _walk_local(root: str, enter: Callable[[str], bool]) -> tuple[list[tuple[str, int, str]], list[str]]:
-    files: list[tuple[str, int, str]] = []
-    links_back: list[str] = []
-    to_list: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]  # and the real paths that lead there
-    while to_list:
-        inside, above = to_list.pop()
-        with os.scandir(os.path.join(root, inside)) as entries:
-            for entry in entries:
-                name = os.path.join(inside, entry.name)
-                linked = entry.is_symlink()
-                real = os.path.realpath(entry.path) if linked else os.path.join(above[-1], entry.name)
-                if not entry.is_dir():
-                    # A broken link is a file, so that reading it fails and names it.
-                    size = entry.stat().st_size if not linked or os.path.exists(real) else 0
-                    files.append((name, size, real))
-                elif linked and any(f"{one}/".startswith(f"{real.rstrip('/')}/") for one in above):
-                    links_back.append(name)
-                elif enter(name):
-                    to_list.append((name, (*above, real)))
-    return files, links_back
 
 
 def real_path(uri: str) -> str:
@@ -140,55 +101,51 @@ def real_path(uri: str) -> str:
 def list_folders(uri: str) -> list[str]:
     """Names of the folders directly below a folder, sorted; empty where it does not exist."""
     system, path = resolve(uri)
-    with _errors(uri, "listed"):
+    with errors_at(uri, "listed"):
         if system.get_file_info(path).type != pafs.FileType.Directory:
             return []
         found = system.get_file_info(pafs.FileSelector(path))
     return sorted(entry.base_name for entry in found if entry.type == pafs.FileType.Directory)
 
 
-def folder_size(uri: str) -> int:
-    """Bytes of all files below a folder."""
-    system, path = resolve(uri)
-    with _errors(uri, "listed"):
-        return sum(entry.size or 0 for entry in system.get_file_info(pafs.FileSelector(path, recursive=True)))
-
-
 def link(uri: str, target: str) -> None:
-    """A symbolic link at `uri` to its neighbour `target`, replaced as one step; nothing happens where there are no links."""
+    """A symbolic link at `uri` to its neighbour `target`, replaced as one step; nothing happens where there are no links,
+    or where something else lies."""
     system, path = resolve(uri)
     if not isinstance(system, pafs.LocalFileSystem):
         return
-    part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+    old = os.readlink(path) if os.path.islink(path) else None
+    if old == target or (old is None and os.path.lexists(path)) or "/" in (old or ""):
+        return
+    part = _part_of(path)
     with contextlib.suppress(OSError):  # a file system without links
-        if not os.path.islink(path) or os.readlink(path) != target:
-            os.symlink(target, part)
-            os.replace(part, path)
+        os.symlink(target, part)
+        os.replace(part, path)
 
 
 def read_bytes(uri: str) -> bytes:
     system, path = resolve(uri)
-    with _errors(uri, "read"), system.open_input_stream(path) as stream:
+    with errors_at(uri, "read"), system.open_input_stream(path) as stream:
         return bytes(stream.read())
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write whole or not at all."""
-    with _atomic(uri) as (system, path), system.open_output_stream(path) as stream:
+    """Write whole or not at all, and to the disk itself: it is there after a power failure."""
+    with _atomic(uri, durable=True) as path, open(path, "wb") as stream:
         stream.write(data)
 
 
 @contextlib.contextmanager
-def writer(uri: str) -> Iterator[pa.NativeFile]:
-    """A stream whose bytes are at `uri` when the block ends well, and nothing when it does not."""
-    with _atomic(uri) as (system, path), system.open_output_stream(path) as stream:
+def writer(uri: str) -> Iterator[BinaryIO]:
+    """A stream whose bytes are at `uri` when the block ends well; what was there stays when it does not."""
+    with _atomic(uri) as path, open(path, "wb") as stream:
         yield stream
 
 
 def copy_file(source: str, target: str) -> None:
     """A part at a time: a file may be larger than memory."""
     system, path = resolve(source)
-    with writer(target) as out, _errors(source, "read"), system.open_input_stream(path) as stream:
+    with writer(target) as out, errors_at(source, "read"), system.open_input_stream(path) as stream:
         while part := stream.read(_PART_BYTES):
             out.write(part)
 
@@ -196,7 +153,7 @@ def copy_file(source: str, target: str) -> None:
 def copy_folder(source: str, target: str) -> None:
     """Copy the files of a folder (not recursive), the record checkpoint.json, index.json, ... last."""
     system, path = resolve(source)
-    with _errors(source, "listed"):
+    with errors_at(source, "listed"):
         entries = system.get_file_info(pafs.FileSelector(path))
     names = [entry.base_name for entry in entries if entry.type == pafs.FileType.File]
     for name in sorted(names, key=lambda name: (name.endswith(".json"), name != "dataset.json", name)):
@@ -220,7 +177,7 @@ def digest(uri: str) -> tuple[int, str]:
     """Size in bytes, and SHA-256, of a file."""
     system, path = resolve(uri)
     size, found = 0, hashlib.sha256()
-    with _errors(uri, "read"), system.open_input_stream(path) as stream:
+    with errors_at(uri, "read"), system.open_input_stream(path) as stream:
         while part := stream.read(_PART_BYTES):
             size += len(part)
             found.update(part)
@@ -230,24 +187,20 @@ def digest(uri: str) -> tuple[int, str]:
 def delete_file(uri: str) -> None:
     """Delete a file; nothing happens when it is not there."""
     system, path = resolve(uri)
-    with _errors(uri, "deleted"), contextlib.suppress(FileNotFoundError):
+    with errors_at(uri, "deleted"), contextlib.suppress(FileNotFoundError):
         system.delete_file(path)
 
 
 def read_json(uri: str) -> Any:
-    return json.loads(read_bytes(uri))
+    """Raises StorageError that names the file if it is no JSON."""
+    try:
+        return strict_json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri} is not valid JSON: {error}") from None
 
 
 def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (strict_json.dumps(value, indent=2) + "\n").encode())
-
-
-def delete_folder(uri: str) -> None:
-    """Delete a folder and what is in it; nothing happens when it is not there."""
-    system, path = resolve(uri)
-    with _errors(uri, "deleted"):
-        if system.get_file_info(path).type == pafs.FileType.Directory:
-            system.delete_dir(path)
 
 
 def delete_empty_folder(uri: str) -> None:
@@ -259,14 +212,14 @@ def delete_empty_folder(uri: str) -> None:
 
 
 @contextlib.contextmanager
-def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; the checksums of its pages are verified where it has them.
+def open_parquet(uri: str, data: bytes | None = None) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; the checksums of its pages are verified where it has them. data: its bytes, if they are read already.
 
     Raises DataError if the file is damaged, encrypted or no Parquet file, StorageError if it cannot be read.
     """
     system, path = resolve(uri)
     try:
-        with system.open_input_file(path) as stream:
+        with system.open_input_file(path) if data is None else pa.BufferReader(data) as stream:
             yield pq.ParquetFile(stream, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         # Arrow reports damaged pages and footers as OSError without an errno.
@@ -294,9 +247,9 @@ def _begins_as_parquet(system: pafs.FileSystem, path: str) -> bool:
         return bytes(stream.read(4)) == b"PAR1"
 
 
-def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+def read_table(uri: str, columns: list[str] | None = None, data: bytes | None = None) -> pa.Table:
     """One Parquet file. Raises DataError naming the file when it is not whole."""
-    with open_parquet(uri) as file:
+    with open_parquet(uri, data) as file:
         return file.read(columns=columns, use_threads=False)
 
 
@@ -313,11 +266,10 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
         for field in table.schema
         if not pa.types.is_floating(field.type.value_type if pa.types.is_list(field.type) else field.type)
     ]
-    with _atomic(uri) as (system, path):
+    with _atomic(uri) as path:
         pq.write_table(
             table,
             path,
-            filesystem=system,
             compression="zstd",
             use_dictionary=repeated,
             row_group_size=max(1, row_group_rows),
@@ -325,35 +277,10 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
         )
 
 
-def file_states(files: Sequence[FileInfo]) -> list[tuple[str, str]]:
-    """(what a file's state is known by, its state) of every file; `fingerprint` says what these are."""
-    hashed = sum(info.size for info in files) <= _HASHED_BYTES
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda info: _state(info.uri, hashed), files))
-
-
-def fingerprint(files: Sequence[FileInfo], states: Sequence[tuple[str, str]] | None = None) -> tuple[str, str]:
-    """SHA-256 that changes when a file, its name or the order of files does; and what it was made from, in words.
-
-    Local files of up to 4 GB in all are hashed whole, so that a copy elsewhere has the same fingerprint. Larger ones are
-    known by size, inode and times: a rewritten file has a new change time, whatever its modification time was set to.
-    In an object store a file is known by its size and ETag, or by its modification time where there is none.
-    """
-    states = file_states(files) if states is None else states
-    shared = os.path.commonprefix([info.uri for info in files])  # noqa: RUF071 - cut to a folder below
-    root = posixpath.dirname(shared)
-    digest = hashlib.sha256()
-    for info, (_, state) in zip(files, states, strict=True):
-        # Partitions above the first file that differs are values of columns, too.
-        partitions = [part for part in root.split("/") if "=" in part]
-        digest.update(json.dumps([info.uri.removeprefix(root), partitions, info.size, state]).encode())
-    return digest.hexdigest(), " and ".join(dict.fromkeys(kind for kind, _ in states))
-
-
-def _state(uri: str, hashed: bool) -> tuple[str, str]:
+def state(uri: str, hashed: bool) -> tuple[str, str]:
     """(what a file's state is known by, its state)."""
     system, path = resolve(uri)
-    with _errors(uri, "read"):
+    with errors_at(uri, "read"):
         if not isinstance(system, pafs.LocalFileSystem):
             with system.open_input_file(path) as file:
                 tags = {key.lower(): value for key, value in (file.metadata() or {}).items()}
@@ -385,8 +312,8 @@ def check_writable(uri: str) -> None:
 
 
 @contextlib.contextmanager
-def _errors(uri: str, done: str) -> Iterator[None]:
-    """Every failure below names the location."""
+def errors_at(uri: str, done: str) -> Iterator[None]:
+    """Inside the block every failure of a file system becomes a StorageError that names the location."""
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
@@ -396,18 +323,54 @@ def _errors(uri: str, done: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _atomic(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
-    """A path to write to, moved to `uri` when the block ends well and deleted when it does not."""
+def _atomic(uri: str, durable: bool = False) -> Iterator[str]:
+    """A local path to write to, whose file is moved to `uri` when the block ends well and deleted when it does not.
+
+    durable: the file and its name are on the disk when the block ends; on an object store they always are.
+    """
     system, path = resolve(uri)
-    with _errors(uri, "written"):
+    with errors_at(uri, "written"):
         if not isinstance(system, pafs.LocalFileSystem):
-            yield system, path  # an object store shows an object only once it is whole
+            # A stream to the store would complete the upload of what it has when the block fails (apache/arrow#40502), and
+            # replace a good object by a part.
+            with tempfile.TemporaryDirectory() as folder:
+                part = os.path.join(folder, "part")
+                yield part
+                pafs.copy_files(part, path, pafs.LocalFileSystem(), system)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+        part = _part_of(path)
         try:
-            yield system, part
+            yield part
+            if durable:
+                _sync(part)
             os.replace(part, path)
+            if durable:
+                _sync(os.path.dirname(path))
         finally:
             if os.path.exists(part):
                 os.unlink(part)
+
+
+def _part_of(path: str) -> str:
+    """A file next to `path` that is written and then moved there."""
+    return f"{path}.{uuid.uuid4().hex[:8]}.part"
+
+
+def sync(folder: str, names: Iterable[str]) -> None:
+    """Wait until files below a local folder, and their names, are on the disk."""
+    system, path = resolve(folder)
+    if not isinstance(system, pafs.LocalFileSystem):
+        return
+    files = [os.path.join(path, name) for name in names]
+    with errors_at(folder, "written"), ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(_sync, files))
+        list(pool.map(_sync, {os.path.dirname(file) for file in files}))
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -39,7 +39,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     if path is not None:
         try:
             table = tomllib.loads(storage.read_bytes(path).decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
         run = table.setdefault("run", {})
         folder = None if "://" in path else Path(path).absolute().parent
@@ -50,6 +50,13 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def parse_config(table: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "the configuration") -> Config:
     """As `load_config`, from nested dictionaries as tomllib reads them; `where` names them in errors."""
+    try:
+        return _parse(table, overrides, where)
+    except RecursionError:
+        raise ConfigError(f"{where} nests tables too deeply: no key has more than four parts") from None
+
+
+def _parse(table: Mapping[str, Any], overrides: Sequence[str], where: str) -> Config:
     merged: dict[str, Any] = _copy(table)
     for override in overrides:
         credentials.refuse(override, "--set")
@@ -83,7 +90,7 @@ def _value(text: str) -> Any:
     """An override's text as TOML where it is TOML, else as a string: the field's declared type decides the rest."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -29,7 +29,13 @@ from recray.config.section import Section
 from recray.config.tune import TuneConfig
 from recray.errors import ConfigError
 
+_LONGEST_NAME = 255
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's --working-dir
+
+
+def _has_control(text: str) -> bool:
+    """Whether it holds characters that no path has: control characters and halves of surrogate pairs."""
+    return any(ord(one) < 32 or ord(one) == 127 or 0xD800 <= ord(one) < 0xE000 for one in text)
 
 
 class RunConfig(Section):
@@ -50,9 +56,22 @@ class RunConfig(Section):
         description="folder with your own plug-ins, one file <name>.py each; unset: the folder of the TOML file if it has Python files",
     )
 
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        if value in (".", "..") or not set(value).isdisjoint("/\\") or _has_control(value):
+            raise ValueError(
+                "must be the name of one folder: without '/', '\\' and control characters, not '.' or '..'"
+            )
+        if len(value.encode()) > _LONGEST_NAME:
+            raise ValueError(f"must have at most {_LONGEST_NAME} bytes in UTF-8, as file systems want it")
+        return value
+
     @field_validator("output", "dataset", "plugins")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and (not value or _has_control(value)):
+            raise ValueError("must be a path or URI without control characters")
         # A worker has another working directory, in which a relative path means another folder.
         return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
 

@@ -9,10 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray import storage
+from recray import digests, storage
 from recray.artifacts import Run
+from recray.digests import FileDigest
 from recray.ids import SPLITS, UNKNOWN
 from recray.records import CheckpointRecord, DatasetRecord
+
+ITEMS = "items.parquet"
+
+
+def read_verified(uri: str, digest: FileDigest | None) -> pa.Table:
+    """A Parquet file whose bytes have this digest. Raises StorageError if they do not."""
+    return storage.read_table(uri, data=None if digest is None else digest.read(uri))
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,12 @@ class PreparedDataset:
 
     @staticmethod
     def of(run: Run) -> PreparedDataset:
-        """The prepared dataset of a run. Raises LineageError if there is none for its configuration."""
+        """The prepared dataset of a run.
+
+        Raises LineageError if there is none for its configuration, StorageError if a file of it is missing.
+        """
         artifact = run.dataset()
+        digests.check_present(artifact.uri, artifact.record.files)
         return PreparedDataset(artifact.uri, artifact.record)
 
     def refitted(self) -> PreparedDataset:
@@ -54,7 +66,11 @@ class PreparedDataset:
 
     def read(self, file: str) -> pa.Table:
         """The user rows of one shard."""
-        return self.known(storage.read_table(self.file_uri(file)))
+        return self.known(self.read_file(file))
+
+    def read_file(self, file: str) -> pa.Table:
+        """A Parquet file as it is stored. Raises StorageError if it is not what prepare wrote."""
+        return read_verified(self.file_uri(file), self.record.files.get(file))
 
     def latest(self, name: str, user_ids: pa.Array) -> Iterator[pa.Table]:
         """Rows of these users from the last split that has them, which contain all of their events.
@@ -84,7 +100,7 @@ class PreparedDataset:
 
     def items(self) -> pa.Table:
         """Columns item (the original key), count and encoded features; row i is item id i."""
-        table = storage.read_table(storage.join(self.uri, "items.parquet")).slice(0, self.record.num_items)
+        table = self.read_file(ITEMS).slice(0, self.record.num_items)
         if "count_valid" in table.column_names:  # else prepared before there was that column
             count = pc.add(table["count"], table["count_valid"]) if self.refit else table["count"]
             table = table.set_column(table.column_names.index("count"), "count", count).drop_columns(["count_valid"])
@@ -96,8 +112,12 @@ class PreparedDataset:
 
     def user_keys(self) -> pa.Table:
         """Columns user_id and user (the original key), one row per user."""
-        files = storage.list_files(storage.join(self.uri, "users"))
-        return pa.concat_tables([storage.read_table(info.uri) for info in files])
+        return pa.concat_tables([self.read_file(file) for file in self.user_files])
+
+    @property
+    def user_files(self) -> list[str]:
+        """Files of `user_keys`, one for every bucket of users."""
+        return sorted(file for file in self.record.files if file.startswith("users/"))
 
     def _masked(self, table: pa.Table, sizes: Mapping[str, int]) -> pa.Table:
         """The table with UNKNOWN in place of ids from `sizes[column]` on, and of values of features that are not known."""

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray import storage
+from recray import digests, storage
 from recray.config import DataConfig, FeatureConfig
 from recray.data import features, negatives, user_rows, vocab
 from recray.data.hashing import hash_keys
@@ -214,7 +214,8 @@ def write(
             storage.write_table(
                 storage.join(uri, early[split_name]), rows.table(ids, {key: lists[key] for key in ("item", "time")}, {})
             )
-    return {"shards": shards, "early": early, "counts": counts}
+    written = [f"users/{name}", *(f"{split}/{name}" for split in shards), *early.values()]
+    return {"shards": shards, "early": early, "counts": counts, "files": digests.of_files(uri, written)}
 
 
 def _with_negatives(

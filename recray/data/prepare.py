@@ -41,13 +41,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray import locks, log, registry, storage
+from recray import digests, layout, locks, log, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
 from recray.config import Config, DataConfig
 from recray.data import features, kinds, negatives, partition, remarks, split, user_rows, vocab
+from recray.data.dataset import ITEMS
 from recray.data.sources.base import Source
+from recray.digests import FileDigest
 from recray.errors import ConfigError, DataError
 from recray.ids import NUM_RESERVED, SPLITS
 from recray.records import DatasetRecord, Feature, Shard, feature_column
@@ -79,7 +81,7 @@ def prepare(config: Config) -> DatasetRecord:
         stack.enter_context(locks.exclusive(artifact.uri))
         if not run.begin(artifact):
             return artifact.record
-        storage.delete_folder(artifact.uri)  # what a process that was killed has left
+        artifact.clear()  # what a process that was killed has left
         artifact.mark()
         work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))
         try:
@@ -87,7 +89,7 @@ def prepare(config: Config) -> DatasetRecord:
         except BaseException:
             run.discard(artifact)  # nothing half-written stays
             raise
-    storage.delete_folder(work.sorted_uri)
+    layout.clear(work.sorted_uri, layout.SORTED)
     run.publish(artifact)
     counts = record.counts
     remarks.say(config.data, counts)
@@ -151,7 +153,7 @@ class _Work:
         encoders = partition.Encoders(
             keys, num_items, fitted["context"], fitted["user"], columns.users, sampler, least, self.seed
         )
-        shards, early = self._write(stats, [size["users_kept"] for size in sizes], counts, division, encoders)
+        shards, early, files = self._write(stats, [size["users_kept"] for size in sizes], counts, division, encoders)
         for name in SPLITS:
             if not shards[name]:
                 raise DataError(
@@ -172,6 +174,7 @@ class _Work:
             columns={field.name: str(field.type) for field in schema},
             shards=shards,
             early=early,
+            files=files | digests.of_files(self.artifact.uri, [ITEMS]),
             seed=self.seed,
             split={"kind": self.config.split.kind, "first": first, "last": last}
             | (vars(boundaries) if boundaries else {}),
@@ -207,7 +210,7 @@ class _Work:
                 values = columns.users[feature_column("user", name)]
                 user[name] = features.fit(name, "user", kind, features.count_values(values, kind))
         table, item = vocab.item_table(items, num_items, columns.items, columns.item)
-        storage.write_table(storage.join(self.artifact.uri, "items.parquet"), table)
+        storage.write_table(storage.join(self.artifact.uri, ITEMS), table)
         _say(f"{len(items):,} items counted")
         for feature in (*context.values(), *user.values(), *item):
             if feature.hash_buckets:
@@ -257,8 +260,9 @@ class _Work:
         counts: dict[str, int],
         division: Any,
         encoders: partition.Encoders,
-    ) -> tuple[dict[str, list[Shard]], dict[str, list[str]]]:
-        """Step 4: by split the shards of all buckets, and the files of early events; adds to `counts` what was written.
+    ) -> tuple[dict[str, list[Shard]], dict[str, list[str]], dict[str, FileDigest]]:
+        """Step 4: by split the shards of all buckets, and the files of early events; all files. Adds to `counts` what was
+        written.
 
         users: how many each bucket keeps. division: reference to a user_rows.Division.
         """
@@ -277,7 +281,8 @@ class _Work:
         _add(counts, [part["counts"] for part in parts])
         shards = {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
         early = {name: [p["early"][name] for p in parts if name in p["early"]] for name in SPLITS}
-        return shards, {name: files for name, files in early.items() if files}
+        files = {name: digest for part in parts for name, digest in part["files"].items()}
+        return shards, {name: found for name, found in early.items() if found}, files
 
     def _sort(self, num_buckets: int) -> list[dict[str, int]]:
         """Step 1: one sorted Parquet file per bucket; returns one entry of statistics each, in order of buckets."""

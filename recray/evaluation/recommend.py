@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray import log, storage
+from recray import digests, layout, log, storage
 from recray.artifacts import Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -38,13 +38,14 @@ from recray.retrieval.blend import check_blend
 from recray.retrieval.recommenders import RunArtifacts, list_table, open_recommenders
 
 _BATCH = 512
+_BEGUN = "_begun.json"  # marks the folder, before anything else is in it
 
 
 def recommend(config: Config, output: str, users: str | None = None, k: int = 10) -> ListsRecord:
     """Write lists of `k` items for every user of the dataset, or for those of a Parquet file, into the folder `output`.
 
     users: Parquet file or folder whose column `data.columns.user` holds the keys. Raises DataError if that column is missing
-    or of another type than the dataset's users, and if `output` holds anything but earlier lists.
+    or of another type than the dataset's users, StorageError if `output` holds anything but earlier lists.
     """
     started = time.perf_counter()
     artifacts = RunArtifacts.of(Run(config))
@@ -52,7 +53,7 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
     check_blend(config, dataset, SPLITS)
     wanted = None if users is None else _keys(users, config.data.columns.user, dataset)
     _clear(output)
-    names = [info.uri.rpartition("/")[2] for info in storage.list_files(storage.join(dataset.uri, "users"))]
+    names = [file.rpartition("/")[2] for file in dataset.user_files]
     writer = _Writer(config, artifacts, output, wanted, k)
     known = sum(map_shards("recommend", partial(_write_parts, writer, names), config.scaling, len(names)))
     everybody = dataset.user_keys()["user"].combine_chunks() if wanted is None else wanted
@@ -63,7 +64,7 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
         config=config.model_dump(mode="json"),
         k=k,
         counts=counts,
-        files=sorted(info.uri.rpartition("/")[2] for info in storage.list_files(output)),
+        files=digests.of_files(output, [info.uri.rpartition("/")[2] for info in storage.list_files(output)]),
         seconds=time.perf_counter() - started,
     ).write(output)
     log.info(
@@ -77,12 +78,13 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
 
 
 def _clear(output: str) -> None:
-    """Delete lists of an earlier call. Raises DataError if the folder holds anything else."""
-    if not storage.exists(output):
-        return
-    if not storage.exists(storage.join(output, ListsRecord.file_name())):
-        raise DataError(f"{output} exists and holds no lists of recray: give --output a folder that does not exist yet")
-    storage.delete_folder(output)
+    """Delete lists of an earlier call, complete or not. Raises StorageError if the folder holds anything else."""
+    begun = storage.join(output, _BEGUN)
+    if storage.exists(begun) or storage.exists(storage.join(output, ListsRecord.file_name())):
+        layout.refuse_foreign(output, layout.LISTS)
+        layout.clear(output, layout.LISTS)
+    layout.refuse_foreign(output, layout.NOTHING)
+    storage.write_json(begun, {"stage": "recommend"})
 
 
 def _keys(uri: str, column: str, dataset: PreparedDataset) -> pa.Array:
@@ -128,7 +130,7 @@ def _write_parts(writer: _Writer, names: list[str], numbers: Iterable[int]) -> I
     recommender = open_recommenders(writer.artifacts, config, SPLITS).final
     items = dataset.items()["item"].combine_chunks()
     for number in numbers:
-        users = storage.read_table(storage.join(dataset.uri, "users", names[number]))
+        users = dataset.read_file(f"users/{names[number]}")
         if writer.wanted is not None:
             users = users.filter(pc.is_in(users["user"], value_set=writer.wanted))
         keys, user_ids = users["user"].combine_chunks(), users["user_id"].combine_chunks()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from recray.errors import LineageError
 from recray.metrics.ranking import METRICS as LIST_METRICS
 from recray.records import Interval, ReportRecord
 
@@ -21,9 +22,30 @@ TITLES = {
 }
 _BEYOND = ("coverage", "gini", "arp", "novelty", "ild")  # one value for all lists, without intervals
 
+_COUNTS = {  # what a report of each kind counts
+    "clicks": ("impressions", "clicks", "users", "unknown_items", "without_history"),
+    "lists": (
+        "catalogue",
+        "queries",
+        "queries_without_history",
+        "seen_targets",
+        "short_lists",
+        "targets",
+        "targets_without_history",
+        "unknown_targets",
+        "users",
+    ),
+}
+
 
 def render(report: ReportRecord) -> str:
-    """The report of a retriever or of a ranker as lines of text."""
+    """The report of a retriever or of a ranker as lines of text. Raises LineageError for one of another version."""
+    missing = [name for name in _COUNTS[report.kind] if name not in report.counts]
+    if missing or "model" not in report.metrics:
+        raise LineageError(
+            f"the report was written by another version of recray ({report.recray_version or '?'}), without "
+            f"{', '.join(missing) or 'the figures of the model'}: run `recray evaluate` again"
+        )
     return _clicks(report) if report.kind == "clicks" else _lists(report)
 
 

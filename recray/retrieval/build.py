@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recray import log, storage
+from recray import digests, log, storage
 from recray.artifacts import Artifact, Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -24,6 +24,8 @@ from recray.records import IndexRecord, SweepPoint
 from recray.retrieval import embed, faiss_index
 from recray.retrieval.recall_sweep import sweep
 from recray.training import checkpoint
+
+FILES = ("index.faiss", "ids.parquet", "vectors.parquet")
 
 
 def index(config: Config) -> IndexRecord:
@@ -71,6 +73,7 @@ def index(config: Config) -> IndexRecord:
         curve=curve,
         dataset_uri=dataset.uri,
         checkpoint_uri=source.uri,
+        files=digests.of_files(artifact.uri, FILES),
         seconds=time.perf_counter() - started,
     ).write(artifact.uri)
     run.publish(artifact)

@@ -16,6 +16,7 @@ from recray.artifacts import Artifact
 from recray.cluster import runtime
 from recray.config import Config, ScalingConfig
 from recray.data.dataset import PreparedDataset
+from recray.digests import FileDigest
 from recray.loading.collate import eval_queries
 from recray.models import Retriever
 from recray.records import CheckpointRecord
@@ -121,8 +122,13 @@ def save_vectors(folder: str, vectors_ND: np.ndarray) -> None:
     storage.write_table(storage.join(folder, "vectors.parquet"), pa.table({"vector": flat}))
 
 
-def load_vectors(folder: str, num_items: int) -> np.ndarray:
-    """(N, D) float32: the vectors that the index in `folder` was built from, bit for bit."""
+def load_vectors(folder: str, num_items: int, digest: FileDigest | None = None) -> np.ndarray:
+    """(N, D) float32: the vectors that the index in `folder` was built from, bit for bit.
+
+    Raises StorageError if the file does not have this digest.
+    """
+    if digest is not None:
+        digest.check(storage.join(folder, "vectors.parquet"))
     out: np.ndarray | None = None
     at = 0
     with storage.local_file(storage.join(folder, "vectors.parquet")) as path, pq.ParquetFile(path) as file:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import storage
+from recray import digests, storage
 from recray.cluster import cpus
-from recray.errors import ConfigError, DependencyError, ResourceError
+from recray.data.dataset import read_verified
+from recray.errors import ConfigError, DependencyError, LineageError, ResourceError
 from recray.ids import FIRST_ITEM, PAD
 from recray.records import IndexRecord
 from recray.retrieval import faiss_build
@@ -166,12 +167,17 @@ class ItemIndex:
 
     @staticmethod
     def open(folder: str) -> ItemIndex:
-        """Raises LineageError if the index stage never completed in `folder`."""
+        """Raises LineageError if the index stage never completed in `folder`, StorageError if a file of it is damaged."""
         record = IndexRecord.read(folder)
-        data = np.frombuffer(storage.read_bytes(storage.join(folder, "index.faiss")), np.uint8)
-        index = _faiss().deserialize_index(data)
+        digests.check_present(folder, record.files)
+        data = record.files["index.faiss"].read(storage.join(folder, "index.faiss"))
+        index = _faiss().deserialize_index(np.frombuffer(data, np.uint8))
         apply(index, record.setting)
-        keys = storage.read_table(storage.join(folder, "ids.parquet"))["item"].combine_chunks()
+        keys = read_verified(storage.join(folder, "ids.parquet"), record.files["ids.parquet"])["item"].combine_chunks()
+        if not index.ntotal == len(keys) == record.num_items:
+            raise LineageError(
+                f"{folder} has {index.ntotal:,} vectors and {len(keys):,} keys of {record.num_items:,} items: index again"
+            )
         return ItemIndex(index, keys, record)
 
     def search(

@@ -192,7 +192,7 @@ def open_recommenders(
         ranker, record = checkpoint.load_model(artifacts.ranker.uri)
         assert isinstance(ranker, Ranker)
         history_length = int(record.config["model"]["history_length"])
-        known = DatasetRecord.read(artifacts.ranker.uri)
+        known = DatasetRecord.read(artifacts.ranker.uri, copy=True)
         found = replace(found, reranked=Reranked(found.final, ranker, options.k, history_length, known))
     return found
 
@@ -201,7 +201,8 @@ def _item_vectors(artifacts: RunArtifacts, model: Retriever) -> np.ndarray:
     """(N, D) vectors of all items: those that the index stage wrote, or computed."""
     num_items = artifacts.dataset.record.num_items
     if artifacts.index is not None:
-        return embed.load_vectors(artifacts.index.uri, num_items)
+        digest = artifacts.index.record.files.get("vectors.parquet")
+        return embed.load_vectors(artifacts.index.uri, num_items, digest)
     return embed.item_vectors(artifacts.checkpoint, model, num_items)
 
 

@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from typing import IO, Any, cast
 
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from recray import storage
+from recray import digests, sealed, storage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
+from recray.digests import FileDigest
 from recray.errors import LineageError
 from recray.layers import embedding
 from recray.loading.batch import Feature, ItemTable, Jagged
 from recray.models import Ranker, Retriever, build_model
-from recray.records import CheckpointRecord, DatasetRecord, FileDigest
+from recray.records import CheckpointRecord, DatasetRecord
 from recray.training import sharded_tables
 from recray.training.sharded_tables import ShardedTables
 
@@ -69,7 +70,7 @@ def save_record(
     folder: str, record: CheckpointRecord, dataset: DatasetRecord, items: ItemTable, files: dict[str, FileDigest]
 ) -> CheckpointRecord:
     """Write what rebuilds the model, then the record, which completes the checkpoint. files: what is written already."""
-    body = json.dumps(dataset.model_dump(mode="json"), indent=2).encode()
+    body = sealed.dump(dataset.model_dump(mode="json"))
     files = files | _write(folder, _ITEMS, save_tensors(_pack(items)))
     files |= _write(folder, DatasetRecord.file_name(), body)
     return record.model_copy(update={"files": files}).write(folder)
@@ -77,7 +78,7 @@ def save_record(
 
 def _write(folder: str, name: str, data: bytes) -> dict[str, FileDigest]:
     storage.write_bytes(storage.join(folder, name), data)
-    return {name: FileDigest(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
+    return {name: FileDigest.of(data)}
 
 
 def publish(folder: str, target: str, record: CheckpointRecord) -> CheckpointRecord:
@@ -121,15 +122,31 @@ def load_weights(folder: str) -> dict[str, Tensor]:
     return weights
 
 
+def _load(folder: str, record: CheckpointRecord, name: str) -> dict[str, Tensor]:
+    """Tensors of a file that is what was written. Raises StorageError if it is not."""
+    uri = storage.join(folder, name)
+    if name not in record.files:
+        raise LineageError(f"{folder} has a record without {name}: train again")
+    try:
+        tensors: dict[str, Tensor] = load_tensors(record.files[name].read(uri))
+    except SafetensorError as error:
+        raise LineageError(f"{uri} is damaged ({error}): train again") from None
+    return tensors
+
+
 def load_model(folder: str) -> tuple[Retriever | Ranker, CheckpointRecord]:
     """The model in evaluation mode, built from the configuration in its record. Rows of sharded tables stay on disk."""
     record = CheckpointRecord.read(folder)
     config = Config.model_validate(record.config)
-    dataset = DatasetRecord.read(folder)
-    items = _unpack(load_tensors(storage.read_bytes(storage.join(folder, _ITEMS))))
+    digests.check_present(folder, record.files)
+    dataset = DatasetRecord.read(folder, copy=True)
+    items = _unpack(_load(folder, record, _ITEMS), storage.join(folder, _ITEMS))
+    for piece in range(record.pieces):
+        name = sharded_tables.file_name("tables", piece, record.pieces)
+        record.files[name].check(storage.join(folder, name))
     with embedding.use_plan(embedding.TablePlan(stored=True)):
         model = build_model(config, dataset, items)
-    weights = load_weights(folder)
+    weights = _load(folder, record, _WEIGHTS)
     embedding.read_missing(model, weights, ShardedTables(folder, "tables", record.pieces).rows)
     model.load_state_dict(weights, assign=True)
     return model.eval(), record
@@ -145,12 +162,20 @@ def _pack(items: ItemTable) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
-def _unpack(tensors: dict[str, Tensor]) -> ItemTable:
+def _unpack(tensors: dict[str, Tensor], uri: str) -> ItemTable:
+    """Raises LineageError for offsets that lead outside of their values: torch would read and write there."""
     features: dict[str, Feature] = {}
+    rows = len(tensors["counts"])
     for key, tensor in tensors.items():
         name, colon, part = key.rpartition(":")
         if colon and part == "column":
             features[name] = tensor
         elif part == "values":
-            features[name] = Jagged(tensor, tensors[f"{name}:offsets"])
+            offsets = tensors[f"{name}:offsets"]
+            ends = offsets[:1].tolist() + offsets[-1:].tolist()
+            if len(offsets) != rows + 1 or ends != [0, len(tensor)] or bool((offsets[1:] < offsets[:-1]).any()):
+                raise LineageError(
+                    f"{uri} has offsets of '{name}' that do not divide its {len(tensor)} values: train again"
+                )
+            features[name] = Jagged(tensor, offsets)
     return ItemTable(tensors["counts"], features)

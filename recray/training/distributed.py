@@ -220,7 +220,7 @@ def read_shards(
 
 
 def _read(dataset: PreparedDataset, shard: ShardGroup) -> pa.Table:
-    return pa.concat_tables([storage.read_table(dataset.file_uri(file)) for file in shard.files])
+    return pa.concat_tables([dataset.read_file(file) for file in shard.files])
 
 
 def _device(use_gpu: bool) -> torch.device:

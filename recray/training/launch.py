@@ -70,9 +70,7 @@ def _train(
     until: int | None,
 ) -> CheckpointRecord:
     started, config = time.perf_counter(), run.config
-    if not config.training.resume:
-        storage.delete_folder(artifact.uri)
-    if not run.begin(artifact):
+    if not run.begin(artifact, anew=not config.training.resume):
         return artifact.record
     check_validation(config, dataset)
     until = until if until is not None and until < config.training.epochs else None

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from recray import storage
+from recray import layout, storage
 from recray.data.dataset import PreparedDataset
 from recray.loading.sampler import ShardGroup
 from recray.records import CheckpointRecord, Shard
@@ -59,7 +59,7 @@ class Phase:
         newest = self.saved()[:2]
         for at in self._on_disk():
             if len(newest) == 2 and at < newest[1] and at != Position(best):
-                storage.delete_folder(self.folder(*at))
+                layout.clear(self.folder(*at), layout.EPOCH)
 
     def shards(self, dataset: PreparedDataset) -> list[ShardGroup]:
         """The shards to train on. A refit joins the train and validation shards of the same users, so that batches mix both."""

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recray import storage
+from recray import sealed, storage
 from recray.data.split import duration
+from recray.digests import FileDigest
 from recray.errors import StorageError
-from recray.records import CheckpointRecord, FileDigest
+from recray.records import CheckpointRecord
 from recray.training.distributed import Context
 from recray.training.phase import Phase
 from recray.training.state import Snapshot, TrainState
@@ -170,7 +171,7 @@ def digests(folder: str, own: dict[str, FileDigest], world_size: int) -> dict[st
     for rank in range(1, world_size):
         uri = storage.join(folder, Snapshot.digest_file(rank))
         if storage.exists(uri):
-            found |= {name: FileDigest.model_validate(one) for name, one in storage.read_json(uri).items()}
+            found |= {name: FileDigest.model_validate(one) for name, one in sealed.read(uri, "train again").items()}
     return found
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from recray import storage
-from recray.records import FileDigest
+from recray.digests import FileDigest
 
 
 def file_name(kind: str, piece: int, count: int) -> str:
@@ -50,7 +50,7 @@ def write(folder: str, kind: str, piece: int, count: int, tensors: dict[str, Ten
         for tensor in plain.values():
             data = tensor.view(-1).numpy().view("uint8")
             digest.update(data.data)
-            stream.write(data)
+            stream.write(data.data)
     return {name: FileDigest(bytes=len(head) + at, sha256=digest.hexdigest())}
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recray import storage
+from recray import sealed, storage
+from recray.digests import FileDigest
 from recray.errors import LineageError
 from recray.layers import embedding
 from recray.models import Ranker, Retriever
-from recray.records import FileDigest
 from recray.training import checkpoint, fsdp, sharded_tables
 from recray.training.distributed import Context
 from recray.training.optim import Ema, Optimizers
@@ -95,10 +95,11 @@ class Snapshot:
         for kind, tensors in self.tables.items():
             files |= sharded_tables.write(folder, kind, self.rank, self.world_size, tensors)
         if self.rank == 0:
-            return files | checkpoint.save_weights(folder, self.weights) | checkpoint.save_state(folder, self.body)
-        if files:
+            files |= checkpoint.save_weights(folder, self.weights) | checkpoint.save_state(folder, self.body)
+        storage.sync(folder, files)  # here, in a thread of its own, and not when training goes on with the record
+        if files and self.rank:
             body = {name: one.model_dump() for name, one in files.items()}
-            storage.write_json(storage.join(folder, self.digest_file(self.rank)), body)
+            sealed.write(storage.join(folder, self.digest_file(self.rank)), body)
         return files
 
     @staticmethod

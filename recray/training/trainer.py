@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from recray import log
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
+from recray.digests import FileDigest
 from recray.errors import ConfigError, DataError, Interrupted, RecrayError
 from recray.layers import embedding
 from recray.layers.hooks import run_hooks, step_hooks
@@ -32,7 +33,7 @@ from recray.loading.prefetch import DeviceLoader
 from recray.losses.base import Objective
 from recray.metrics import higher_is_better
 from recray.models import Ranker, Retriever, build_model
-from recray.records import CheckpointRecord, FileDigest
+from recray.records import CheckpointRecord
 from recray.training import checkpoint, fsdp, optim
 from recray.training.accumulate import Accumulation
 from recray.training.batches import TrainingData

@@ -27,7 +27,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from recray import storage
+from recray import layout, storage
 from recray.errors import RecrayError
 from recray.records import Trial, TrialEpoch
 from recray.tuning.console import Board
@@ -73,7 +73,7 @@ def run_trials(
             checkpoint_config=tune.CheckpointConfig(num_to_keep=4) if rules.population else None,
         ),
     ).fit()
-    storage.delete_folder(folder)
+    layout.clear(folder, layout.SWEEP)
     return recorder.interrupted()
 
 

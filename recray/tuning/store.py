@@ -13,10 +13,11 @@ A trial whose record is finished is never run again. One that is not, or has no 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from recray import storage
+from recray import layout, sealed, storage
 from recray.artifacts import CHECKPOINT, TUNE, Artifact, Run, artifacts_of
 from recray.config import Config, TuneConfig, with_values
 from recray.data.dataset import PreparedDataset
@@ -79,14 +80,14 @@ class SweepStore:
         return TrialSpec(f"trials/{number:04d}", values, self.config.run.seed)
 
     def write_point(self, spec: TrialSpec) -> None:
-        storage.write_json(self._file(spec.folder, "point.json"), {"number": spec.number, "values": spec.values})
+        sealed.write(self._file(spec.folder, "point.json"), {"number": spec.number, "values": spec.values})
 
     def read_point(self, number: int) -> Point | None:
         """The values of a trial that was started before; None when it was not."""
         uri = self._file(f"trials/{number:04d}", "point.json")
         if not storage.exists(uri):
             return None
-        values: Point = storage.read_json(uri)["values"]
+        values: Point = sealed.read(uri, f"delete {os.path.dirname(uri)}, and search again")["values"]
         return values
 
     def write_trial(self, spec: TrialSpec, trial: Trial) -> None:
@@ -99,8 +100,10 @@ class SweepStore:
             return
         # With PBT a trial has a folder of epochs for every set of values that it trained with.
         for checkpoint in artifacts_of(storage.join(config.run_uri, CHECKPOINT.name), CHECKPOINT):
-            complete = checkpoint.complete()
-            storage.delete_folder(selection(config, checkpoint.uri).root if complete else checkpoint.uri)
+            if checkpoint.complete():
+                layout.clear(selection(config, checkpoint.uri).root, layout.EPOCHS)
+            else:
+                checkpoint.clear()
 
     def read_trial(self, folder: str) -> Trial | None:
         if not storage.exists(self._file(folder, TrialRecord.file_name())):

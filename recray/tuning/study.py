@@ -13,7 +13,7 @@ import time
 
 import tomli_w
 
-from recray import log, storage
+from recray import digests, log, storage
 from recray.artifacts import Run
 from recray.cluster import runtime
 from recray.config import Config, ScalingConfig, TuneConfig, with_values
@@ -73,7 +73,7 @@ def tune(config: Config) -> TuneRecord:
     )
     storage.write_bytes(storage.join(store.uri, "best.toml"), _best_toml(space, record).encode())
     _write_page(record, store.uri)
-    record = record.write(store.uri)
+    record = record.model_copy(update={"files": digests.of_files(store.uri, ["best.toml"])}).write(store.uri)
     Run(config).publish(store.artifact)
     return record
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from recray import storage
+from recray import layout, sealed, storage
 from recray.artifacts import CHECKPOINT, Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -80,7 +80,7 @@ def on_this_node(uri: str) -> PreparedDataset:
             shards = dataset.record.shards
             for file in ("items.parquet", *(shard.file for split in ("train", "valid") for shard in shards[split])):
                 storage.copy_file(dataset.file_uri(file), storage.join(local, file))
-            storage.write_json(storage.join(local, DatasetRecord.file_name()), dataset.record.model_dump(mode="json"))
+            sealed.write(storage.join(local, DatasetRecord.file_name()), dataset.record.model_dump(mode="json"))
     return PreparedDataset.open(local)
 
 
@@ -157,7 +157,8 @@ class _Reporter:
 
     def _copy_member(self, folder: str) -> None:
         """Continue from the epochs in `folder`, this trial's own or another member's, under this configuration."""
-        storage.delete_folder(self._phase.root)
+        Run(self._config).begin(self._artifact)
+        layout.clear(self._phase.root, layout.EPOCHS)
         for name in os.listdir(folder):
             target = storage.join(self._phase.root, name)
             storage.copy_folder(os.path.join(folder, name), target)

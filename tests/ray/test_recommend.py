@@ -15,7 +15,7 @@ import recray
 from helpers.configs import simulated_table
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
-from recray.errors import ConfigError, DataError, LineageError
+from recray.errors import ConfigError, DataError, LineageError, StorageError
 from recray.inference import LoadedRanker, LoadedRetriever
 from recray.report.text import render
 from recray.retrieval import embed
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused(run: Config, tmp_path: Path) -> None:
 def test_a_folder_of_the_users_is_never_emptied(run: Config, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(DataError, match="exists and holds no lists of recray"):
+    with pytest.raises(StorageError, match=r"holds chapter\.txt, which recray did not write"):
         recray.recommend(run, str(tmp_path / "thesis"))
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
     for _ in range(2):  # lists of an earlier call make room

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def sweep(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Co
     # One trial at a time, so that what a trial is compared with does not depend on timing.
     config = parse_config(_table(tmp_path_factory.mktemp("sweep"), concurrent=1))
     recray.prepare(config)
-    storage.delete_folder(f"{dataset_of(config).uri}/test")
+    shutil.rmtree(f"{dataset_of(config).uri}/test")
     return config, recray.tune(config)
 
 
@@ -248,6 +249,7 @@ def test_a_population_copies_weights_and_stays_inside_its_ranges(tmp_path: Path)
 
 ODD = """
 import os
+import shutil
 from recray.models import two_tower
 
 class Options(two_tower.Options):

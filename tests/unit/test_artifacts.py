@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from recray import inventory, storage
+from recray import inventory, sealed, storage
 from recray.artifacts import (
     CHECKPOINT,
     DATASET,
@@ -279,12 +278,12 @@ def test_a_dataset_of_another_run(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path)
     artifact = _dataset(config)
-    body = json.loads(Path(artifact.uri, "identity.json").read_text())
-    Path(artifact.uri, "identity.json").write_text(json.dumps(body | {"keys": {"data.path": "elsewhere"}}))
+    file = f"{artifact.uri}/identity.json"
+    sealed.write(file, sealed.read(file, "") | {"keys": {"data.path": "elsewhere"}})
     with pytest.raises(LineageError, match="holds an artefact of another configuration"):
         Run(config).artifact(DATASET, ["log-1"])
     Path(artifact.uri, "identity.json").write_text("{")
-    with pytest.raises(LineageError, match=r"identity.json is damaged: delete the folder"):
+    with pytest.raises(LineageError, match=r"identity.json is damaged .*: delete the folder"):
         Run(config).artifact(DATASET, ["log-1"])
 
 
@@ -306,9 +305,8 @@ def test_differences_are_short() -> None:
 
 def _age(artifact: Artifact[Record], days: int) -> None:
     """Say that a record is so old."""
-    file = Path(artifact.uri, artifact.stage.record.file_name())
-    body = json.loads(file.read_text())
-    file.write_text(json.dumps(body | {"created": f"2026-01-{31 - days:02d}T00:00:00+00:00"}))
+    file = f"{artifact.uri}/{artifact.stage.record.file_name()}"
+    sealed.write(file, sealed.read(file, "") | {"created": f"2026-01-{31 - days:02d}T00:00:00+00:00"})
 
 
 def test_prune_keeps_what_is_in_use_the_newest_and_their_inputs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from recray import storage
+from recray import digests
 from recray.data.sources import files
 from recray.errors import DataError, StorageError
 
@@ -179,7 +179,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 def _digest(root: Path) -> str:
-    return storage.fingerprint(files.find(str(root)))[0]
+    return digests.fingerprint(files.find(str(root)))[0]
 
 
 def test_a_fingerprint_follows_content_names_and_partitions_but_not_the_place(tmp_path: Path) -> None:
@@ -203,13 +203,13 @@ def test_a_fingerprint_follows_content_names_and_partitions_but_not_the_place(tm
 
 
 def test_large_inputs_are_known_by_their_change_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_HASHED_BYTES", 3)
+    monkeypatch.setattr(digests, "_HASHED_BYTES", 3)
     _lay(tmp_path, "a.parquet")
     path = tmp_path / "a.parquet"
-    first, known_by = storage.fingerprint(files.find(str(path)))
-    assert known_by == "inode and times" and first == storage.fingerprint(files.find(str(path)))[0]
+    first, known_by = digests.fingerprint(files.find(str(path)))
+    assert known_by == "inode and times" and first == digests.fingerprint(files.find(str(path)))[0]
     before = os.stat(path)
     path.write_bytes(b"A.parquet")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert os.stat(path).st_mtime_ns == before.st_mtime_ns
-    assert storage.fingerprint(files.find(str(path)))[0] != first
+    assert digests.fingerprint(files.find(str(path)))[0] != first

@@ -1,12 +1,13 @@
 """storage against an S3 server on loopback."""
 
+import re
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
 import torch
 
-from recray import storage
+from recray import digests, folders, storage
 from recray.config import DataConfig
 from recray.data.sources import files, parquet
 from recray.errors import StorageError
@@ -54,12 +55,12 @@ def test_tables_listing_and_globs(bucket: str) -> None:
     for pattern in ("day=*1/*.parquet", "day={01,03}", "**/*1/a*"):
         assert [info.uri for info in files.find(f"{bucket}/events/{pattern}")] == [found[0].uri]
     assert files.find(f"s3a://{bucket.removeprefix('s3://')}/events/day=01/a.parquet")[0].size == found[0].size
-    first, known_by = storage.fingerprint(found)
-    assert known_by == "ETag" and storage.fingerprint(found)[0] == first
+    first, known_by = digests.fingerprint(found)
+    assert known_by == "ETag" and digests.fingerprint(found)[0] == first
     storage.write_bytes(found[0].uri, storage.read_bytes(found[0].uri)[::-1])  # as many bytes
     again = files.find(f"{bucket}/events/")
     assert [info.size for info in again] == [info.size for info in found]
-    assert storage.fingerprint(again)[0] != first
+    assert digests.fingerprint(again)[0] != first
 
 
 def test_a_log_in_partitions(bucket: str) -> None:
@@ -77,7 +78,7 @@ def test_folders(bucket: str, tmp_path: object) -> None:
     storage.copy_folder(f"{tmp_path}/local", f"{bucket}/checkpoint")
     storage.copy_folder(f"{bucket}/checkpoint", f"{tmp_path}/back")
     assert storage.read_bytes(f"{tmp_path}/back/a.bin") == b"a"
-    storage.delete_folder(f"{bucket}/checkpoint")
+    assert folders.delete_written(f"{bucket}/checkpoint", re.compile(r"a\.bin")) == []
     assert not storage.exists(f"{bucket}/checkpoint/a.bin")
 
 
@@ -99,3 +100,45 @@ def test_what_is_not_there_is_named(bucket: str) -> None:
         storage.read_json(f"{bucket}/absent.json")
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/a cannot be written"):
         storage.write_bytes("s3://no-such-bucket/a", b"x")
+
+
+def test_a_write_that_fails_leaves_the_old_object(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow completes an upload whose block raises: apache/arrow#40502."""
+    uri = f"{bucket}/served/model.bin"
+    storage.write_bytes(uri, b"good" * 1000)
+    for size in (2, 12 << 20):  # one PUT, and several parts
+
+        def fail(size: int = size) -> None:
+            with storage.writer(uri) as stream:
+                stream.write(b"x" * size)
+                raise RuntimeError("stopped")
+
+        with pytest.raises(RuntimeError):
+            fail()
+    with pytest.raises(StorageError, match=r"absent.* cannot be read"):
+        storage.copy_file(f"{bucket}/absent", uri)
+    with pytest.raises(pa.ArrowInvalid), storage._atomic(uri) as path:
+        open(path, "wb").close()
+        raise pa.ArrowInvalid("a table that cannot be written")
+    assert storage.read_bytes(uri) == b"good" * 1000
+
+
+def test_an_upload_that_the_store_breaks_off_leaves_the_old_object(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import moto.s3.responses
+
+    uri = f"{bucket}/served/large.bin"
+    storage.write_bytes(uri, b"good")
+    real, sent = moto.s3.responses.S3Response.key_response, []
+
+    def broken(self: object, request: object, full_url: str, headers: object) -> object:
+        if "partNumber=2" in full_url:
+            sent.append(full_url)
+            return 403, {}, "<Error><Code>AccessDenied</Code></Error>"
+        return real(self, request, full_url, headers)
+
+    monkeypatch.setattr(moto.s3.responses.S3Response, "key_response", broken)
+    with pytest.raises(StorageError, match=r"large\.bin cannot be written"):
+        storage.write_bytes(uri, b"x" * (25 << 20))
+    assert sent and storage.read_bytes(uri) == b"good"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
-from recray import log, storage
+from recray import folders, log, storage
 from recray.errors import DataError, StorageError
 from recray.storage import FileInfo
 
@@ -96,7 +96,7 @@ def _find(location: str, found: _Found) -> None:
     if kind != "folder":
         raise StorageError(f"{location} does not exist: give a Parquet file, a folder, a glob or a list of them")
     glob = _Glob(tuple(pattern))
-    entries, links_back = storage.walk(base, glob.may_enter)
+    entries, links_back = folders.walk(base, glob.may_enter)
     for path in sorted(links_back):
         found.skip(_BACK, storage.join(base, path))
     entries.sort(key=lambda entry: storage.join(base, entry[0]))
@@ -196,7 +196,7 @@ def _own_folders(base: str, paths: list[str]) -> list[str]:
         if name == "_lists.json" and folder:
             own.append(prefix)
         elif name == "identity.json":
-            with contextlib.suppress(ValueError):  # a file that recray did not write
+            with contextlib.suppress(StorageError):  # a file that recray did not write
                 body = storage.read_json(storage.join(base, path))
                 if isinstance(body, dict) and {"stage", "identity", "keys", "inputs"} <= body.keys():
                     own.append(prefix)

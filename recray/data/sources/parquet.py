@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recray import log, storage
+from recray import digests, log, storage
 from recray.config import ColumnsConfig, DataConfig
 from recray.config.sources import ParquetOptions as Options
 from recray.data.sources import base, files, tables
@@ -98,8 +98,8 @@ class Log:
         """Of the log and its side tables, and what they consist of; logs how it is taken."""
         inputs = [[footer for footer, _ in self.footers], *self.sides.values()]
         files = [[FileInfo(footer.uri, footer.size) for footer in one] for one in inputs]
-        states = [storage.file_states(one) for one in files]
-        found = [storage.fingerprint(one, state) for one, state in zip(files, states, strict=True)]
+        states = [digests.file_states(one) for one in files]
+        found = [digests.fingerprint(one, state) for one, state in zip(files, states, strict=True)]
         count, size = sum(map(len, inputs)), sum(footer.size for one in inputs for footer in one)
         known_by = " and ".join(dict.fromkeys(how for _, how in found))
         log.info(
