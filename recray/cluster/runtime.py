@@ -29,6 +29,8 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Its actor logs a warning at every start, and recray resumes from checkpoints without it.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # A worker that does not answer does not answer at its end either.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",
     # How soon the driver sees that training has finished.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # On a busy machine a worker process may take longer than Ray's default of 60 s to start, and would be killed.

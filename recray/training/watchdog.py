@@ -8,7 +8,7 @@
 Workers meet in every step, so one that hangs (a file system that does not answer, a deadlock in a model) stops all of them.
 A thread looks at the step that runs. If it exceeds the limit, the thread writes who hangs, and where, into the training's
 folder and ends the process; the driver reads that (`stalled`) and starts the workers again. A worker that waits for the
-others is given longer, so that the one that they wait for is named.
+others is given longer, and writes nothing, so that the one that they wait for is named.
 
 A worker that is stopped, or that the network has lost, cannot report anything. It does not answer Ray Train's health check
 either, which has the same limit.
@@ -28,7 +28,7 @@ from types import FrameType
 from recray import log, storage
 
 _FIRST = "stalled"  # names of the files that workers leave
-_GRACE = 10.0  # seconds that a worker waits longer if it is the others that do not come
+_GRACE = 30.0  # seconds that a worker waits longer if it is the others that do not come
 _WRITE = 10.0  # seconds for the file; it may be the storage that hangs
 _SLOW = 10  # steps may be slow: the limit is at least so many times the longest one
 _WAITING = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "recray/layers/collectives.py")
@@ -78,20 +78,18 @@ class Watchdog:
                 continue
             seconds = time.monotonic() - step[1]
             limit = max(self._timeout, _SLOW * self._longest)
-            if seconds > limit and (message := self._message(step[0], seconds, limit)) and self._step is step:
-                log.warning("train", message, event="stalled")
+            frame = sys._current_frames().get(self._thread)
+            waits = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING)
+            if seconds <= limit + (_GRACE if waits else 0.0) or self._step is not step:
+                continue
+            does = "waits for the other workers" if waits else "does not come"
+            who = f"worker {self._rank} on {platform.node()}"
+            message = f"{who} {does}: {step[0]} has taken {seconds:.0f} s, at {_at(frame)}"
+            log.warning("train", message, event="stalled")
+            if not waits:
                 self._write(message)
-                self._end(1)
-                return
-
-    def _message(self, what: str, seconds: float, limit: float) -> str:
-        """Who hangs, and where; empty while the others may be to blame."""
-        frame = sys._current_frames().get(self._thread)
-        waits = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING)
-        if waits and seconds <= limit + _GRACE:
-            return ""
-        does = "waits for the other workers" if waits else "does not come"
-        return f"worker {self._rank} on {platform.node()} {does}: {what} has taken {seconds:.0f} s, at {_at(frame)}"
+            self._end(1)
+            return
 
     def _write(self, message: str) -> None:
         uri = storage.join(self._folder, f"{_FIRST}-{self._rank:05d}")
@@ -107,8 +105,7 @@ def stalled(folder: str) -> str:
         if info.uri.rpartition("/")[2].startswith(f"{_FIRST}-"):
             found.append(storage.read_bytes(info.uri).decode())
             storage.delete_file(info.uri)
-    # The one that did not come, if one did not, and not those that waited for it.
-    return next((one for one in found if "does not come" in one), found[0] if found else "")
+    return "; ".join(sorted(found))
 
 
 def _at(frame: FrameType | None) -> str:

@@ -54,7 +54,7 @@ def test_a_worker_that_is_stopped_is_named_and_replaced(whole: Config, table: Ta
         stopped = _workers(child)[rank]
         os.kill(stopped, signal.SIGSTOP)
         since = time.monotonic()
-        said = child.until(RESTART, 1, 30)
+        said = child.until(RESTART, 1, 90)  # the limit, and the time to end what does not answer
         named = time.monotonic() - since
         message = next(line for line in said.splitlines() if RESTART in line)
         assert re.search(rf"workers were lost \(worker \d on \S+ did not answer \(process {stopped}\)\)", message), said
