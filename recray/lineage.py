@@ -199,9 +199,9 @@ def _code_of(node: Node) -> dict[str, Any]:
 
 
 def _result(node: Node) -> dict[str, Any]:
-    """The figures of a record. Its id tells whether the rest is the same, too."""
+    """The figures of a record, and the hash of the weights. Its id differs already where the run has another name."""
     record = node.record
-    values: dict[str, Any] = {"id": node.id}
+    values: dict[str, Any] = {}
     if isinstance(record, ReportRecord):
         values |= {
             f"{system}.{name}": interval.value
@@ -214,6 +214,7 @@ def _result(node: Node) -> dict[str, Any]:
             "best_epoch": record.best_epoch,
             "epoch": record.epoch,
             "rows": record.rows,
+            "weights": getattr(record.files.get("model.safetensors"), "sha256", None),
         }
     elif isinstance(record, IndexRecord):
         values |= {"factory": record.factory, "recall": record.recall, "setting": record.setting, "bytes": record.bytes}

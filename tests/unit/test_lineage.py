@@ -42,8 +42,8 @@ def _write_log(path: Path, seed: int) -> None:
     rows = 4_000
     table = pa.table(
         {
-            "user": rng.integers(0, 120, rows),
-            "item": (rng.zipf(1.4, rows) % 60).astype(np.int64),
+            "user_id": rng.integers(0, 120, rows),
+            "item_id": (rng.zipf(1.4, rows) % 60).astype(np.int64),
             "timestamp": 1_600_000_000 + np.arange(rows) * 600,
         }
     )
