@@ -93,7 +93,8 @@ class TrainingConfig(Section):
     compile: bool = Field(False, description="compile the model with torch.compile; pays on a GPU only")
     half_life: str | None = Field(
         None,
-        description="age before validation at which an event's weight in the loss is halved, e.g. 12h; for items that age fast",
+        description="age before validation at which an event is sampled half as often, e.g. 12h; for items that age fast. An "
+        "epoch has fewer examples: set more epochs",
     )
     refit: bool = Field(
         False,

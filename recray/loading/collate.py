@@ -29,14 +29,14 @@ def iter_batches(
 ) -> Iterator[Batch]:
     """Batches of `batch_size` examples from shards in the order given.
 
-    The examples of a shard are permuted by (seed, epoch, shard), the same on every worker. A batch may span two shards;
-    the last one may be smaller.
+    The examples of a shard are permuted, and with `decay` sampled, by (seed, epoch, shard), the same on every worker. A batch
+    may span two shards; the last one may be smaller.
     """
     pieces: list[Fields[Column]] = []
     held = 0
     for part, table in tables:
         found = example_table(table, examples, history_length, decay)
-        index = np.random.default_rng([seed, part.epoch, 2, part.shard]).permutation(len(found))[part.start : part.stop]
+        index = found.order(np.random.default_rng([seed, part.epoch, 2, part.shard]))[part.start : part.stop]
         found, at = found.take(index), 0
         while at < len(index):
             stop = min(len(index), at + batch_size - held)

@@ -42,17 +42,19 @@ _USER, _CONTEXT = "user_", "context_"
 
 @dataclass(frozen=True)
 class Decay:
-    """An event's weight halves with every `half_life` that it lies before `until` (both in microseconds).
+    """0.5 ** (age / half_life) of events, where age is how long before `until` they are (all in microseconds).
 
-    After 20 half-lives it is 0: products with much smaller numbers become denormal, which are 10 times slower on a CPU.
+    Examples are sampled in proportion to it. As weights in the loss these numbers leave a batch few examples that count,
+    and a batch of old events only, which is divided by the sum of its weights, as large a step as any other.
+    After 20 half-lives it is 0.
     """
 
     until: int
     half_life: int
 
     def __call__(self, time: np.ndarray) -> np.ndarray:
-        weight = np.exp2(np.minimum(time - self.until, 0) / self.half_life)
-        return np.where(weight < 2.0**-20, 0.0, weight)
+        decayed = np.exp2(np.minimum(time - self.until, 0) / self.half_life)
+        return np.where(decayed < 2.0**-20, 0.0, decayed)
 
 
 @dataclass(frozen=True)
@@ -162,16 +164,42 @@ _Field = np.ndarray | _Lists  # an array has one entry per example
 
 
 class ExampleTable:
-    """All examples of a shard, column by column."""
+    """All examples of a shard, column by column.
 
-    def __init__(self, fields: Fields[_Field], ranges: list[_Ranges]) -> None:
-        self._fields, self._ranges = fields, ranges
+    chance: (examples,) in [0, 1], in proportion to which examples are in an epoch; None: each is in every epoch, once.
+    """
+
+    def __init__(self, fields: Fields[_Field], ranges: list[_Ranges], chance: np.ndarray | None = None) -> None:
+        self._fields, self._ranges, self._chance = fields, ranges, chance
 
     @staticmethod
-    def of(fields: Fields[_Field], ranges: list[_Ranges]) -> ExampleTable:
+    def of(fields: Fields[_Field], ranges: list[_Ranges], chance: np.ndarray | None) -> ExampleTable:
         """Numbers are stored in 4 bytes: a permutation reads and writes all of them once an epoch."""
         small = fields.map(lambda x: x if isinstance(x, _Lists) else _narrow(x))
-        return ExampleTable(small, [one.map(_narrow) for one in ranges])
+        return ExampleTable(small, [one.map(_narrow) for one in ranges], chance)
+
+    @property
+    def per_epoch(self) -> int:
+        """Examples in an epoch, the same number in each: the sum of the chances rounded down, or 1 if it is less."""
+        if self._chance is None:
+            return len(self)
+        total = float(self._chance.sum())
+        return max(int(total + 1e-6), 1) if total else 0  # the last digits of a sum may differ between machines
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """(per_epoch,) the examples of an epoch in random order.
+
+        With chances it is a systematic sample: on a line on which each example is as long as its chance, marks at equal
+        distances from a random start take the examples that they fall on. The expected count of example i in an epoch is
+        per_epoch * chance[i] / sum(chance); no example is taken twice if the sum is 1 or more.
+        """
+        count = self.per_epoch
+        if self._chance is None or not count:
+            return rng.permutation(count)
+        end = np.cumsum(self._chance)
+        marks = (np.arange(count) + rng.random()) * (end[-1] / count)
+        index = np.searchsorted(end, np.minimum(marks, np.nextafter(end[-1], 0)), side="right")
+        return np.asarray(index[rng.permutation(count)])
 
     def __len__(self) -> int:
         assert isinstance(self._fields.user, np.ndarray)
@@ -201,9 +229,9 @@ class ExampleTable:
 
 
 def example_table(table: pa.Table, examples: Examples, history_length: int, decay: Decay | None) -> ExampleTable:
-    """The examples of a table of user rows."""
+    """The examples of a table of user rows. decay: sample them by age."""
     if examples == "impressions":
-        return impression_table(table, history_length, lambda rows: _weights(rows, decay))
+        return impression_table(table, history_length, _weights, decay)
     rows = UserRows(table)
     if examples == "sequences":
         return _sequences(rows, history_length, decay)
@@ -216,15 +244,16 @@ def _events(rows: UserRows, history_length: int, decay: Decay | None, others: bo
     # With `others` the window takes one more event if the target lies inside of it, because the target is left out.
     start = np.maximum(begin, stop - history_length - (others & (at >= stop - history_length)))
     ranges = [_Ranges(start, stop, at if others else None)]
+    weight = _weights(rows)[at]
     fields: Fields[_Field] = Fields(
         user=rows.user[row],
         history=_Lists(_wide(rows.item), 0),
         target=rows.item[at],
-        weight=_weights(rows, decay)[at],
+        weight=weight,
         user_features=_features(rows.user_features, row, ranges),
         context=_features(rows.context, _slice_if_all(at, len(rows.item)), ranges),
     )
-    return ExampleTable.of(fields, ranges)
+    return ExampleTable.of(fields, ranges, None if decay is None else decay(rows.time[at]) * (weight > 0))
 
 
 def _sequences(rows: UserRows, history_length: int, decay: Decay | None) -> ExampleTable:
@@ -236,7 +265,15 @@ def _sequences(rows: UserRows, history_length: int, decay: Decay | None) -> Exam
     start = np.maximum(rows.offsets[:-1], end - history_length - 1)
     weight = np.zeros(len(rows.item), np.float32)
     target = rows.targets()
-    weight[target] = _weights(rows, decay)[target]
+    weight[target] = _weights(rows)[target]
+    chance = None
+    if decay is not None:
+        # A row is taken for all its targets at once: its chance is the sum of theirs, at most 1. Divided by it, the decayed
+        # weights of its targets have the decayed weights as their means over epochs.
+        row = np.repeat(np.arange(len(rows.user)), np.diff(rows.offsets))
+        decayed = decay(rows.time) * (weight > 0) * (np.arange(len(row)) > start[row])
+        chance = np.minimum(np.bincount(row, decayed, len(rows.user)), 1.0)
+        weight *= np.divide(decayed, chance[row], out=np.zeros(len(row)), where=decayed > 0)
     item = _wide(rows.item)
     # The same ranges of three arrays: entry i of the shifted ones belongs to the event after history entry i.
     ranges = [_Ranges(start, np.maximum(end - 1, start))]
@@ -247,11 +284,14 @@ def _sequences(rows: UserRows, history_length: int, decay: Decay | None) -> Exam
         weight=_Lists(weight[1:], 0),
         user_features=_features(rows.user_features, slice(None), ranges),
     )
-    return ExampleTable.of(fields, ranges)
+    return ExampleTable.of(fields, ranges, chance)
 
 
 def impression_table(
-    table: pa.Table, history_length: int, weigh: Callable[[UserRows], np.ndarray] = lambda rows: rows.weight
+    table: pa.Table,
+    history_length: int,
+    weigh: Callable[[UserRows], np.ndarray] = lambda rows: rows.weight,
+    decay: Decay | None = None,
 ) -> ExampleTable:
     """Every target, chosen or not, with what its user had chosen before that time.
 
@@ -268,16 +308,17 @@ def impression_table(
     at = shown.targets()
     row, end = row[at], chosen_before[at]
     ranges = [_Ranges(np.maximum(chosen.offsets[row], end - history_length), end)]
+    weight = weigh(shown)[at]
     fields: Fields[_Field] = Fields(
         user=chosen.user[row],
         history=_Lists(_wide(chosen.item), 0),
         target=shown.item[at],
-        weight=weigh(shown)[at],
+        weight=weight,
         label=label[at],
         user_features=_features(chosen.user_features, row, ranges),
         context=_features(shown.context, _slice_if_all(at, len(shown.item)), ranges),
     )
-    return ExampleTable.of(fields, ranges)
+    return ExampleTable.of(fields, ranges, None if decay is None else decay(shown.time[at]) * (weight > 0))
 
 
 def _slice_if_all(index: np.ndarray, size: int) -> np.ndarray | slice:
@@ -307,10 +348,9 @@ def _wide(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
 
 
-def _weights(rows: UserRows, decay: Decay | None) -> np.ndarray:
+def _weights(rows: UserRows) -> np.ndarray:
     """(E,) weight of every event; 0 for unknown items, which a refit may meet in validation events.
 
     They have no vector to train, and next to drawn negatives, which are known items, they would tell a ranker the label.
     """
-    weight = np.where(rows.item < FIRST_ITEM, 0.0, rows.weight)
-    return weight if decay is None else weight * decay(rows.time)
+    return np.where(rows.item < FIRST_ITEM, 0.0, rows.weight)

@@ -40,6 +40,7 @@ class ShardGroup:
     rows: int
     events: int
     impressions: int
+    sampled: int | None = None  # examples in an epoch, if they are sampled
 
     @staticmethod
     def of(*shards: Shard) -> ShardGroup:
@@ -52,6 +53,9 @@ class ShardGroup:
 
 
 def num_examples(shard: ShardGroup, examples: Examples) -> int:
+    """Examples of a shard in an epoch."""
+    if shard.sampled is not None:
+        return shard.sampled
     if examples == "impressions":
         return shard.impressions
     return shard.rows if examples == "sequences" else shard.events

@@ -9,18 +9,20 @@ padded to 8 batches: 4 steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import pyarrow as pa
+import torch
 
+from recray import log
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.split import duration
 from recray.errors import ConfigError
 from recray.loading.batch import Batch
 from recray.loading.collate import iter_batches, padding_like
-from recray.loading.examples import Decay
+from recray.loading.examples import Decay, example_table
 from recray.loading.prefetch import DeviceLoader
 from recray.loading.sampler import (
     Segments,
@@ -34,7 +36,7 @@ from recray.loading.sampler import (
     share,
 )
 from recray.models import Examples
-from recray.training.distributed import Context
+from recray.training.distributed import Context, read_shards
 from recray.training.phase import Phase
 
 
@@ -48,7 +50,9 @@ class TrainingData:
 
     @cached_property
     def shards(self) -> list[ShardGroup]:
-        return self.phase.shards(self.dataset)
+        """The shards of the phase. Raises ConfigError if training.half_life cannot be applied."""
+        shards, decay = self.phase.shards(self.dataset), self._decay()
+        return shards if decay is None else self._sampled(shards, decay)
 
     @property
     def rows(self) -> int:
@@ -79,8 +83,6 @@ class TrainingData:
         """Batches of these epochs, one epoch after the other without a pause: (batch, False if it is padding).
 
         segments: what is done of the first epoch.
-
-        Raises ConfigError if training.half_life is set and the dataset has no times.
         """
         plans, batches = [], []
         for epoch in epochs:
@@ -115,13 +117,38 @@ class TrainingData:
             for _ in range(count, batches):
                 if batch is None:  # this worker has no rows at all: any row shows what padding must look like
                     row = self.dataset.read(self.shards[0].files[0]).slice(0, 1)
-                    batch = next(self._cut([(ShardSlice(0, 0, 0, 1), row)], decay))
+                    batch = next(self._cut([(ShardSlice(0, 0, 0, 1), row)], None))
                 yield padding_like(batch), False
 
     def _cut(self, tables: Iterable[tuple[ShardSlice, pa.Table]], decay: Decay | None) -> Iterator[Batch]:
         length, seed = self.config.model.history_length, self.config.run.seed
         known = ((part, self.dataset.known(table)) for part, table in tables)
         return iter_batches(known, self.batch_size, self.examples, length, seed, decay)
+
+    def _sampled(self, shards: list[ShardGroup], decay: Decay) -> list[ShardGroup]:
+        """The shards with their numbers of examples in an epoch, which follow from the times of events: each worker reads
+        every world_size-th shard once for it."""
+        counts = torch.zeros(len(shards), dtype=torch.int64)
+        mine = [ShardSlice(0, shard, 0, 0) for shard in range(self.context.rank, len(shards), self.context.world_size)]
+        for part, table in read_shards(self.dataset, shards, mine):
+            known, length = self.dataset.known(table), self.config.model.history_length
+            counts[part.shard] = example_table(known, self.examples, length, decay).per_epoch
+        sampled = [int(count) for count in self.context.sum(counts)]
+        half_life = self.config.training.half_life
+        if not sum(sampled):
+            raise ConfigError(
+                f"training.half_life = '{half_life}': all events with a weight are more than 20 half-lives before the end of "
+                f"training: set a longer one"
+            )
+        if self.context.rank == 0:
+            log.info(
+                "train",
+                f"half-life of {half_life}: an epoch samples {sum(sampled):,} of "
+                f"{sum(num_examples(shard, self.examples) for shard in shards):,} examples by their age",
+                event="sampled",
+                values={"sampled": sum(sampled)},
+            )
+        return [replace(shard, sampled=count) for shard, count in zip(shards, sampled, strict=True)]
 
     def _decay(self) -> Decay | None:
         half_life, record = self.config.training.half_life, self.dataset.record

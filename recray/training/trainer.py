@@ -138,7 +138,6 @@ class Trainer:
         if not sums.weight:
             raise DataError(
                 f"all {self.data.rows:,} training examples have weight 0, so nothing is learned: check data.columns.weight"
-                f"{' and raise training.half_life' if self.config.training.half_life else ''}"
             )
         entry = {"epoch": epoch + 1.0, "loss": sums.loss / sums.weight, **self.meter.end_epoch(batches.seconds())}
         return entry | {"seconds": before + entry["seconds"], "saving_seconds": self.saver.take_blocked()}
