@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import torch
 
 from recray.loading.batch import Jagged
 from recray.loading.collate import eval_queries, impressions, iter_batches, padding_like
-from recray.loading.examples import Decay
+from recray.loading.examples import Decay, Examples, example_table
 from recray.loading.jagged import Column
 from recray.loading.sampler import ShardGroup, ShardSlice, epoch_order, num_batches, share
 
@@ -33,6 +34,11 @@ def _table(lengths: list[int], num_targets: list[int] | None = None, first_user:
 def _events(table: pa.Table) -> list[tuple[int, int]]:
     """(user, item) of every event; no two of a table are the same."""
     return [(row["user"], item) for row in table.to_pylist() for item in row["item"]]
+
+
+def _timed(table: pa.Table) -> list[tuple[int, int, int]]:
+    """(user, item, time) of every event."""
+    return [(row["user"], *event) for row in table.to_pylist() for event in zip(row["item"], row["time"], strict=True)]
 
 
 def _shard(table: pa.Table) -> ShardGroup:
@@ -202,22 +208,78 @@ def test_what_was_shown_and_not_chosen_is_neither_history_nor_target() -> None:
     assert question.targets.values.tolist() == [6, 7, 104] and question.seen.values.tolist() == [2, 4]
 
 
+def _sampled(
+    table: pa.Table, examples: Examples, decay: Decay, epochs: int
+) -> tuple[Counter[int], dict[int, float], int]:
+    """How often each target is in a batch, its summed weight, and the examples of an epoch."""
+    count = example_table(table, examples, 4, decay).per_epoch
+    counts, weights = Counter[int](), dict[int, float]()
+    for epoch in range(epochs):
+        batches = list(iter_batches([(ShardSlice(epoch, 0, 0, count), table)], 64, examples, 4, seed=0, decay=decay))
+        assert sum(batch.num_rows for batch in batches) == count
+        for batch in batches:
+            for target, weight in zip(batch.target_Q.tolist(), batch.weight_Q.tolist(), strict=True):
+                counts[target] += 1
+                weights[target] = weights.get(target, 0.0) + weight
+    return counts, weights, count
+
+
+@pytest.mark.parametrize("examples", ["events", "others", "impressions"])
+def test_events_are_sampled_in_proportion_to_their_decay(examples: Examples) -> None:
+    """Expected counts are 0.5 ** (age / half_life), but for rounding down to whole examples; weights stay those of the log."""
+    lengths, half_life, until, epochs = [5, 1, 30, 12, 7], 6, 30, 600
+    table = _table(lengths).append_column(
+        "weight", pa.array([np.full(n, 3.0) for n in lengths], pa.list_(pa.float32()))
+    )
+    if examples == "impressions":
+        table = table.append_column("label", pa.array([np.arange(n) % 2 for n in lengths], pa.list_(pa.float32())))
+    counts, weights, count = _sampled(table, examples, Decay(until, half_life), epochs)
+    wanted = {item: 0.5 ** ((until - time) / half_life) for _, item, time in _timed(table)}
+    assert count == int(sum(wanted.values()))
+    for item, chance in wanted.items():
+        expected = chance * count / sum(wanted.values())
+        # In a systematic sample an event is at most once in an epoch: its count is binomial.
+        assert counts[item] / epochs == pytest.approx(
+            expected, abs=5 * (expected * (1 - expected) / epochs) ** 0.5 + 1e-9
+        )
+        assert weights.get(item, 0.0) == pytest.approx(3.0 * counts[item])
+
+
+def test_sequences_are_sampled_by_the_sum_of_their_decays() -> None:
+    """Over epochs each target has the weight of the log times its decay, and no row has less than 1."""
+    lengths, half_life, until, epochs = [5, 1, 30, 12, 7, 6], 6, 30, 600
+    table = _table(lengths)
+    counts, weights, count = _sampled(table, "sequences", Decay(until, half_life), epochs)
+    decays = {item: 0.5 ** ((until - time) / half_life) for _, item, time in _timed(table)}
+    asked = [
+        [100 * u + 2 + at for at in range(max(n - 4, 1), n)] for u, n in enumerate(lengths)
+    ]  # the last 4, but the first
+    chances = [min(1.0, sum(decays[item] for item in row)) for row in asked]
+    assert count == int(sum(chances)) and 1.0 in chances
+    rounded = count / sum(chances)
+    for row, chance in zip(asked, chances, strict=True):
+        expected = chance * rounded
+        error = 5 * (expected * (1 - expected) / epochs) ** 0.5 + 1e-9
+        for item in row:
+            assert counts[item] / epochs == pytest.approx(expected, abs=error)
+            assert weights[item] / counts[item] == pytest.approx(decays[item] / chance, rel=1e-5)
+
+
 @pytest.mark.parametrize("examples", ["events", "sequences"])
-def test_weights_of_the_log_of_age_and_of_unknown_items(examples: str) -> None:
-    table = _table([4]).append_column("weight", pa.array([[1.0, 2.0, 3.0, 4.0]], pa.list_(pa.float32())))
-    table = table.set_column(1, "item", pa.array([[2, 3, 1, 5]], pa.list_(pa.int32())))
-    size = 4 if examples == "events" else 1
-    (batch,) = iter_batches(
-        [(ShardSlice(0, 0, 0, size), table)], 8, examples, 4, seed=0, decay=Decay(until=3, half_life=1)
-    )  # type: ignore[arg-type]
-    weights = dict(zip(batch.target_Q.tolist(), batch.weight_Q.tolist(), strict=True))
-    # Time is the place 0..3: an event at 3 keeps its weight, one at 1 keeps a quarter.
-    expected = {2: 1 / 8, 3: 2 / 4, 1: 0.0, 5: 4.0}
-    # A sequence asks for nothing before its first event, nor for what weighs nothing.
-    assert weights == (expected if examples == "events" else {3: 0.5, 5: 4.0})
+def test_unknown_items_and_events_without_weight_are_not_sampled(examples: Examples) -> None:
+    table = _table([4, 4]).append_column("weight", pa.array([[1, 1, 1, 1], [1, 0, 0, 0]], pa.list_(pa.float32())))
+    table = table.set_column(1, "item", pa.array([[2, 3, 1, 5], [6, 7, 8, 9]], pa.list_(pa.int32())))
+    counts, _, _ = _sampled(table, examples, Decay(until=3, half_life=3), 50)
+    assert set(counts) == ({2, 3, 5, 6} if examples == "events" else {3, 5})
 
 
-def test_old_events_weigh_nothing_rather_than_next_to_nothing() -> None:
+def test_a_shard_of_old_events_has_one_example_and_one_without_any_weight_none() -> None:
+    table = _table([4])
+    assert example_table(table, "events", 4, Decay(until=15, half_life=1)).per_epoch == 1
+    assert example_table(table, "events", 4, Decay(until=100, half_life=1)).per_epoch == 0
+
+
+def test_the_decay_of_old_events_is_zero_rather_than_next_to_zero() -> None:
     assert Decay(until=100, half_life=1)(np.array([100, 99, 81, 79, -900])).tolist() == [1, 0.5, 2.0**-19, 0, 0]
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from recray.errors import Interrupted
 from recray.loading.sampler import ShardGroup, ShardSlice, epoch_order, num_rows, remaining, share
 from recray.records import CheckpointRecord
 from recray.training import checkpoint, interrupt, launch
+from recray.training.batches import TrainingData
 from recray.training.distributed import LocalContext, data_parallel
 from recray.training.phase import Phase, Position
 from recray.training.trainer import MicroBatches, Step, Trainer
@@ -121,12 +123,16 @@ def _numbers(record: CheckpointRecord) -> list[dict[str, float]]:
     return [{k: x for k, x in e.items() if k in ("epoch", "loss", record.metric)} for e in record.history]
 
 
+@pytest.mark.parametrize("half_life", [False, True])
 @pytest.mark.parametrize("model", ["two_tower", "sasrec", "din"])
 def test_training_that_is_stopped_at_any_steps_ends_bit_for_bit_as_an_undisturbed_one(
-    tmp_path: Path, model: str
+    tmp_path: Path, model: str, half_life: bool
 ) -> None:
-    small_dataset(tmp_path / "data", labelled=model == "din")
-    keys = KEYS if model != "sasrec" else (*KEYS[1:], "training.global_batch_size=4")  # one row a user
+    small_dataset(tmp_path / "data", labelled=model == "din", timed=half_life)
+    keys = KEYS if model != "sasrec" else KEYS[1:]
+    if model == "sasrec" or half_life:  # an epoch has one row a user, or the rows that are sampled
+        keys = (*keys, "training.global_batch_size=4")
+    keys = (*keys, "training.half_life=2s") if half_life else keys
     config = _config(tmp_path, *keys, "training.accumulation_steps=2", model=model)
     whole, broken = _phase(tmp_path / "whole", config), _phase(tmp_path / "broken", config)
     _fit(config, whole)
@@ -163,7 +169,7 @@ def test_saves_by_steps_leave_the_two_newest_states_and_change_nothing(
     monkeypatch.setattr(checkpoint, "save_record", note)
     steps = _fit(saving, often).data.steps
     # A record tells the state that was copied, not the one that training has reached when it is written.
-    positions = [(epoch, step) for epoch in range(4) for step in range(steps)]
+    positions = [(epoch, step) for epoch in range(4) for step in range(steps + 1)]
     wanted = {often.folder(epoch, step): (epoch, epoch * steps + step) for epoch, step in positions}
     assert len(written) > 3 and written == {folder: wanted[folder] for folder in written}
     a, b = _weights(plain), _weights(often)
@@ -270,6 +276,36 @@ def test_any_numbers_of_workers_train_on_every_row_of_every_epoch_once(tmp_path:
             targets = row["item"][len(row["item"]) - row["num_targets"] :]
             wanted.update((epoch, row["user"], item) for epoch in range(3) for item in targets)
     assert rows == wanted
+
+
+class CountingContext(LocalContext):
+    """One of several workers, whose sums are of what it counts alone."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self.counted: list[Tensor] = []
+
+    def sum(self, values: Tensor) -> Tensor:
+        self.counted.append(values.clone())
+        return torch.ones_like(values)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_workers_count_each_shard_of_a_half_life_once(tmp_path: Path, workers: int) -> None:
+    """What is sampled of a shard is arithmetic on (seed, epoch, shard) and this number, which one worker counts for all."""
+    dataset = small_dataset(tmp_path / "data", timed=True)
+    shards = dataset.record.shards | {"train": dataset.record.shards["train"] * 5}
+    dataset = replace(dataset, record=dataset.record.model_copy(update={"shards": shards}))
+    config = _config(tmp_path, "training.half_life=2s")
+    total = torch.zeros(5, dtype=torch.int64)
+    for rank in range(workers):
+        context = CountingContext(rank, workers)
+        data = TrainingData(config, dataset, _phase(tmp_path, config), "events", context)
+        assert data.rows == 5
+        total += context.counted[0]
+    # Each of 12 users has targets that are 1 to 6 seconds old: 12 * sum of 0.5 ** (age / 2) is 25.3.
+    assert total.tolist() == [25] * 5
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
