@@ -133,7 +133,7 @@ def _list_advice(report: ReportRecord, config: Config) -> Iterator[str]:
     if "rolling_popularity" in rivals or "recent_popularity" in rivals:
         yield (
             "newer training data: what users choose changes faster than the model; train more often, "
-            "weight recent events (training.half_life), or let the log begin later (data.split.start)"
+            "sample recent events more often (training.half_life), or let the log begin later (data.split.start)"
         )
     if "popularity" in rivals:
         yield "a look at the data and the learning rate: the model does not beat a count of the items"
