@@ -119,8 +119,8 @@ class _Inputs:
     @cached_property
     def _users(self) -> tuple[list[str], pa.Array, np.ndarray, pa.Array]:
         """Files of users, and of each user the key, the number of its file, and the id."""
-        files = [info.uri.rpartition("/")[2] for info in storage.list_files(storage.join(self._dataset.uri, "users"))]
-        tables = [storage.read_table(storage.join(self._dataset.uri, "users", file)) for file in files]
+        files = [file.rpartition("/")[2] for file in self._dataset.user_files]
+        tables = [self._dataset.read_file(f"users/{file}") for file in files]
         both = pa.concat_tables(tables)
         file = np.repeat(np.arange(len(files)), [len(table) for table in tables])
         return files, both["user"].combine_chunks(), file, both["user_id"].combine_chunks()

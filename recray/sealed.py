@@ -39,7 +39,7 @@ def read(uri: str, remedy: str) -> dict[str, Any]:
     seal = body.pop(_SEAL, None)
     if seal is None:
         version = body.get("recray_version", "another version")
-        raise LineageError(f"{uri} was written by recray {version}, without a hash of its content: {remedy}")
+        raise LineageError(f"{uri} was written by recray {version} without a hash of its content: {remedy}")
     if seal != hash_of(body):
         raise LineageError(f"{uri} is damaged (its content does not have the hash that it names): {remedy}")
     return body

@@ -331,12 +331,14 @@ def _atomic(uri: str, durable: bool = False) -> Iterator[str]:
     system, path = resolve(uri)
     with errors_at(uri, "written"):
         if not isinstance(system, pafs.LocalFileSystem):
-            # A stream to the store would complete the upload of what it has when the block fails (apache/arrow#40502), and
-            # replace a good object by a part.
+            # A stream to the store completes the upload of what it has when the block fails (apache/arrow#40502), and
+            # replaces a good object by a part of another.
             with tempfile.TemporaryDirectory() as folder:
                 part = os.path.join(folder, "part")
                 yield part
-                pafs.copy_files(part, path, pafs.LocalFileSystem(), system)
+                # In a thread, which no signal interrupts between opening the stream and the end of the write.
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(_upload, system, part, path).result()
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         part = _part_of(path)
@@ -350,6 +352,14 @@ def _atomic(uri: str, durable: bool = False) -> Iterator[str]:
         finally:
             if os.path.exists(part):
                 os.unlink(part)
+
+
+def _upload(system: pafs.FileSystem, source: str, path: str) -> None:
+    stream = system.open_output_stream(path)
+    if os.path.getsize(source):
+        with pa.memory_map(source) as data:
+            stream.write(data.read_buffer())
+    stream.close()  # pyarrow.fs.copy_files does not raise what this raises
 
 
 def _part_of(path: str) -> str:

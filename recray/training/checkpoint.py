@@ -141,9 +141,9 @@ def load_model(folder: str) -> tuple[Retriever | Ranker, CheckpointRecord]:
     digests.check_present(folder, record.files)
     dataset = DatasetRecord.read(folder, copy=True)
     items = _unpack(_load(folder, record, _ITEMS), storage.join(folder, _ITEMS))
-    for piece in range(record.pieces):
-        name = sharded_tables.file_name("tables", piece, record.pieces)
-        record.files[name].check(storage.join(folder, name))
+    for name, digest in record.files.items():
+        if name.startswith("tables-"):
+            digest.check(storage.join(folder, name))
     with embedding.use_plan(embedding.TablePlan(stored=True)):
         model = build_model(config, dataset, items)
     weights = _load(folder, record, _WEIGHTS)

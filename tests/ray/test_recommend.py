@@ -1,6 +1,5 @@
 """A retriever, its index and a ranker on one dataset: re-ranking in the report, and final lists."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 import recray
 from helpers.configs import simulated_table
+from recray import sealed
 from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, DataError, LineageError, StorageError
@@ -199,8 +199,8 @@ def test_a_loaded_run_gives_the_lists_of_the_stage(run: Config, tmp_path: Path) 
 def test_a_history_gives_what_its_user_gets(run: Config, tmp_path: Path) -> None:
     """Also without the report, whose configuration has the ranker: then the lists are those of the index."""
     shutil.copytree(run.run_uri, tmp_path / "moved", symlinks=True)
-    named = tmp_path / "moved" / "current.json"
-    named.write_text(json.dumps({k: v for k, v in json.loads(named.read_text()).items() if k != "report"}))
+    named = str(tmp_path / "moved" / "current.json")
+    sealed.write(named, {k: v for k, v in sealed.read(named, "").items() if k != "report"})
     model = recray.load(str(tmp_path / "moved"))
     assert isinstance(model, LoadedRetriever)
     dataset = PreparedDataset.of(recray.Run(run))

@@ -117,7 +117,7 @@ def test_a_write_that_fails_leaves_the_old_object(bucket: str, monkeypatch: pyte
             fail()
     with pytest.raises(StorageError, match=r"absent.* cannot be read"):
         storage.copy_file(f"{bucket}/absent", uri)
-    with pytest.raises(pa.ArrowInvalid), storage._atomic(uri) as path:
+    with pytest.raises(StorageError), storage._atomic(uri) as path:
         open(path, "wb").close()
         raise pa.ArrowInvalid("a table that cannot be written")
     assert storage.read_bytes(uri) == b"good" * 1000
