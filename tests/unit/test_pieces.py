@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recray.config import Config, parse_config
+from recray.digests import FileDigest
 from recray.errors import LineageError
 from recray.layers import embedding
 from recray.layers.embedding import Mode, TablePlan, use_plan
@@ -85,6 +86,7 @@ def _state(config: Config, mode: Mode, worker: _Worker, ema_decay: float = 0.0) 
 def _written(config: Config, mode: Mode, workers: int) -> tuple[str, dict[str, Tensor]]:
     """A folder written by all workers, and its tables as whole ones: row i of each holds numbers that tell i."""
     folder, whole = f"{config.run_uri}/epoch-0001", dict[str, Tensor]()
+    files: dict[str, FileDigest] = {}
     for rank in reversed(range(workers)):
         worker = _Worker(rank, workers)
         state = _state(config, mode, worker)
@@ -97,13 +99,13 @@ def _written(config: Config, mode: Mode, workers: int) -> tuple[str, dict[str, T
             )
             whole |= {name: rows, f"{name}:mean": rows + 0.25, f"{name}:square": rows + 0.5}
         state.progress.end_epoch({"loss": 1.0, "seconds": 1.0}, 7, "ndcg@10")
-        state.save(folder, worker)  # type: ignore[arg-type]
+        files |= state.save(folder, worker)  # type: ignore[arg-type]
     record = CheckpointRecord(
         config=config.model_dump(mode="json"),
         **{"epoch": 1, "step": 0, "rows": 7, "metric": "ndcg@10", "value": 0.0, "dataset_uri": ""},  # type: ignore[arg-type]
         pieces=state.table_files,
     )
-    checkpoint.save_record(folder, record, RECORD, TABLE, {})
+    checkpoint.save_record(folder, record, RECORD, TABLE, files)
     return folder, whole
 
 
