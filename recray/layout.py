@@ -31,7 +31,15 @@ _EPOCHS = _below(r"epoch-\d+(-step-\d+)?", _SAVED)
 # What Ray Train leaves in its folder.
 _RAY = _below("ray", r"\.validate_storage_marker", r"checkpoint_manager_snapshot\.json", r"checkpoint_0[^/]*(/.*)?")
 _CHECKPOINT = "|".join(
-    (_SAVED, "stop", r"workers\.lock", _below("epochs", _EPOCHS), _below("refit", _below(r"of-\d+", _EPOCHS)), _RAY)
+    (
+        _SAVED,
+        "stop",
+        r"stalled-\d+",
+        r"workers\.lock",
+        _below("epochs", _EPOCHS),
+        _below("refit", _below(r"of-\d+", _EPOCHS)),
+        _RAY,
+    )
 )
 _IDENTITY = "[0-9a-f]{8}"
 _TRIAL = (

@@ -10,6 +10,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -23,7 +24,7 @@ import recray
 from helpers.configs import simulated_table
 from helpers.faults import Table, half_written
 from helpers.inline_tasks import inline_prepare
-from recray import storage
+from recray import folders
 from recray.config import Config, parse_config
 from recray.records import ReportRecord
 
@@ -83,20 +84,21 @@ def _counting(before: Callable[[int, str], None]) -> Callable[[str], int]:
 
 
 def _patch(change: Callable[[str], int], after: Callable[[int], None]) -> None:
-    replace, delete = os.replace, storage.delete_folder
+    replace, delete = os.replace, folders.delete_written
 
     def counted_replace(source: Any, target: Any, **options: Any) -> None:
         number = change(str(source))
         replace(source, target, **options)
         after(number)
 
-    def counted_delete(uri: str, *rest: Any) -> None:
-        number = change(uri)
-        delete(uri, *rest)
+    def counted_delete(folder: str, written: re.Pattern[str]) -> list[str]:
+        number = change(folder)
+        left = delete(folder, written)
         after(number)
+        return left
 
     os.replace = counted_replace
-    storage.delete_folder = counted_delete
+    folders.delete_written = counted_delete
 
 
 def _count(folder: Path, queue: Any) -> None:
