@@ -16,7 +16,7 @@ import torch
 import recray
 from helpers.cli import recray_command
 from helpers.inline_tasks import inline_prepare
-from recray import provenance, storage
+from recray import digests, provenance, storage
 from recray.artifacts import Run
 from recray.config import Config
 from recray.data.sources import parquet
@@ -194,6 +194,6 @@ def test_states_are_those_that_the_fingerprint_is_made_of(tmp_path: Path) -> Non
     path = tmp_path / "a.parquet"
     path.write_bytes(b"abc")
     info = [FileInfo(str(path), 3)]
-    states = storage.file_states(info)
+    states = digests.file_states(info)
     assert states == [("content", hashlib.sha256(b"abc").hexdigest())]
-    assert storage.fingerprint(info, states) == storage.fingerprint(info)
+    assert digests.fingerprint(info, states) == digests.fingerprint(info)
