@@ -68,8 +68,7 @@ class Watchdog:
             yield
         finally:
             self._step = None
-        if not first:
-            self._longest = max(self._longest, time.monotonic() - started)
+        self._longest = max(self._longest, time.monotonic() - started)
 
     def _look(self) -> None:
         while not self._stop.wait(min(1.0, self._timeout / 4)):

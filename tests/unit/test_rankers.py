@@ -201,8 +201,8 @@ def test_a_checkpoint_keeps_scores(name: str, tmp_path: Path) -> None:
     options = {"name": name, "dim": 8, "history_length": 8, "hidden": [16, 8]}
     config = parse_config({"model": options}).model_dump(mode="json")
     record = CheckpointRecord(config=config, epoch=1, step=1, rows=6, metric="auc", value=0.5, dataset_uri="")
-    checkpoint.save_weights(str(tmp_path), model.state_dict())
-    checkpoint.save_record(str(tmp_path), record, _record(FEATURES), _items(True), {})
+    files = checkpoint.save_weights(str(tmp_path), model.state_dict())
+    checkpoint.save_record(str(tmp_path), record, _record(FEATURES), _items(True), files)
     other, _ = checkpoint.load_model(str(tmp_path))
     assert torch.equal(model.eval().logits(_batch(True)), other.logits(_batch(True)))  # type: ignore[operator]
 
