@@ -43,7 +43,7 @@ def _flip(output: Path, kind: str, flips: int, seed: int) -> None:
     assert len(results) == flips
     # Only JSON has bits without a meaning: white space, and the names of seals.
     assert all(one["ended"] == "refused" or one["file"].endswith(".json") for one in results)
-    assert sum(one["ended"] == "refused" for one in results) > flips / 2
+    assert sum(one["ended"] == "refused" for one in results) > flips / 3  # a report is drawn without its identity.json
 
 
 @pytest.mark.parametrize("kind", damage.USES)
