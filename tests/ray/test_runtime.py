@@ -96,6 +96,7 @@ def test_a_local_ray_starts_on_loopback_and_a_cluster_is_joined_through_its_netw
 
     addresses: list[str] = []
     monkeypatch.setattr(ray, "init", lambda **options: addresses.append(services.get_node_ip_address()))
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)  # that of the session's Ray
     monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address: "192.0.2.7")
     for name in runtime.loopback():
         monkeypatch.delenv(name, raising=False)
