@@ -164,11 +164,12 @@ def _clicks(report: ReportRecord) -> Iterator[str]:
             f"probabilities are {word} {than} the share of clicks as a constant prediction: normalised entropy "
             f"{entropy.value:.4f} ({low:.4f} to {high:.4f}), 1 is the constant"
         )
-    popularity = report.metrics["popularity"]["auc"].value
-    if popularity < 0.5:
+    popularity = report.metrics["popularity"]["auc"]
+    high = popularity.value if popularity.high is None else popularity.high
+    if high < 0.5:
         yield (
-            f"popularity has AUC {popularity:.4f}: clicks are on the less popular items, and the opposite order has "
-            f"{1 - popularity:.4f}"
+            f"popularity has AUC {popularity.value:.4f}: clicks are on the less popular items, and the opposite order has "
+            f"{1 - popularity.value:.4f}"
         )
 
 

@@ -203,3 +203,5 @@ def test_a_ranker_is_compared_with_the_share_of_clicks(value: float, low: float,
     found = _said(_report(kind="clicks", metrics=metrics, counts=counts))
     assert said in found and "popularity has AUC 0.3551" in found and "the opposite order has 0.6449" in found
     assert ("lower learning rate: the model is sure where it is wrong" in found) == (value > 1)
+    metrics["popularity"]["auc"] = Interval(value=0.4962, low=0.485, high=0.507)
+    assert "opposite order" not in _said(_report(kind="clicks", metrics=metrics, counts=counts))
