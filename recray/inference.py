@@ -298,6 +298,11 @@ class LoadedRetriever:
         users = pa.array(keys)
         return list_table(users, ids_BK, scores_BK, self._inputs.items, unscored_B=~known_B)
 
+    @cached_property
+    def _norms_N(self) -> torch.Tensor:
+        norms_N: torch.Tensor = torch.linalg.vector_norm(self._exact.vectors_ND, dim=1)
+        return norms_N.clamp(min=1e-12)
+
     def item_vectors(self, items: Keys) -> np.ndarray:
         """(B, D) float32 vectors of items. Their product with a query's vector is its score. Raises DataError for unknown ones."""
         return self._exact.vectors_ND[torch.from_numpy(self._inputs.known_items(items))].numpy()
@@ -305,8 +310,8 @@ class LoadedRetriever:
     def similar_items(self, item: Any, k: int = 10) -> pa.Table:
         """The k items whose vectors have the greatest cosine with that of `item`: columns item, rank (from 1), score."""
         (own,) = self._inputs.known_items([item])
-        unit_ND = torch.nn.functional.normalize(self._exact.vectors_ND.float(), dim=1)
-        cosine_N = unit_ND @ unit_ND[int(own)]
+        vectors_ND, norms_N = self._exact.vectors_ND, self._norms_N
+        cosine_N = (vectors_ND @ vectors_ND[int(own)]) / (norms_N * norms_N[int(own)])
         cosine_N[:FIRST_ITEM] = -torch.inf
         cosine_N[int(own)] = -torch.inf
         score, ids = cosine_N.topk(min(k, len(cosine_N) - FIRST_ITEM - 1))

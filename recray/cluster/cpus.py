@@ -2,9 +2,9 @@
 
 libgomp, which torch, faiss and scikit-learn use, lets threads spin at the end of every parallel operation until the
 last one arrives. Where another process holds a core, that one arrives late and all others burn their time slices:
-steps of a small model take 6 to 12 times as long. Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) have to be woken
-for every operation, which makes the same steps 1.7 times as long on a quiet machine. So they spin, but not for long: a
-tenth of a millisecond is more than threads on cores of their own need (jobs/benchmarks/README.md, `busy`).
+steps of a small model take several times as long. Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) have to be woken
+for every operation, which costs time on a quiet machine. So they spin, but not for long (figures: jobs/benchmarks/README.md,
+`busy`).
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Snapshot:
             files |= sharded_tables.write(folder, kind, self.rank, self.world_size, tensors)
         if self.rank == 0:
             files |= checkpoint.save_weights(folder, self.weights) | checkpoint.save_state(folder, self.body)
-        storage.sync(folder, files)  # here, in a thread of its own, and not when training goes on with the record
+        storage.sync(folder, files)  # in the thread that writes: fsync must not block training
         if files and self.rank:
             body = {name: one.model_dump() for name, one in files.items()}
             sealed.write(storage.join(folder, self.digest_file(self.rank)), body)

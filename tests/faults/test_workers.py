@@ -1,4 +1,4 @@
-"""Faults of a training on two Ray workers: it goes on by itself, or the same command resumes it."""
+"""Faults injected into training on two Ray workers: it recovers by itself, or the same command resumes it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _MARK = "RECRAY_TEST_CHILD"
 
 @dataclass
 class Child:
-    """A command in a process of its own. Its messages, lines of JSON, go to a file."""
+    """A command that runs in its own process and logs JSON lines to a file."""
 
     process: subprocess.Popen[bytes]
     output: Path

@@ -29,11 +29,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from recray.training.distributed import LocalContext, data_parallel
 
 
 class RankError(AssertionError):
     """A rank failed; the message holds the tracebacks."""
+
+
+class RankContext(LocalContext):
+    """One rank of a gloo group, without Ray."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+
+    def sum(self, values: Tensor) -> Tensor:
+        out = values.clone()
+        if self.world_size > 1:
+            dist.all_reduce(out)
+        return out
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1))
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return data_parallel(module) if self.world_size > 1 else module
 
 
 class GlooContext:

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import recray
-from helpers.configs import simulated_table
+from helpers.faults import config_of
 from helpers.runs import selection
 from recray import storage
 from recray.cluster.errors import lost_worker, summary
-from recray.config import Config, parse_config
+from recray.config import Config
 from recray.errors import RecrayError
 
 pytestmark = pytest.mark.timeout(600)
@@ -28,24 +28,9 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def prepared(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = _config(tmp_path_factory.mktemp("faults"), "undisturbed")
+    config = config_of(tmp_path_factory.mktemp("faults"), "undisturbed")
     recray.prepare(config)
     return config
-
-
-def _config(folder: Path, name: str, *overrides: str) -> Config:
-    table = simulated_table(
-        folder,
-        events=3000,
-        users=150,
-        items=100,
-        model={"name": "two_tower", "dim": 8, "hidden": [16], "dropout": 0.2},
-        training={"epochs": 12, "global_batch_size": 256, "save_every": "3 steps"},
-        evaluation={"bootstrap": 0},
-    )
-    table["run"] |= {"name": name, "dataset": str(folder / "dataset")}
-    table["scaling"] = {"num_workers": 2, "reader": "worker"}
-    return parse_config(table, overrides)
 
 
 @contextmanager
@@ -116,7 +101,7 @@ def test_only_lost_workers_are_started_again() -> None:
 def test_a_killed_worker_is_replaced_and_a_stopped_driver_resumes(prepared: Config, tmp_path: Path) -> None:
     """kill -9 on one of two workers, later SIGTERM to the driver: the weights are those of an undisturbed training."""
     recray.train(prepared)
-    config = _config(Path(prepared.run.output), "disturbed")
+    config = config_of(Path(prepared.run.output), "disturbed")
     with _training(config, tmp_path) as child:
         _epochs(child, 1)
         os.kill(_workers_of(child.pid)[-1], signal.SIGKILL)

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from unit.test_trainer import _config
 
 from helpers.datasets import small_dataset
-from helpers.ranks import run_ranks
+from helpers.ranks import RankContext, run_ranks
 from recray import storage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -28,7 +27,7 @@ from recray.loading.sampler import ShardGroup, ShardSlice, epoch_order, num_rows
 from recray.records import CheckpointRecord
 from recray.training import checkpoint, interrupt, launch
 from recray.training.batches import TrainingData
-from recray.training.distributed import LocalContext, data_parallel
+from recray.training.distributed import LocalContext
 from recray.training.phase import Phase, Position
 from recray.training.trainer import MicroBatches, Step, Trainer
 
@@ -220,26 +219,6 @@ def test_a_write_that_fails_ends_training_with_its_reason(tmp_path: Path, monkey
 
 
 # Several workers -----------------------------------------------------------------------------------------------------
-
-
-class RankContext(LocalContext):
-    """One rank of a gloo group, without Ray."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
-
-    def sum(self, values: Tensor) -> Tensor:
-        out = values.clone()
-        if self.world_size > 1:
-            dist.all_reduce(out)
-        return out
-
-    def barrier(self) -> None:
-        self.sum(torch.zeros(1))
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return data_parallel(module) if self.world_size > 1 else module
 
 
 def _train_ranks(rank: int, world_size: int, folder: str, steps: int) -> list[tuple[int, int, int]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from unit.test_saving import KEYS, RankContext, _phase
+from unit.test_saving import KEYS, _phase
 from unit.test_trainer import _config
 
 from helpers.datasets import small_dataset
-from helpers.ranks import RankError, run_ranks
+from helpers.ranks import RankContext, RankError, run_ranks
 from recray.data.dataset import PreparedDataset
 from recray.training import watchdog
 from recray.training.trainer import MicroBatches, Step, Trainer
