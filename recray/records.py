@@ -7,6 +7,7 @@ id, so that a later stage can refuse what does not belong together.
 from __future__ import annotations
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -18,8 +19,11 @@ from recray.digests import Digests, Inside
 from recray.errors import LineageError
 from recray.provenance import Provenance
 
-# Fields of a record that are not part of its id: the same work at another time, on another machine or on a copy of the input.
-_NO_CONTENT = ("id", "created", "seconds", "made_by", "inputs")
+# Fields that are not part of a record's id: the same work at another time, on another machine, in another folder or on a
+# copy of the input has the same id. What decided the result of `config` is in `keys`.
+_NO_CONTENT = {"id", "created", "made_by", "inputs", "config", "dataset_uri", "checkpoint_uri"}
+# Measured times, at any depth, among them those of a checkpoint's history (recray.training.console.Progress.end_epoch).
+_TIMES = re.compile(r"(.+_)?seconds|milliseconds|cpu_hours|events_per_second|waiting_share|first_step_at|at")
 
 
 class Record(BaseModel):
@@ -86,7 +90,16 @@ class Record(BaseModel):
     def _id_of(cls, body: dict[str, Any]) -> str:
         """Of the content, whenever and however fast it was made."""
         content = {key: value for key, value in body.items() if key not in _NO_CONTENT}
-        return f"{cls.file_name().removesuffix('.json').lstrip('_')}-{sealed.hash_of(content)[:12]}"
+        # A copy of another stage's record holds times, and `parents` has its id.
+        content["files"] = {name: digest for name, digest in body["files"].items() if not name.endswith(".json")}
+        return f"{cls.file_name().removesuffix('.json').lstrip('_')}-{sealed.hash_of(_timeless(content))[:12]}"
+
+
+def _timeless(value: Any) -> Any:
+    """A JSON value without the fields that hold measured times."""
+    if isinstance(value, dict):
+        return {key: _timeless(field) for key, field in value.items() if not _TIMES.fullmatch(key)}
+    return [_timeless(entry) for entry in value] if isinstance(value, list) else value
 
 
 # A value that may be undefined: NaN here, null in a file.

@@ -159,6 +159,8 @@ def test_a_run_remade_from_its_record_alone_has_the_same_weights(made: MadeRun, 
         storage.read_bytes(storage.join(uri, "model.safetensors")) for uri in (before.uri, Run(again).checkpoint().uri)
     ]
     assert weights[0] == weights[1]
+    assert record.id == before.record.id and record.seconds != before.record.seconds
+    assert recray.index(again).id == recray.index(made.config).id
 
 
 def test_git_names_the_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
