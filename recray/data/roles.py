@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.data import names
-from recray.data.sampling import Column, Sample, describe, shown, words
+from recray.data.sampling import Column, Sample, describe, shown
 from recray.data.sources import base
 from recray.errors import DataError
 from recray.ids import SPLITS
@@ -61,15 +61,12 @@ def find_roles(sample: Sample, given: Mapping[str, str | None]) -> Roles:
 
 def leaks(column: Column) -> bool:
     """Whether the name says that the value is known only after the item was shown or chosen."""
-    found = words(column.name)
-    noun = any(word in names.NOUNS["item"] for word in found)
-    return any(word in names.OUTCOMES for word in found) or ("duration" in found and not noun)
+    return column.mentions(names.OUTCOMES) or ("duration" in column.words and not column.mentions(names.NOUNS["item"]))
 
 
 def names_rows(column: Column) -> bool:
     """Whether it is called like an id of rows: transaction_id."""
-    name = words(column.name)
-    return bool(set(name) & names.ROW_WORDS and name[-1] in names.ID_WORDS)
+    return column.mentions(names.ROW_WORDS) and column.words[-1] in names.ID_WORDS
 
 
 def _existing(sample: Sample, name: str, role: str) -> str:
@@ -100,12 +97,12 @@ def _find_id(roles: Roles, role: str) -> None:
         roles.columns[role] = named[0][1]
         _check_id(roles, role)
         return
-    ids = [c for c in possible if set(words(c.name)) & names.ID_WORDS and not set(words(c.name)) & names.ROW_WORDS]
+    ids = [c for c in possible if c.mentions(names.ID_WORDS) and not c.mentions(names.ROW_WORDS)]
     if role == "item" and roles.columns[other] in roles.sample.columns and len(ids) == 1 and not ids[0].all_unique:
         roles.columns[role] = ids[0].name
         roles.notes.append(f"{shown(ids[0].name)} is taken for the item: no other column looks like an id")
         return
-    ranked = sorted(possible, key=lambda c: (c.all_unique, bool(set(words(c.name)) & names.ROW_WORDS), -c.distinct))
+    ranked = sorted(possible, key=lambda c: (c.all_unique, c.mentions(names.ROW_WORDS), -c.distinct))
     roles.columns[role] = _open(roles.sample)
     roles.candidates[role] = [c.name for c in ranked]
     roles.questions.append(
@@ -126,7 +123,7 @@ def _noun_rank(column: Column, role: str) -> tuple[int, ...] | None:
     """Lower is likelier; None for a column that is not called like a user or an item, or cannot be one."""
     if not (column.is_text or column.is_number) or column.is_bool or (column.free_text and role == "user"):
         return None
-    parts = [piece for word in words(column.name) for piece in _unglued(word, role)]
+    parts = [piece for word in column.words for piece in _unglued(word, role)]
     bare = parts[-1:] != [] and parts[-1] not in names.ID_WORDS
     while len(parts) > 1 and parts[-1] in names.ID_WORDS:
         parts.pop()
@@ -175,11 +172,8 @@ def _check_id(roles: Roles, role: str) -> None:
 def _packed(roles: Roles) -> str:
     """A hint where one row holds several items."""
     for column in roles.sample.columns.values():
-        if (
-            column.is_list
-            and not column.vector
-            and {w.rstrip("s") for w in words(column.name)} & set(names.NOUNS["item"])
-        ):
+        items = any(word.rstrip("s") in names.NOUNS["item"] for word in column.words)
+        if column.is_list and not column.vector and items:
             return f". {shown(column.name)} holds several items a row: write one row per item"
         if column.is_text and _share(column, _PACKED) > 0.95:
             return f". {shown(column.name)} holds several items with their clicks a row: write one row per item shown, with a label"
@@ -227,33 +221,35 @@ def _find_time(roles: Roles) -> None:
 
 def _time_kind(column: Column) -> int | None:
     """0 a type of times, 1 an epoch, 2 ISO 8601 text, 3 other text, 4 a position called a time."""
-    name = words(column.name)
     if column.is_time:
         return 0
     if column.is_bool:
         return None
-    known = _time_name(name) < len(names.TIMES)
-    if column.is_number and not set(name) & names.NO_TIMES:
+    if column.is_number and not column.mentions(names.NO_TIMES):
         unit = _unit(column)
-        if unit is not None and (
-            known or (name[-1:] not in (["id"], ["ids"], ["uuid"]) and _share_within(column, unit, 1995, 2040) == 1)
-        ):
+        if unit is None:
+            return 4 if column.called(names.TIMES) and column.is_integer and column.distinct > 1 else None
+        named_id = column.words[-1:] in (("id",), ("ids",), ("uuid",))
+        if _time_name(column) < len(names.TIMES) or (not named_id and _share_within(column, unit, 1995, 2040) == 1):
             return 1
-        if unit is None and "_".join(name) in names.TIMES and column.is_integer and column.distinct > 1:
-            return 4
     if column.is_text and _share(column, _DATES) > 0.95:
         return 2 if _unit(column) else 3
     return None
 
 
 def _time_order(kind: int, column: Column, finest: int) -> tuple[float, ...]:
-    name = words(column.name)
-    other = bool(set(name) & names.NO_TIMES)
-    return (other, column.nulls > 0, column.distinct * 2 < finest, kind, _time_name(name))
+    return (
+        column.mentions(names.NO_TIMES),
+        column.nulls > 0,
+        column.distinct * 2 < finest,
+        kind,
+        _time_name(column),
+    )
 
 
-def _time_name(name: list[str]) -> int:
-    text = "_".join(name)
+def _time_name(column: Column) -> int:
+    """Lower is likelier; len(names.TIMES) for a column that is not called like a time."""
+    text = "_".join(column.words)
     ends = [i for i, known in enumerate(names.TIMES) if text == known or text.endswith(f"_{known}")]
     return ends[0] if ends else len(names.TIMES)
 
@@ -300,15 +296,14 @@ def _find_label(roles: Roles) -> None:
         if not _zero_one(column):
             roles.questions.append(f"{shown(column.name)} cannot be the label: {_why_no_label(column)}")
         return
-    named = sorted((_label_rank(c), c.name) for c in roles.free() if _label_rank(c) < len(names.LABELS))
-    fitting = [name for _, name in named if _zero_one(roles.sample.columns[name])]
+    named = sorted((c for c in roles.free() if c.called(names.LABELS)), key=_label_rank)
+    fitting = [c.name for c in named if _zero_one(c)]
     if fitting:
         roles.columns["label"] = fitting[0]
-    for _, name in named:
-        if not fitting and roles.sample.columns[name].is_number:
-            roles.notes.append(f"{shown(name)} is not taken for the label: {_why_no_label(roles.sample.columns[name])}")
+    else:
+        roles.notes += [f"{shown(c.name)} is not taken for the label: {_why_no_label(c)}" for c in named if c.is_number]
     for column in roles.free():
-        if column.is_number and set(words(column.name)) & names.RATINGS:
+        if column.is_number and column.mentions(names.RATINGS):
             low, high = column.range
             roles.notes.append(
                 f"{shown(column.name)} holds ratings from {low:g} to {high:g}, which are no click label: every row counts as "
@@ -317,9 +312,8 @@ def _find_label(roles: Roles) -> None:
             )
 
 
-def _label_rank(column: Column) -> int:
-    text = "_".join(words(column.name))
-    return names.LABELS.index(text) if text in names.LABELS else len(names.LABELS)
+def _label_rank(column: Column) -> tuple[int, str]:
+    return names.LABELS.index("_".join(column.words)), column.name
 
 
 def _why_no_label(column: Column) -> str:
@@ -343,14 +337,14 @@ def _find_weight(roles: Roles) -> None:
             )
         return
     for column in roles.free():
-        if "_".join(words(column.name)) in names.WEIGHTS and column.is_number:
+        if column.called(names.WEIGHTS) and column.is_number:
             if _is_weight(column):
                 roles.columns["weight"] = column.name
                 return
             roles.notes.append(
                 f"{shown(column.name)} is not taken for the weight: it holds negative, missing or only zero values"
             )
-        elif "_".join(words(column.name)) in names.COUNTS and _is_weight(column):
+        elif column.called(names.COUNTS) and _is_weight(column):
             roles.notes.append(
                 f"{shown(column.name)} counts something: to weigh events by it, pass --weight {shown(column.name)}"
             )
@@ -380,6 +374,6 @@ def _find_split(roles: Roles) -> None:
 
 def event_kinds(column: Column) -> list[str]:
     """The kinds of events (view, cart, buy) that a column tells; empty for other columns."""
-    if "_".join(words(column.name)) not in names.EVENT_KINDS or not 2 <= column.distinct <= 12 or column.is_list:
+    if not column.called(names.EVENT_KINDS) or not 2 <= column.distinct <= 12 or column.is_list:
         return []
     return sorted(str(value) for value in pc.unique(column.values.drop_null()).to_pylist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -35,6 +35,19 @@ class Column:
     values: pa.ChunkedArray
     partition: bool = False  # a folder key=value
     unusable: str = ""  # why no role and no feature can be made of it
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """Lower-case words of the name: 'click_articleID' -> click, article, id."""
+        return tuple(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", self.name).lower().split())
+
+    def called(self, known: Collection[str]) -> bool:
+        """Whether the whole name is one of these."""
+        return "_".join(self.words) in known
+
+    def mentions(self, known: Collection[str]) -> bool:
+        """Whether any word of the name is one of these."""
+        return any(word in known for word in self.words)
 
     @property
     def rows(self) -> int:
@@ -183,11 +196,6 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     return base.standardised(column, kind, "")
 
 
-def words(name: str) -> list[str]:
-    """Lower-case words of a name: 'click_articleID' -> click, article, id."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).lower().split()
-
-
 def toml_text(value: str) -> str:
     """A TOML string. JSON escapes what TOML forbids in it, except DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -203,7 +211,7 @@ def toml_key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_text(name)
 
 
-def describe(names: Sequence[str], most: int = 12, of: Callable[[str], str] = shown) -> str:
+def describe(names: Sequence[str], most: int = 12) -> str:
     """Names as one line, not all where they are many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(of(name) for name in names[:most]) + more
+    return ", ".join(map(shown, names[:most])) + more

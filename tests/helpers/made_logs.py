@@ -379,6 +379,7 @@ def made_logs(draw: st.DrawFn) -> MadeLog:
         "drop_duplicates": draw(st.booleans()),
         "min_user_events": draw(st.sampled_from([0, 0, 1, 3])),
         "min_item_events": draw(st.sampled_from([1, 1, 2, 5])),
+        "k_core": draw(st.sampled_from([False, False, True])),
         "min_history": draw(st.sampled_from([0, 0, 1, 2])),
         "shard_events": draw(st.sampled_from([20, 1_000])),
     }

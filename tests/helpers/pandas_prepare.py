@@ -69,7 +69,10 @@ def ordered(events: pd.DataFrame, options: dict[str, Any], timed: bool) -> tuple
 
 def frequent_users(events: pd.DataFrame, options: dict[str, Any], counts: dict[str, int]) -> pd.DataFrame:
     """Events of the users with enough train events. Whether a user is kept must not depend on what is to be predicted."""
-    per_user = (events["code"] == 0).groupby(events["user"]).transform("sum")
+    counted = events["code"] == 0
+    if options["k_core"]:
+        counted = in_core(events, counted, options)
+    per_user = counted.groupby(events["user"]).transform("sum")
     kept = events[per_user >= options["min_user_events"]]
     counts["events_dropped_min_count"] = len(events) - len(kept)
     counts["users_dropped_min_count"] = events["user"].nunique() - kept["user"].nunique()
@@ -77,6 +80,17 @@ def frequent_users(events: pd.DataFrame, options: dict[str, Any], counts: dict[s
     if kept.empty:
         raise Refused("no events are left")
     return kept.reset_index(drop=True)
+
+
+def in_core(events: pd.DataFrame, train: pd.Series, options: dict[str, Any]) -> pd.Series:
+    """Of the train events those that are left when rare users and rare items are dropped in turn, until none is left to drop."""
+    while True:
+        of_user = train.groupby(events["user"]).transform("sum") >= options["min_user_events"]
+        of_item = (train & of_user).groupby(events["item"]).transform("sum") >= options["min_item_events"]
+        left = train & of_user & of_item
+        if left.equals(train):
+            return train
+        train = left
 
 
 def coded(events: pd.DataFrame, kind: str, bounds: Bounds | None) -> pd.DataFrame:
@@ -104,7 +118,7 @@ def expected(
 ) -> Expected:
     """events: columns user, item, time, order, and label, weight, split, 'context <name>' where the log has them.
 
-    options: drop_duplicates, min_user_events, min_item_events, min_history, split, context, item_features, user_features;
+    options: drop_duplicates, min_user_events, min_item_events, k_core, min_history, split, context, item_features, user_features;
     the last three by name: kind and min_count. Raises Refused.
     """
     events, counts = ordered(events, options, timed)
@@ -118,7 +132,11 @@ def expected(
         raise Refused("have weight 0")
     shown = train["item"].value_counts()
     chosen = Counter(train.loc[train["chosen"], "item"])
-    known = [key for key, n in shown.items() if n >= options["min_item_events"]]
+    if options["k_core"]:
+        core = set(train.loc[in_core(train, train["code"] == 0, options), "item"])
+        known = [key for key in shown.index if key in core]
+    else:
+        known = [key for key, n in shown.items() if n >= options["min_item_events"]]
     if not known:
         raise Refused("no item has")
     items = sorted(((key, chosen[key]) for key in known), key=lambda pair: (-pair[1], pair[0]))

@@ -7,38 +7,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from helpers.small_logs import DAY, START, config_of, events, write
 from recray.cluster.errors import unwrapped
-from recray.config import DataConfig
 from recray.data.sources import parquet
 from recray.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("ray_local")
-
-DAY = 86_400
-START = 1_600_000_000
-
-
-def _events(rows: int = 6, **changes: Any) -> pa.Table:
-    columns: dict[str, Any] = {
-        "user_id": np.arange(rows) % 3,
-        "item_id": np.arange(rows) * 10,
-        "timestamp": START + np.arange(rows) * DAY,
-    }
-    return pa.table({name: value for name, value in (columns | changes).items() if value is not None})
-
-
-def _write(path: Path, table: pa.Table, **options: Any) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, **options)
-    return str(path)
-
-
-def _config(path: Any, columns: dict[str, Any] | None = None, **data: Any) -> DataConfig:
-    columns = {"timestamp": "timestamp", **(columns or {})}
-    return DataConfig.model_validate({"path": path, "columns": columns, **data})
 
 
 def _collected(events: Any) -> pa.Table:
@@ -50,9 +26,9 @@ def _collected(events: Any) -> pa.Table:
 
 def test_through_ray(tmp_path: Path) -> None:
     for i in range(40):
-        _write(tmp_path / f"part-{i:05d}.parquet", _events(6, item_id=np.arange(6) + 6 * i))
+        write(tmp_path / f"part-{i:05d}.parquet", events(6, item_id=np.arange(6) + 6 * i))
     (tmp_path / "_SUCCESS").write_text("")
-    source = parquet.read(_config(str(tmp_path)), 1)
+    source = parquet.read(config_of(str(tmp_path)), 1)
     table = _collected(source.events)
     assert table.column_names == ["user", "item", "time", "order"]
     assert table["item"].to_pylist() == list(range(240))
@@ -60,15 +36,15 @@ def test_through_ray(tmp_path: Path) -> None:
     assert source.num_events == 240
     assert source.events.materialize().num_blocks() == 1  # small files are read by one task
     assert source.has_time
-    again = parquet.read(_config(str(tmp_path)), 1)
+    again = parquet.read(config_of(str(tmp_path)), 1)
     assert again.fingerprint == source.fingerprint
-    _write(tmp_path / "part-00003.parquet", _events(7))
-    assert parquet.read(_config(str(tmp_path)), 1).fingerprint != source.fingerprint
+    write(tmp_path / "part-00003.parquet", events(7))
+    assert parquet.read(config_of(str(tmp_path)), 1).fingerprint != source.fingerprint
 
 
 def test_an_error_in_a_task_comes_out_plain(tmp_path: Path) -> None:
-    _write(tmp_path / "a.parquet", _events())
-    _write(tmp_path / "b.parquet", _events(user_id=pa.array([1, None, 2, None, 1, 1])))
-    source = parquet.read(_config(str(tmp_path)), 1)
+    write(tmp_path / "a.parquet", events())
+    write(tmp_path / "b.parquet", events(user_id=pa.array([1, None, 2, None, 1, 1])))
+    source = parquet.read(config_of(str(tmp_path)), 1)
     with pytest.raises(DataError, match=r"b\.parquet: column 'user_id' has 2 null ids in 6 rows"), unwrapped():
         _collected(source.events)

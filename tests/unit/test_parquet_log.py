@@ -8,35 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from helpers.small_logs import START, config_of, events, write
 from recray.config import DataConfig
 from recray.data.sources import parquet
 from recray.errors import ConfigError, DataError, StorageError
-
-DAY = 86_400
-START = 1_600_000_000
-
-
-def _events(rows: int = 6, **changes: Any) -> pa.Table:
-    columns: dict[str, Any] = {
-        "user_id": np.arange(rows) % 3,
-        "item_id": np.arange(rows) * 10,
-        "timestamp": START + np.arange(rows) * DAY,
-    }
-    return pa.table({name: value for name, value in (columns | changes).items() if value is not None})
-
-
-def _write(path: Path, table: pa.Table, **options: Any) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, **options)
-    return str(path)
-
-
-def _config(path: Any, columns: dict[str, Any] | None = None, **data: Any) -> DataConfig:
-    columns = {"timestamp": "timestamp", **(columns or {})}
-    return DataConfig.model_validate({"path": path, "columns": columns, **data})
 
 
 def _direct(config: DataConfig) -> pa.Table:
@@ -49,8 +26,8 @@ def _direct(config: DataConfig) -> pa.Table:
 @pytest.mark.parametrize("declared", [True, False])
 def test_integer_timestamps(tmp_path: Path, unit: str, declared: bool) -> None:
     scale = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}[unit]
-    path = _write(tmp_path / "a.parquet", _events(timestamp=(START + np.arange(6)) * scale))
-    table = _direct(_config(path, timestamp_unit=unit if declared else "auto"))
+    path = write(tmp_path / "a.parquet", events(timestamp=(START + np.arange(6)) * scale))
+    table = _direct(config_of(path, timestamp_unit=unit if declared else "auto"))
     assert table["time"].to_pylist() == [(START + i) * 1_000_000 for i in range(6)]
 
 
@@ -64,29 +41,29 @@ def test_integer_timestamps(tmp_path: Path, unit: str, declared: bool) -> None:
     ids=["ms", "zone", "float"],
 )
 def test_other_timestamps(tmp_path: Path, column: pa.Array) -> None:
-    path = _write(tmp_path / "a.parquet", _events(timestamp=column))
-    assert _direct(_config(path))["time"].to_pylist() == [(START + i) * 1_000_000 for i in range(6)]
+    path = write(tmp_path / "a.parquet", events(timestamp=column))
+    assert _direct(config_of(path))["time"].to_pylist() == [(START + i) * 1_000_000 for i in range(6)]
 
 
 def test_positions(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.parquet", _events(timestamp=np.arange(6)))
-    config = _config(path, timestamp_unit="order")
+    path = write(tmp_path / "a.parquet", events(timestamp=np.arange(6)))
+    config = config_of(path, timestamp_unit="order")
     assert _direct(config)["time"].to_pylist() == list(range(6))
     assert parquet.Log.open(config).plan.unit not in ("s", "ms", "us", "ns")
 
 
 def test_without_timestamps_file_order_is_the_order(tmp_path: Path) -> None:
     for i in range(2):
-        _write(tmp_path / f"{i}.parquet", _events(3, timestamp=None), row_group_size=2)
-    config = _config(str(tmp_path), {"timestamp": None})
+        write(tmp_path / f"{i}.parquet", events(3, timestamp=None), row_group_size=2)
+    config = config_of(str(tmp_path), {"timestamp": None})
     table = _direct(config)
     assert table["time"].to_pylist() == [0, 1, 2, 1 << 40, (1 << 40) + 1, (1 << 40) + 2]
     assert parquet.Log.open(config).plan.unit not in ("s", "ms", "us", "ns")
 
 
 def test_large_files_are_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _write(tmp_path / "a.parquet", _events(100), row_group_size=10)
-    config = _config(path)
+    path = write(tmp_path / "a.parquet", events(100), row_group_size=10)
+    config = config_of(path)
     whole = _direct(config)
     monkeypatch.setattr(parquet, "_TASK_BYTES", 600)
     assert len(parquet.Log.open(config).tasks()) > 3
@@ -96,7 +73,7 @@ def test_large_files_are_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.M
 def test_types_that_spark_and_pandas_write(tmp_path: Path) -> None:
     element = pa.list_(pa.field("element", pa.int32()))
     tags = [[1, 2], [], None, [3], [4], [5]]
-    first = _events(
+    first = events(
         user_id=pa.array(list("abcabc")).dictionary_encode(),
         item_id=pa.array(np.arange(6), pa.int32()),
         tags=pa.array(tags, element),
@@ -104,16 +81,16 @@ def test_types_that_spark_and_pandas_write(tmp_path: Path) -> None:
         price=pa.array([1.5, math.nan, math.inf, None, 2.0, 3.0], pa.float32()),
         flag=pa.array([True] * 6),
     )
-    second = _events(
+    second = events(
         user_id=pa.array(list("abcabc"), pa.large_string()),
         tags=pa.array(tags, pa.list_(pa.field("item", pa.int64()))),
         words=pa.array([["x"]] * 6, pa.list_(pa.string())),
         price=pa.array(np.arange(6)),
         flag=pa.array([None] * 6),
     )
-    _write(tmp_path / "1.parquet", first)
-    _write(tmp_path / "2.parquet", second)
-    table = _direct(_config(str(tmp_path), {"context": ["tags", "words", "price", "flag"]}))
+    write(tmp_path / "1.parquet", first)
+    write(tmp_path / "2.parquet", second)
+    table = _direct(config_of(str(tmp_path), {"context": ["tags", "words", "price", "flag"]}))
     assert table.schema.field("user").type == pa.string()
     assert table.schema.field("item").type == pa.int64()
     assert table.schema.field("context_price").type == pa.float64()
@@ -124,52 +101,52 @@ def test_types_that_spark_and_pandas_write(tmp_path: Path) -> None:
 
 def test_hive_folders_are_columns_and_file_names_are_not(tmp_path: Path) -> None:
     for country in ("fr", "d%20e", "__HIVE_DEFAULT_PARTITION__"):
-        _write(tmp_path / f"country={country}" / "hour=003" / "minute=7.parquet", _events(2))
-    table = _direct(_config(str(tmp_path), {"context": ["country", "hour"]}))
+        write(tmp_path / f"country={country}" / "hour=003" / "minute=7.parquet", events(2))
+    table = _direct(config_of(str(tmp_path), {"context": ["country", "hour"]}))
     assert sorted(map(str, table["context_country"].to_pylist())) == ["None", "None", "d e", "d e", "fr", "fr"]
     assert table["context_hour"].to_pylist() == ["003"] * 6  # not the number 3
     with pytest.raises(DataError, match="has no column 'minute'"):
-        _direct(_config(str(tmp_path), {"context": ["minute"]}))
+        _direct(config_of(str(tmp_path), {"context": ["minute"]}))
 
 
 def test_given_split_by_files_and_by_column(tmp_path: Path) -> None:
-    paths = {f"{s}_path": _write(tmp_path / f"{s}.parquet", _events(2)) for s in ("train", "valid", "test")}
-    table = _direct(_config(None, split={"kind": "given", **paths}))
+    paths = {f"{s}_path": write(tmp_path / f"{s}.parquet", events(2)) for s in ("train", "valid", "test")}
+    table = _direct(config_of(None, split={"kind": "given", **paths}))
     assert table["split"].to_pylist() == ["train"] * 2 + ["valid"] * 2 + ["test"] * 2
     with pytest.raises(
         DataError, match=r"valid\.parquet is read by data\.split\.train_path and data\.split\.valid_path"
     ):
-        _direct(_config(None, split={"kind": "given", **paths, "train_path": str(tmp_path)}))
-    path = _write(tmp_path / "s.parquet", _events(2, fold=["train", "test"]))
-    table = _direct(_config(path, {"split": "fold"}, split={"kind": "given"}))
+        _direct(config_of(None, split={"kind": "given", **paths, "train_path": str(tmp_path)}))
+    path = write(tmp_path / "s.parquet", events(2, fold=["train", "test"]))
+    table = _direct(config_of(path, {"split": "fold"}, split={"kind": "given"}))
     assert table["split"].to_pylist() == ["train", "test"]
     with pytest.raises(ConfigError, match=r"data\.split\.train_path and data\.split\.test_path"):
-        _direct(_config(path, split={"kind": "given"}))
+        _direct(config_of(path, split={"kind": "given"}))
 
 
 def test_side_tables(tmp_path: Path) -> None:
-    events = _write(tmp_path / "e.parquet", _events())
+    path = write(tmp_path / "e.parquet", events())
     items = pa.table({"price": [1.0, 2.0], "item_id": pa.array([0, 10], pa.int32()), "tags": [["a"], ["b"]]})
-    config = _config(events, items=_write(tmp_path / "i.parquet", items))
+    config = config_of(path, items=write(tmp_path / "i.parquet", items))
     log = parquet.Log.open(config)
     found = log.side_table("item")
     assert found is not None and log.side_table("user") is None
     assert found.column_names == ["item", "item_price", "item_tags"]
     assert found["item"].type == pa.int64()
-    twice = _write(tmp_path / "t.parquet", pa.concat_tables([items, items.slice(0, 1)]))
+    twice = write(tmp_path / "t.parquet", pa.concat_tables([items, items.slice(0, 1)]))
     with pytest.raises(DataError, match=r"'item_id' repeats 1 of 2 keys, '0' 2 times; keep one row per item"):
-        parquet.Log.open(_config(events, items=twice)).side_table("item")
+        parquet.Log.open(config_of(path, items=twice)).side_table("item")
     with pytest.raises(DataError, match=r"no column 'user_id' to join on.*; columns there: price, item_id, tags"):
-        parquet.Log.open(_config(events, users=config.items)).side_table("user")
+        parquet.Log.open(config_of(path, users=config.items)).side_table("user")
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
-    table = _events()
+    table = events()
     twice = pa.Table.from_arrays([*table.columns, table["item_id"]], [*table.column_names, "item_id"])
     with pytest.raises(DataError, match=r"twice\.parquet has 2 columns called 'item_id'"):
-        _direct(_config(_write(tmp_path / "twice.parquet", twice)))
+        _direct(config_of(write(tmp_path / "twice.parquet", twice)))
     other = pa.Table.from_arrays([*table.columns, table["item_id"], table["item_id"]], [*table.column_names, "x", "x"])
-    assert len(_direct(_config(_write(tmp_path / "other.parquet", other)))) == len(table)
+    assert len(_direct(config_of(write(tmp_path / "other.parquet", other)))) == len(table)
 
 
 NULLS = pa.array([1, None, 2, 3, 4, 5])
@@ -258,23 +235,23 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "columns", "data", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_bad_input(tmp_path: Path, changes: Any, columns: Any, data: Any, message: str) -> None:
-    path = _write(tmp_path / "a.parquet", _events(**changes))
+    path = write(tmp_path / "a.parquet", events(**changes))
     with pytest.raises(DataError, match=message):
-        _direct(_config(path, columns, **data))
+        _direct(config_of(path, columns, **data))
 
 
 def test_files_that_disagree(tmp_path: Path) -> None:
-    _write(tmp_path / "a.parquet", _events())
-    _write(tmp_path / "b.parquet", _events(user_id=list("abcdef")))
+    write(tmp_path / "a.parquet", events())
+    write(tmp_path / "b.parquet", events(user_id=list("abcdef")))
     with pytest.raises(DataError, match=r"b\.parquet: column 'user_id' is string, but int64 in .*a\.parquet"):
-        _direct(_config(str(tmp_path)))
+        _direct(config_of(str(tmp_path)))
 
 
 @pytest.mark.parametrize("damage", ["tail", "head", "empty", "page"])
 def test_broken_files_are_named(tmp_path: Path, damage: str) -> None:
-    _write(tmp_path / "a.parquet", _events())
+    write(tmp_path / "a.parquet", events())
     path = tmp_path / "b.parquet"
-    _write(path, _events(20_000, timestamp=START + np.arange(20_000)), compression="zstd")
+    write(path, events(20_000, timestamp=START + np.arange(20_000)), compression="zstd")
     data = path.read_bytes()
     middle = len(data) // 2
     broken = {
@@ -285,12 +262,12 @@ def test_broken_files_are_named(tmp_path: Path, damage: str) -> None:
     }
     path.write_bytes(broken[damage])
     with pytest.raises(DataError, match=r"b\.parquet is not a whole Parquet file"):
-        _direct(_config(str(tmp_path)))
+        _direct(config_of(str(tmp_path)))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     for path in (str(tmp_path), str(tmp_path / "none"), str(tmp_path / "*.parquet")):
         with pytest.raises(StorageError, match=str(tmp_path)):
-            parquet.Log.open(_config(path))
+            parquet.Log.open(config_of(path))
     with pytest.raises(ConfigError, match=r"data\.path is not set"):
-        parquet.Log.open(_config(None))
+        parquet.Log.open(config_of(None))
