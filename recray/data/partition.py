@@ -100,6 +100,9 @@ def edges(first: int, last: int) -> np.ndarray:
     """Edges of at most _TIME_BINS bins between the first and the last time."""
     # np.unique would hash, and evenly spaced integers collide: minutes instead of milliseconds.
     even = np.linspace(first, last + 1, _TIME_BINS + 1).astype(np.int64)
+    # Positions may be above 2 ** 53 and so no exact floats: the outer edges would leave out events.
+    even[0], even[-1] = first, last + 1
+    even = np.clip(even, first, last + 1)
     return np.asarray(even[np.concatenate([[True], even[1:] != even[:-1]])])
 
 

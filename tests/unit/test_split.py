@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recray.config import SplitConfig, parse_config
-from recray.data import split
+from recray.data import partition, split
 from recray.errors import ConfigError, DataError
 
 KEYS = ("events", "shown", "weightless")
@@ -132,3 +132,11 @@ def test_draw_is_a_share_and_depends_on_the_seed() -> None:
     assert split.draw(SplitConfig(kind="given"), num_valid=0, seed=1) == split.Draw(0.1, 1)
     with pytest.raises(ConfigError, match="fraction of train events to draw"):
         split.draw(SplitConfig(kind="given", valid="1d"), num_valid=0, seed=1)
+
+
+def test_every_time_has_a_bin() -> None:
+    rng = np.random.default_rng(0)
+    for most in (5, 10**6, 2**53, 2**62):
+        for first, last in np.sort(rng.integers(0, most, (20, 2)), axis=1).tolist():
+            edges = partition.edges(first, last)
+            assert edges[0] == first and edges[-1] == last + 1 and (np.diff(edges) > 0).all()
