@@ -18,16 +18,17 @@ This module knows the paths below a run; no other module joins them. (It is not 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
-from recray import folders, layout, log, registry, sealed, storage
+from recray import folders, layout, locks, log, registry, sealed, storage
 from recray.config import Config
 from recray.errors import LineageError
 from recray.metrics import parse
@@ -209,8 +210,18 @@ class Run:
             raise LineageError(f"{made.uri} holds an artefact of another configuration: delete that folder")
         return made
 
+    @contextlib.contextmanager
+    def making(self, artifact: Artifact[R], anew: bool = False) -> Iterator[bool]:
+        """`begin`; inside the block no other process makes the artefact. Raises StorageError that names the one that does."""
+        if artifact.complete() and not anew:
+            yield self.begin(artifact)
+            return
+        with locks.exclusive(artifact.uri):
+            yield self.begin(artifact, anew)
+
     def begin(self, artifact: Artifact[R], anew: bool = False) -> bool:
-        """Whether the artefact has to be made. Says why, and marks its folder; what is up to date is published.
+        """Whether the artefact has to be made. Says why, and marks its folder; what is up to date is published. Only the
+        process that makes it may call this: what a killed one has half written is deleted.
 
         anew: delete what is there of it. Raises StorageError if a folder that recray did not mark is not empty.
         """
@@ -228,6 +239,8 @@ class Run:
             why = self._difference(artifact)
             log.info(stage.verb, f"new artefact {artifact.identity}{why}", event="new_artifact", values=values)
             artifact.mark()
+        else:
+            layout.clear_half_written(artifact.uri, layout.WRITTEN[stage.name])
         return True
 
     def publish(self, artifact: Artifact[Record]) -> None:

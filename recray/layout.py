@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from recray import folders, log
+from recray import folders, log, storage
 from recray.errors import StorageError
 
 _SHARD = r"part-\d+\.parquet"
@@ -79,6 +79,13 @@ def clear(folder: str, written: re.Pattern[str]) -> list[str]:
     if stay:
         log.warning("storage", f"{folder} keeps {_listed(stay)}, which recray did not write", event="kept")
     return stay
+
+
+def clear_half_written(folder: str, written: re.Pattern[str]) -> None:
+    """Delete the files in a local folder that a killed process was writing; an object store has none."""
+    for name in folders.everything(folder) if "://" not in folder else ():
+        if name.endswith(".part") and written.fullmatch(name):
+            storage.delete_file(storage.join(folder, name))
 
 
 def refuse_foreign(folder: str, written: re.Pattern[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -42,8 +43,13 @@ def _locked(uri: str, path: str, deadline: float) -> TextIO:
     told = False
     while True:
         with contextlib.suppress(FileNotFoundError):  # its folder was empty and has just been deleted
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            file = open(path, "a+")  # noqa: SIM115
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                file = open(path, "a+")  # noqa: SIM115
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    raise
+                return open(os.devnull)  # nothing can be written there, which the first write reports
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

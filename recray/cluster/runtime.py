@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from recray import credentials, log, registry
 from recray.cluster import cpus, private_ray, resources
+from recray.cluster.guard import Guard
 from recray.config import ScalingConfig
 from recray.errors import ClusterError
 
@@ -46,6 +47,7 @@ _SOCKET_PATH = 107  # bytes, a limit of Linux; below it Ray needs a session's fo
 _SESSION = len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
 _own = False
+_guard: Guard | None = None
 
 
 def start(scaling: ScalingConfig, tasks: bool = True) -> None:
@@ -115,9 +117,7 @@ def check() -> None:
 
 def _set_defaults(address: str) -> None:
     # Joining: an attempt takes Ray 40 s, and its default of 20 attempts 14 minutes. A local start polls, so it keeps 20.
-    # Local: the agents of a Ray whose driver was killed look for its head no longer than that.
-    local = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
-    joining = local if address == "local" else {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+    joining = {} if address == "local" else {"RAY_NUM_REDIS_GET_RETRIES": "2"}
     for name, value in (_DEFAULTS | joining).items():
         os.environ.setdefault(name, value)
 
@@ -133,8 +133,10 @@ def _check_socket_path() -> None:
 
 
 def _start_local(num_cpus: int | None) -> None:
-    global _own
+    global _own, _guard
     import ray
+
+    _guard = Guard()
 
     for name, value in loopback().items():
         os.environ.setdefault(name, value)
@@ -158,6 +160,7 @@ def _start_local(num_cpus: int | None) -> None:
                 f"Ray did not start on this machine: {error} The machine is probably overloaded, or its disk or memory is "
                 "full: try again when it is less busy, or set scaling.num_workers = 0 to train without Ray"
             ) from error
+    _guard.watch()
     _own = True
 
 
@@ -273,6 +276,8 @@ def stop_own() -> None:
         import ray
 
         ray.shutdown()
+        if _guard is not None:
+            _guard.release()
         _own = False
 
 

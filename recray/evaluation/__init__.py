@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from recray import locks, storage
+from recray.artifacts import report_stage
 from recray.config import Config
 from recray.evaluation.clicks import evaluate_clicks
 from recray.evaluation.lists import evaluate_lists
@@ -14,6 +16,5 @@ def evaluate(config: Config, split: str = "test") -> ReportRecord:
     split: "test" to report, "valid" to compare configurations by. Raises LineageError if there is no checkpoint of this
     configuration, and ConfigError for the validation split of a refitted checkpoint.
     """
-    if config.model.family == "ranker":
-        return evaluate_clicks(config, split)
-    return evaluate_lists(config, split)
+    with locks.exclusive(storage.join(config.run_uri, report_stage(split).name)):
+        return evaluate_clicks(config, split) if config.model.family == "ranker" else evaluate_lists(config, split)

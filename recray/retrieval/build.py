@@ -20,7 +20,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.ids import NUM_RESERVED
 from recray.models import Retriever
-from recray.records import IndexRecord, SweepPoint
+from recray.records import CheckpointRecord, IndexRecord, SweepPoint
 from recray.retrieval import embed, faiss_index
 from recray.retrieval.recall_sweep import sweep
 from recray.training import checkpoint
@@ -39,8 +39,14 @@ def index(config: Config) -> IndexRecord:
     run = Run(config)
     faiss_index.check(config.retrieval.index)
     source, artifact = run.checkpoint(), run.index_artifact()
-    if not run.begin(artifact):
-        return artifact.record
+    with run.making(artifact) as needed:
+        return _build(run, source, artifact, started) if needed else artifact.record
+
+
+def _build(
+    run: Run, source: Artifact[CheckpointRecord], artifact: Artifact[IndexRecord], started: float
+) -> IndexRecord:
+    config = run.config
     dataset, options = PreparedDataset.of(run).known_to(source.record), config.retrieval
     model, _ = checkpoint.load_model(source.uri)
     assert isinstance(model, Retriever)

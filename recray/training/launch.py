@@ -54,11 +54,8 @@ def train(
     run = Run(config)
     dataset = dataset or PreparedDataset.of(run)
     artifact = run.artifact(CHECKPOINT, [dataset.record.id])
-    if config.training.resume and artifact.complete():
-        run.begin(artifact)
-        return artifact.record
-    with locks.exclusive(artifact.uri):
-        return _train(run, dataset, artifact, on_epoch, callback, until)
+    with run.making(artifact, anew=not config.training.resume) as needed:
+        return _train(run, dataset, artifact, on_epoch, callback, until) if needed else artifact.record
 
 
 def _train(
@@ -70,8 +67,6 @@ def _train(
     until: int | None,
 ) -> CheckpointRecord:
     started, config = time.perf_counter(), run.config
-    if not run.begin(artifact, anew=not config.training.resume):
-        return artifact.record
     check_validation(config, dataset)
     until = until if until is not None and until < config.training.epochs else None
     select = selection(config, artifact.uri)
@@ -303,7 +298,7 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
         run_config=ray_train.RunConfig(
             name="ray",
             callbacks=[callback] if callback is not None else [],
-            logging_config=ray_train.LoggingConfig(log_level="ERROR"),
+            logging_config=ray_train.LoggingConfig(log_level="CRITICAL"),  # errors are raised, too
             storage_path=work.folder if "://" in work.folder else os.path.abspath(work.folder),
         ),
     )

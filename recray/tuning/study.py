@@ -13,7 +13,7 @@ import time
 
 import tomli_w
 
-from recray import digests, log, storage
+from recray import digests, locks, log, storage
 from recray.artifacts import Run
 from recray.cluster import runtime
 from recray.config import Config, ScalingConfig, TuneConfig, with_values
@@ -47,7 +47,15 @@ def tune(config: Config) -> TuneRecord:
     objective = Objective.of(config)
     prepare(config)
     store = SweepStore.of(config)
-    store.open()
+    with locks.exclusive(store.uri):
+        store.open()
+        return _sweep(store, space, resources, objective, started)
+
+
+def _sweep(
+    store: SweepStore, space: Space, resources: TrialResources, objective: Objective, started: float
+) -> TuneRecord:
+    config = store.config
     trials = _search(store, space, resources)
     ranked = objective.ranked(trials)
     retrained = _retrain(store, resources, ranked[: config.tune.top])

@@ -1,5 +1,6 @@
 """One process at a time writes an artefact."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.small_run import small_config
 from recray import locks, storage
+from recray.artifacts import INDEX, Run
 from recray.errors import StorageError
 
 # Holds the lock of a folder until it is killed.
@@ -58,3 +61,27 @@ def test_a_process_that_holds_it_is_refused_again(tmp_path: Path) -> None:
     with locks.exclusive(folder), pytest.raises(StorageError), locks.exclusive(folder):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with locks.exclusive(str(tmp_path / "run" / "a")):
+        pass
+
+
+def test_half_written_files_of_an_artefact_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    run = Run(small_config(tmp_path))
+    artifact = run.artifact(INDEX, ["checkpoint-1"])
+    with run.making(artifact) as needed:
+        assert needed
+    folder = Path(artifact.uri)
+    kept = ["index.faiss", "mine.part", "index.faiss.1234.part", "identity.json"]
+    for name in (*kept, "index.faiss.0123abcd.part", "identity.json.0123abcd.part"):
+        (folder / name).touch()
+    artifact.mark()
+    with run.making(artifact) as needed:
+        assert needed and not list(folder.parent.glob("*.0123abcd.part"))
+    assert sorted(path.name for path in folder.parent.rglob("*") if path.is_file()) == sorted(kept)
