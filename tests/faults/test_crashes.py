@@ -7,7 +7,6 @@ deletion of a folder. The child is killed before one of them, after one of them,
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import random
 import re
@@ -22,7 +21,7 @@ import pytest
 
 import recray
 from helpers.configs import simulated_table
-from helpers.faults import Table, half_written
+from helpers.faults import Table, forking, half_written
 from helpers.inline_tasks import inline_prepare
 from recray import folders
 from recray.config import Config, parse_config
@@ -30,7 +29,7 @@ from recray.records import ReportRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-MOMENTS = 24
+MOMENTS = 20
 
 
 def _config(folder: Path) -> Config:
@@ -109,7 +108,7 @@ def _count(folder: Path, queue: Any) -> None:
 
 
 def _spawn(work: Callable[..., None], *args: Any) -> int | None:
-    process = multiprocessing.get_context("spawn").Process(target=work, args=args)
+    process = forking().Process(target=work, args=args)
     process.start()
     process.join(120)
     return process.exitcode
@@ -132,7 +131,7 @@ def _results(folder: Path) -> dict[str, Any]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], int]]:
     """What an undisturbed run makes, and its number of changes."""
     folder = tmp_path_factory.mktemp("whole")
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    queue = forking().SimpleQueue()
     assert _spawn(_count, folder, queue) == 0
     yield _results(folder), queue.get()
 
@@ -152,4 +151,4 @@ def test_a_kill_at_any_change_of_a_file(undisturbed: tuple[dict[str, Any], int],
         assert _results(folder) == wanted, (at, how)
         assert not half_written(folder), (at, how)
         shutil.rmtree(folder)
-    table.row("kill -9 at 24 of all changes of files, in every stage", "what was not saved", max(seconds))
+    table.row(f"kill -9 at {MOMENTS} of all changes of files, in every stage", "what was not saved", max(seconds))

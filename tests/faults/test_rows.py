@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.configs import simulated_table
-from helpers.faults import Table, half_written
+from helpers.faults import Table, forking, half_written
 from helpers.inline_tasks import inline_prepare
 from helpers.ranks import RankContext
 from helpers.runs import dataset_of
@@ -94,10 +93,8 @@ def _lines(folder: Path, attempt: int) -> list[tuple[tuple[int, int], list[list[
 
 
 def _start(folder: Path, workers: int, attempt: int) -> list[BaseProcess]:
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["recray.training.launch", "torch.distributed"])
     ranks: list[BaseProcess] = [
-        server.Process(target=_train, args=(rank, workers, folder, attempt)) for rank in range(workers)
+        forking().Process(target=_train, args=(rank, workers, folder, attempt)) for rank in range(workers)
     ]
     for rank in ranks:
         rank.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 import torch
@@ -27,7 +30,7 @@ _MARK = "RECRAY_TEST_CHILD"
 class Child:
     """A command that runs in its own process and logs JSON lines to a file."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     output: Path
     mark: str
     began: float = field(default_factory=time.monotonic)
@@ -65,25 +68,96 @@ class Child:
 
 
 @contextlib.contextmanager
-def recray_child(config: Config, *words: str, environment: dict[str, str] | None = None) -> Iterator[Child]:
+def recray_child(config: Config, *words: str) -> Iterator[Child]:
     """`recray WORDS[0] CONFIG WORDS[1:]`. Everything that it started is ended after the block."""
-    folder, mark = Path(config.run.output), uuid.uuid4().hex
-    file, output = folder / f"{mark}.toml", folder / f"{mark}.txt"
-    file.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude_unset=True)))
+    arguments, output, mark = _command(config, words)
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", "recray", "--json", words[0], str(file), *words[1:]]
+    command, environment = [sys.executable, "-m", "recray", *arguments], os.environ | paths | {_MARK: mark}
     with output.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=os.environ | paths | {_MARK: mark} | (environment or {})
-        )
-    child = Child(process, output, mark)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+    yield from _until_end(Child(process, output, mark))
+
+
+@contextlib.contextmanager
+def forked_child(config: Config, *words: str, before: Callable[[], None] | None = None) -> Iterator[Child]:
+    """As `recray_child`, for a command without Ray, in a process that need not import torch again, which takes seconds.
+
+    before: called in the child first.
+    """
+    arguments, output, mark = _command(config, words)
+    output.touch()
+    forked = forking().Process(target=_run_command, args=(arguments, output, mark, before))
+    forked.start()
+    yield from _until_end(Child(Forked(forked), output, mark))
+
+
+def forking() -> Any:
+    """Starts processes from one that has imported recray and torch."""
+    server = multiprocessing.get_context("forkserver")
+    stages = ("training.launch", "retrieval.build", "evaluation.recommend")
+    server.set_forkserver_preload(["recray.cli", "torch.distributed", *(f"recray.{name}" for name in stages)])
+    return server
+
+
+def _command(config: Config, words: tuple[str, ...]) -> tuple[list[str], Path, str]:
+    """Arguments of a command, the file for its output, and the mark of its processes."""
+    folder, mark = Path(config.run.output), uuid.uuid4().hex
+    file = folder / f"{mark}.toml"
+    file.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude_unset=True)))
+    return ["--json", words[0], str(file), *words[1:]], folder / f"{mark}.txt", mark
+
+
+def _run_command(arguments: list[str], output: Path, mark: str, before: Callable[[], None] | None) -> None:
+    from recray import cli
+
+    with output.open("ab", buffering=0) as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.argv = ["recray", *arguments]
+    if before is not None:
+        before()
+    cli.main()
+
+
+def _until_end(child: Child) -> Iterator[Child]:
     try:
         yield child
     finally:
-        for pid, _ in _processes(mark):
+        for pid, _ in _processes(child.mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        if isinstance(child.process, Forked):
+            child.process.kill()
+        child.process.wait()
+
+
+class Forked:
+    """A process of multiprocessing as one of subprocess."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        assert process.pid is not None
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("recray", timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 def wait_for(true: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
@@ -106,7 +180,7 @@ def config_of(folder: Path, name: str, *overrides: str) -> Config:
         evaluation={"bootstrap": 0},
     )
     table["run"] |= {"name": name, "dataset": str(folder / "dataset")}
-    table["scaling"] = {"num_workers": 2, "reader": "worker"}
+    table["scaling"] = {"num_workers": 2, "reader": "worker", "threads_per_worker": 1}
     return parse_config(table, overrides)
 
 
