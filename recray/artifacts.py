@@ -248,10 +248,14 @@ class Run:
         stage = artifact.stage.name
         if not artifact.uri.startswith(f"{self.uri}/"):
             return  # a dataset that another run owns
-        named = self.current()
-        if named.get(stage) != artifact.identity:
-            sealed.write(storage.join(self.uri, _CURRENT), {**named, stage: artifact.identity})
-        storage.link(storage.join(self.uri, stage, "current"), artifact.identity)
+        file, link = storage.join(self.uri, _CURRENT), storage.join(self.uri, stage, "current")
+        with locks.exclusive(storage.join(self.uri, "current")):  # another stage may be published at the same time
+            storage.delete_parts(file)
+            storage.delete_parts(link)
+            named = self.current()
+            if named.get(stage) != artifact.identity:
+                sealed.write(file, {**named, stage: artifact.identity})
+            storage.link(link, artifact.identity)
 
     def discard(self, artifact: Artifact[Record]) -> None:
         """Delete an artefact that could not be completed, and the folder of its stage if nothing else is in it."""

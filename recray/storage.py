@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -365,6 +366,15 @@ def _upload(system: pafs.FileSystem, source: str, path: str) -> None:
 def _part_of(path: str) -> str:
     """A file next to `path` that is written and then moved there."""
     return f"{path}.{uuid.uuid4().hex[:8]}.part"
+
+
+def delete_parts(uri: str) -> None:
+    """Delete what killed processes have half written of a local file or link."""
+    system, path = resolve(uri)
+    if isinstance(system, pafs.LocalFileSystem):
+        for part in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 8}.part"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
 
 
 def sync(folder: str, names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.faults import Table, config_of, forked_child, half_written, recray_child, same_weights
+from helpers.faults import Table, config_of, forked_child, half_written, recray_child, same_weights, wait_for
 from helpers.inline_tasks import inline_prepare
 from helpers.runs import selection
 from recray.config import Config
@@ -187,9 +187,8 @@ def test_an_output_that_becomes_read_only(whole: Config, small_disk: Path, table
     config = _on(small_disk, whole)
     with forked_child(config, "train") as child:
         child.until(EPOCH)
-        subprocess.run(["mount", "-o", "remount,ro,size=400k", str(small_disk)], check=False)
-        if os.access(small_disk, os.W_OK):
-            pytest.skip("the file system is in use and cannot become read-only")
+        read_only = ["mount", "-o", "remount,ro,size=400k", str(small_disk)]  # refused while a file is being written
+        wait_for(lambda: not subprocess.run(read_only, capture_output=True).returncode, 30, lambda: "in use")
         code, said = child.end(60)
     assert code == 2 and "Read-only file system" in said and "Traceback" not in said, said
     subprocess.run(["mount", "-o", "remount,rw,size=400k", str(small_disk)], check=True)

@@ -19,7 +19,7 @@ from helpers.inline_tasks import inline_prepare
 from recray import storage
 from recray.config import Config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 EPOCHS = "training.epochs=16"
 EPOCH, RESTART = '"event": "epoch"', '"event": "restart"'

@@ -101,7 +101,8 @@ def forking() -> Any:
 
 def _command(config: Config, words: tuple[str, ...]) -> tuple[list[str], Path, str]:
     """Arguments of a command, the file for its output, and the mark of its processes."""
-    folder, mark = Path(config.run.output), uuid.uuid4().hex
+    assert config.run.dataset
+    folder, mark = Path(config.run.dataset).parent, uuid.uuid4().hex  # not run.output, which may be a full disk
     file = folder / f"{mark}.toml"
     file.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude_unset=True)))
     return ["--json", words[0], str(file), *words[1:]], folder / f"{mark}.txt", mark

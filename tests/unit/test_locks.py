@@ -72,6 +72,20 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path: Path, monkeypat
         pass
 
 
+def test_publishing_deletes_what_a_killed_process_left(tmp_path: Path) -> None:
+    run = Run(small_config(tmp_path))
+    artifact = run.artifact(INDEX, ["checkpoint-1"])
+    run.begin(artifact)
+    root = Path(run.uri)
+    (root / "current.json.0123abcd.part").touch()
+    (root / "index" / "current.0123abcd.part").symlink_to(artifact.identity)
+    (root / "current.json.mine.part").touch()
+    run.publish(artifact)
+    assert run.current() == {"index": artifact.identity}
+    assert sorted(path.name for path in root.iterdir()) == ["current.json", "current.json.mine.part", "index"]
+    assert sorted(path.name for path in (root / "index").iterdir()) == sorted([artifact.identity, "current"])
+
+
 def test_half_written_files_of_an_artefact_are_deleted_and_nothing_else(tmp_path: Path) -> None:
     run = Run(small_config(tmp_path))
     artifact = run.artifact(INDEX, ["checkpoint-1"])
