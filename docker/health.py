@@ -6,15 +6,27 @@ import urllib.request
 from pathlib import Path
 
 
+def commands() -> list[list[str]]:
+    """The names of the program and of its first argument (a script, of an interpreter), of every process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it ended
+            continue
+        found.append([word.rpartition("/")[2] for word in words[:2]])
+    return found
+
+
 def main() -> int:
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    if any(b"jupyter" in command for command in commands):
+    running = {name for command in commands() for name in command}
+    if "jupyter-lab" in running:
         with urllib.request.urlopen("http://127.0.0.1:8888/api", timeout=10) as answer:  # nosec B310 - a constant
             return int(answer.status != 200)
-    if any(b"gcs_server" in command for command in commands):  # the head
+    if "gcs_server" in running:  # the head
         return subprocess.run(["ray", "health-check"], timeout=15, check=False).returncode
-    if any(b"ray start" in command.replace(b"\0", b" ") for command in commands):
-        return int(not any(b"raylet" in command for command in commands))
+    if "ray" in running:  # `ray start --block`
+        return int("raylet" not in running)
     return 0
 
 

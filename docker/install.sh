@@ -1,24 +1,29 @@
 #!/bin/sh
-# Install what requirements.lock and the locks beside this file pin, with the pip that is on PATH.
-#   docker/install.sh cpu|gpu [TORCH_VERSION]      PIP_INDEX_URL and friends choose the build of torch, as everywhere
+# Install what cpu.lock or gpu.lock pins into the environment on PATH, and nothing else.
+#   docker/install.sh cpu|gpu [TORCH_VERSION]
+# TORCH_INDEX names the package index that has the wanted build of torch. pip checks the hash of every other package; torch's
+# is checked where the build is that of the lock.
 set -eu
 device=$1
 here=$(cd "$(dirname "$0")" && pwd)
-lock="$here/../requirements.lock"
-locked=$(sed -n 's/^torch==//p' "$lock")
+lock="$here/$device.lock"
+locked=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$lock")
 torch=${2:-$locked}
+pip() { python -m pip --no-cache-dir --disable-pip-version-check "$@"; }
 
-# torch first and alone: no later resolution may pick another build of it.
-env ${TORCH_INDEX:+PIP_INDEX_URL="$TORCH_INDEX"} pip install --no-cache-dir "torch==$torch"
-
+if [ "$device" = gpu ] && [ "$torch" = "$locked" ] && [ -z "${TORCH_INDEX:-}" ]; then
+    pip install --no-deps --require-hashes --requirement "$lock"
+    exit
+fi
+# Another build of torch has other CUDA libraries, or none; another version also its own version of sympy.
+build='torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+'
+alone=--no-deps
+if [ "$torch" != "$locked" ] || [ "$device" = gpu ]; then
+    build="$build|sympy"
+    alone=
+fi
 rest=$(mktemp)
-grep -v '^torch==' "$lock" > "$rest"
-if [ "$torch" != "$locked" ]; then  # torch pins its sympy
-    sed -i '/^sympy==/d' "$rest"
-fi
-if [ "$device" = gpu ]; then  # faiss-cpu and faiss-gpu both install the package faiss
-    sed -i '/^faiss-cpu==/d' "$rest"
-    cat "$here/gpu.lock" >> "$rest"
-fi
-pip install --no-cache-dir -r "$rest" -r "$here/notebook.lock"
+awk -v build="^($build)==" '/^[A-Za-z0-9]/ { skip = $0 ~ build && !/-cu12==/ } !skip' "$lock" > "$rest"
+pip install $alone ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$torch"
+pip install --no-deps --require-hashes --requirement "$rest"
 rm "$rest"

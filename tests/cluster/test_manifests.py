@@ -1,6 +1,8 @@
 """Files for other machines, against what those machines check: Ray's schema and bootstrap, Kubernetes' and KubeRay's, hadolint."""
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +53,20 @@ def test_aws_takes_the_file_and_opens_no_port(monkeypatch: pytest.MonkeyPatch, t
         ec2 = boto3.client("ec2", region_name="us-east-1")
         vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
         group = ec2.create_security_group(GroupName="recray", Description="recray", VpcId=vpc)["GroupId"]
-        boto3.client("iam", region_name="us-east-1").create_instance_profile(InstanceProfileName="recray")
+        image = ec2.describe_images()["Images"][0]["ImageId"]
+        for name in ("recray-head", "recray-worker"):
+            boto3.client("iam", region_name="us-east-1").create_instance_profile(InstanceProfileName=name)
         text = (CLUSTER / "aws-gpu.yaml").read_text()
-        text = text.replace("sg-YOURGROUP", group).replace("YOUR-PROFILE", "recray")
+        text = text.replace("sg-YOURGROUP", group).replace("ami-YOURIMAGE", image)
+        text = text.replace("YOUR-HEAD-PROFILE", "recray-head").replace("YOUR-WORKER-PROFILE", "recray-worker")
         config = bootstrap_aws(prepare_config(yaml.safe_load(text)))
         for node in config["available_node_types"].values():
             assert node["node_config"]["SecurityGroupIds"] == [group]
-            assert node["node_config"]["ImageId"].startswith("ami-") and node["node_config"]["SubnetIds"]
+            assert node["node_config"]["ImageId"] == image and node["node_config"]["SubnetIds"]
+        profiles = {
+            name: node["node_config"]["IamInstanceProfile"] for name, node in config["available_node_types"].items()
+        }
+        assert [name for name, profile in profiles.items() if profile == {"Name": "recray-head"}] == ["head"]
         assert ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissions"] == []
 
 
@@ -97,8 +106,25 @@ def test_containers_run_without_privileges_and_redis_has_a_password() -> None:
     (container,) = redis["spec"]["template"]["spec"]["containers"]
     assert container["env"][0]["valueFrom"]["secretKeyRef"] == secret
     assert "requirepass $REDIS_PASSWORD" in container["args"][0]
-    (policy,) = (one for one in documents if one["kind"] == "NetworkPolicy")
-    assert policy["spec"]["podSelector"]["matchLabels"] == redis["spec"]["template"]["metadata"]["labels"]
+    closed = [one["spec"]["podSelector"]["matchLabels"] for one in documents if one["kind"] == "NetworkPolicy"]
+    assert redis["spec"]["template"]["metadata"]["labels"] in closed
+    assert {"ray.io/cluster": cluster["metadata"]["name"]} in closed
+    pods = [one for document in documents for one in _pods(document)]
+    for pod in pods:
+        workers = [one for one in pod["containers"] if one["name"] == "ray-worker"]
+        assert not workers or pod["automountServiceAccountToken"] is False
+        for one in pod["containers"]:
+            assert (one["securityContext"] | pod.get("securityContext", {}))["runAsUser"] > 0
+            mounts = {mount["mountPath"] for mount in one["volumeMounts"]}
+            assert one["name"] == "redis" or {"/tmp/ray", "/dev/shm"} <= mounts
+
+
+def _pods(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return [found for one in value for found in _pods(one)]
+    if not isinstance(value, dict):
+        return []
+    return [value] * ("containers" in value) + [found for one in value.values() for found in _pods(one)]
 
 
 def _containers(value: Any) -> list[dict[str, Any]]:
@@ -111,9 +137,25 @@ def _containers(value: Any) -> list[dict[str, Any]]:
 
 def test_what_runs_in_the_image_cannot_change_its_code() -> None:
     text = (REPOSITORY / "docker" / "Dockerfile").read_text()
-    changed = [line for line in text.splitlines() if "chown" in line or "chmod" in line]
-    assert len(changed) == 2 and all(line.endswith("chown -R 10001 /home/recray/notebooks") for line in changed)
-    assert text.count("USER 10001") == 2
+    owned = [line.split() for line in text.splitlines() if "chown" in line or "chmod" in line or "--owner" in line]
+    assert [words[-1] for words in owned if words[0] == "COPY"] == ["/workspace/"] * 2
+    assert [words for words in owned if words[0] != "COPY"] == [
+        ["&&", "install", "--directory", "--owner", "recray", "--group", "recray", "/workspace", "\\"]
+    ]
+
+
+def test_both_images_have_one_python_and_every_package_a_hash() -> None:
+    folder = REPOSITORY / "docker"
+    bases = {line.split()[1] for line in (folder / "Dockerfile").read_text().splitlines() if line.startswith("FROM")}
+    assert bases == {"${BASE}", "base"}
+    for device in ("cpu", "gpu"):
+        lines = (folder / f"{device}.lock").read_text().splitlines()
+        assert lines[-1].strip().startswith("--hash=sha256:")
+        for line, after in itertools.pairwise(lines):
+            assert not line[0].isalnum() or after.strip().startswith("--hash=sha256:"), line
+        names = {line.split("==")[0] for line in lines if line[0].isalnum()}
+        assert f"faiss-{device}" in names and len(names & {"faiss-cpu", "faiss-gpu"}) == 1
+        assert not names & {"pytest", "mypy", "ruff", "moto", "hypothesis", "bandit"}
 
 
 def test_a_misspelt_field_is_found() -> None:
@@ -174,11 +216,11 @@ def test_compose_opens_loopback_only_and_asks_for_a_token() -> None:
 
 
 def test_locks_of_the_image_do_not_contradict_one_another() -> None:
-    pins: dict[str, str] = {}
+    pins = dict[str, str]()
     for path in (REPOSITORY / "requirements.lock", *(REPOSITORY / "docker").glob("*.lock")):
-        for line in path.read_text().split():
-            name, version = line.lower().replace("_", "-").split("==")
-            assert pins.setdefault(name, version) == version, line
+        for pin in re.findall(r"^[\w.-]+==[^\s;]+", path.read_text(), re.MULTILINE):
+            name, version = pin.lower().replace("_", "-").split("==")
+            assert pins.setdefault(name, version) == version, pin
 
 
 def test_the_dag_imports_under_airflow() -> None:
