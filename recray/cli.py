@@ -177,7 +177,8 @@ def evaluate(
     ] = _Split.test,
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate model, index and baselines; writes report.json to <output>/<name>/report (or report-valid) and prints it."""
+    """Evaluate model, index and baselines; writes report.json and report.html to <output>/<name>/report (or report-valid)
+    and prints the report."""
     import recray
     from recray.report.text import render
 
@@ -185,6 +186,21 @@ def evaluate(
     with _stoppable():
         report = recray.evaluate(settings, split.value)
     _result("evaluate", "report", render(report), report.model_dump(mode="json"))
+
+
+@app.command()
+def report(
+    uri: Annotated[str, typer.Argument(metavar="RUN", help="folder or URI of a run, or of a report")],
+    split: Annotated[_Split, typer.Option(help="which report of the run")] = _Split.test,
+) -> None:
+    """Write the page of a run's report, report.html next to report.json, again, and print where it is."""
+    from recray.artifacts import in_use, report_stage
+    from recray.report import page
+
+    written = page.write(in_use(uri.rstrip("/"), report_stage(split.value)).uri)
+    if written is None:
+        raise typer.Exit(2)
+    _result("report", "page", written, {"uri": written})
 
 
 @app.command()

@@ -62,8 +62,8 @@ WRITTEN = {
     ),
     "checkpoint": _pattern(_CHECKPOINT),
     "index": _pattern(r"index\.faiss", r"(ids|vectors)\.parquet", r"index\.json"),
-    "report": _pattern(r"report\.json"),
-    "report-valid": _pattern(r"report\.json"),
+    "report": _pattern(r"report\.(json|html)"),
+    "report-valid": _pattern(r"report\.(json|html)"),
     "tune": _pattern(
         r"tune\.(json|html)",
         r"best\.toml",

@@ -265,6 +265,30 @@ class Comparison(Part):
     high: float | None = None
 
 
+class Slice(Part):
+    """Metrics of one group: of queries by the user's history, or of targets by their item."""
+
+    by: Literal[
+        "history", "popularity", "age"
+    ]  # events known of the user; training events of the item; since its first
+    group: str  # "5 to 9"
+    metric: str  # found@K: the share of targets that are among the first K items
+    size: int  # queries, targets, or impressions
+    values: dict[str, Interval]  # by system
+    gains: dict[str, Interval]  # system -> how much better the model is, paired; above 0: better
+
+
+class Example(Part):
+    """A user of the split; "" stands for an item that the model does not know."""
+
+    user: str
+    events: int  # known before the query
+    history: list[str]  # keys of the latest items, oldest first
+    targets: list[str]  # what the user chose then
+    lists: dict[str, list[str]]  # system -> keys
+    hit: bool  # whether the model's list has a target
+
+
 class ReportRecord(Record):
     """Metrics of the model, its index and the baselines on one split."""
 
@@ -278,6 +302,8 @@ class ReportRecord(Record):
     verdict: list[str] = []  # what the figures say, in words
     index: dict[str, Number] = {}  # what the index loses against exact search
     rerank: dict[str, Number] = {}  # what a ranker adds to the lists, and what its candidates cost
+    slices: list[Slice] = []
+    examples: list[Example] = []  # lists: some users
     reliability: list[ReliabilityBin] = []  # clicks: by falling probability; none where negatives were drawn
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from recray import locks, storage
-from recray.artifacts import report_stage
+from recray.artifacts import in_use, report_stage
 from recray.config import Config
 from recray.evaluation.clicks import evaluate_clicks
 from recray.evaluation.lists import evaluate_lists
 from recray.records import ReportRecord
+from recray.report import page
 
 
 def evaluate(config: Config, split: str = "test") -> ReportRecord:
-    """Evaluate the checkpoint of a run, a retriever together with its index, and write report.json.
+    """Evaluate the checkpoint of a run, a retriever together with its index, and write report.json and report.html.
 
     split: "test" to report, "valid" to compare configurations by. Raises LineageError if there is no checkpoint of this
     configuration, and ConfigError for the validation split of a refitted checkpoint.
     """
     with locks.exclusive(storage.join(config.run_uri, report_stage(split).name)):
-        return evaluate_clicks(config, split) if config.model.family == "ranker" else evaluate_lists(config, split)
+        report = evaluate_clicks(config, split) if config.model.family == "ranker" else evaluate_lists(config, split)
+        folder = in_use(config.run_uri, report_stage(split)).uri
+        if not storage.exists(storage.join(folder, page.FILE)):
+            page.write(folder)
+    return report

@@ -21,19 +21,20 @@ from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
+from recray.evaluation import slices
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import UNKNOWN
 from recray.loading.collate import impressions
-from recray.metrics import ClickMetric, Clicks, click_metrics
+from recray.metrics import CLICK_METRICS, ClickMetric, Clicks, click_metrics
 from recray.metrics.clicks import interval
 from recray.models import Ranker
-from recray.records import Comparison, Interval, ReliabilityBin, ReportRecord
+from recray.records import Comparison, Interval, ReliabilityBin, ReportRecord, Slice
 from recray.report.verdict import verdict
 from recray.training import checkpoint
 
 _BATCH = 8192
-_Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logit, new (no history)
+_Part = dict[str, np.ndarray]  # of one shard: user, target, label, weight, logit, length (of the history)
 
 
 def evaluate_clicks(config: Config, split: str) -> ReportRecord:
@@ -74,8 +75,9 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
             "clicks": int((label > 0).sum()),
             "users": model.num_users,
             "unknown_items": int((scored["target"] == UNKNOWN).sum()),
-            "without_history": int(scored["new"].sum()),
+            "without_history": int((scored["length"] == 0).sum()),
         },
+        slices=_slices(scored, dataset.item_counts(), config),
         reliability=[] if drawn else [ReliabilityBin(**vars(one)) for one in model.reliability()],
         seconds=time.perf_counter() - started,
     )
@@ -94,10 +96,10 @@ def _score_shards(dataset: PreparedDataset, model_uri: str, split: str, numbers:
         pieces = []
         for batch in impressions(table, _BATCH, history_length):
             assert batch.target_Q is not None and batch.label_Q is not None and batch.weight_Q is not None
-            new = batch.history.lengths() == 0
-            columns = (batch.user_B, batch.target_Q, batch.label_Q, batch.weight_Q, model.logits(batch).float(), new)
+            length = batch.history.lengths()
+            columns = (batch.user_B, batch.target_Q, batch.label_Q, batch.weight_Q, model.logits(batch).float(), length)
             pieces.append([column.numpy() for column in columns])
-        names = ("user", "target", "label", "weight", "logit", "new")
+        names = ("user", "target", "label", "weight", "logit", "length")
         yield {name: np.concatenate(column) for name, column in zip(names, zip(*pieces, strict=True), strict=True)}
 
 
@@ -118,6 +120,35 @@ class _Summary:
             low, high = bounds.get(name, (None, None))
             found[name] = Interval(value=values[name], low=low, high=high)
         return _Summary(found, drawn)
+
+
+def _slices(scored: _Part, counts_N: np.ndarray, config: Config) -> list[Slice]:
+    """AUC by the user's history, as the model reads it, and by popularity of the item."""
+    popularity = counts_N[scored["target"]]
+    groups = [("history", *group) for group in slices.of_histories(scored["length"])]
+    groups += [
+        ("popularity", *group) for group in slices.of_counts(np.where(scored["target"] == UNKNOWN, -1, popularity))
+    ]
+    found, auc = [], {"auc": CLICK_METRICS["auc"]}
+    for by, name, mask in groups:
+        label = scored["label"][mask]
+        if (label > 0).all() or (label <= 0).all():
+            continue  # no pair to order
+        user, weight = scored["user"][mask], scored["weight"][mask]
+        scores = {"model": scored["logit"][mask], "popularity": popularity[mask].astype(np.float64)}
+        systems = {n: _Summary.of(Clicks(user, score, label, weight), config, auc) for n, score in scores.items()}
+        gain = _comparison(systems, config, auc)
+        found.append(
+            Slice(
+                by=by,
+                group=name,
+                metric="auc",
+                size=len(label),
+                values={n: one.metrics["auc"] for n, one in systems.items()},
+                gains={"popularity": Interval(value=gain.gain, low=gain.low, high=gain.high)},
+            )
+        )
+    return found
 
 
 def _comparison(systems: dict[str, _Summary], config: Config, metrics: dict[str, ClickMetric]) -> Comparison:

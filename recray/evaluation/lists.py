@@ -27,6 +27,7 @@ from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.split import before
 from recray.errors import DataError
+from recray.evaluation import examples, slices
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
@@ -34,7 +35,7 @@ from recray.loading.collate import EvalQuery, eval_queries
 from recray.loading.jagged import offsets_from_lengths
 from recray.metrics import higher_is_better, list_metrics, ranking
 from recray.metrics.beyond_accuracy import ListCounts
-from recray.records import Comparison, IndexRecord, Interval, ReportRecord
+from recray.records import Comparison, Example, IndexRecord, Interval, ReportRecord, Slice
 from recray.report.verdict import verdict
 from recray.retrieval import Recommender
 from recray.retrieval.baselines import open_baselines
@@ -50,6 +51,7 @@ class _Scores:
 
     lists: ListCounts
     values: list[np.ndarray] = field(default_factory=list)  # (B, M), columns in order of _names
+    found: list[np.ndarray] = field(default_factory=list)  # (T,) whether each target is among the first K items
     short_lists: int = 0
     seconds: float = 0.0  # of "reranked": without the search for candidates
     candidate_recall: float = 0.0  # of "reranked": sum over queries of the share of targets among the candidates
@@ -58,6 +60,7 @@ class _Scores:
         return _Scores(
             self.lists + other.lists,
             self.values + other.values,
+            self.found + other.found,
             self.short_lists + other.short_lists,
             self.seconds + other.seconds,
             self.candidate_recall + other.candidate_recall,
@@ -73,12 +76,24 @@ class _Part:
     counts: Counter[str] = field(default_factory=Counter)
     users: list[np.ndarray] = field(default_factory=list)  # (B,) whose query it is
     reachable: list[np.ndarray] = field(default_factory=list)  # (B, M) metrics of lists that hit all that can be hit
+    lengths: list[np.ndarray] = field(default_factory=list)  # (B,) events known of the user
+    targets: list[np.ndarray] = field(default_factory=list)  # (3, T): user, item, time of the query
+    examples: list[Example] = field(default_factory=list)
 
     def __add__(self, other: _Part) -> _Part:
         scores = {name: self.scores[name] + other.scores[name] for name in self.scores}
         counts = Counter(self.counts)
         counts.update(other.counts)  # unlike +, it keeps zeros
-        return _Part(scores, self.left_out, counts, self.users + other.users, self.reachable + other.reachable)
+        return _Part(
+            scores,
+            self.left_out,
+            counts,
+            self.users + other.users,
+            self.reachable + other.reachable,
+            self.lengths + other.lengths,
+            self.targets + other.targets,
+            self.examples + other.examples,
+        )
 
 
 def evaluate_lists(config: Config, split: str) -> ReportRecord:
@@ -118,6 +133,8 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         reachable=dict(zip(_names(config), np.concatenate(found.reachable).mean(axis=0).tolist(), strict=True)),
         comparisons=_comparisons(found.scores, users, config),
         left_out=found.left_out,
+        slices=_slices(found, users, config, dataset, before(split)),
+        examples=examples.choose(found.examples),
         index=_index_loss(index, metrics, max(config.evaluation.k)) if index else {},
         rerank=_rerank(found.scores, metrics, config, len(users)) if "reranked" in metrics else {},
         seconds=time.perf_counter() - started,
@@ -155,7 +172,11 @@ def _score_shards(config: Config, artifacts: RunArtifacts, split: str, numbers: 
         none = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in scorer.recommenders}
         part = _Part(none, left_out)
         for query in eval_queries(table, options.batch_size, config.model.history_length, options.queries):
-            scorer.score(query, part)
+            lists = scorer.score(query, part)
+            if examples.wanted(number) and not part.examples:
+                hits_BK = ranking.hits(lists["model"], query.targets.values.numpy(), query.targets.offsets.numpy())
+                shard = dataset.record.shards[split][number].file
+                part.examples = examples.take(dataset, shard, query, lists, hits_BK)
         yield part
 
 
@@ -181,18 +202,20 @@ class _Scorer:
     vectors_ND: np.ndarray
     config: Config
 
-    def score(self, query: EvalQuery, part: _Part) -> None:
-        """Rank one batch of queries by every recommender, and add to their results."""
+    def score(self, query: EvalQuery, part: _Part) -> dict[str, np.ndarray]:
+        """Rank one batch of queries by every recommender, and add to their results; the lists by recommender."""
         ks, exclude_seen = self.config.evaluation.k, self.config.evaluation.filter_seen
         rows = (query.seen.lengths() > 0).numpy()
         values, offsets = query.targets.values.numpy(), query.targets.offsets.numpy()
         wanted = ranking.num_distinct(values, offsets)[rows]
         self._count(query, rows, wanted, part)
+        asked, lists = np.repeat(rows, np.diff(offsets)), {}
         for name, recommender in self.recommenders.items():
             scores = part.scores[name]
             started = time.perf_counter()
-            ids, _ = recommender.recommend(query, max(ks), exclude_seen)
+            lists[name] = ids = recommender.recommend(query, max(ks), exclude_seen)[0]
             scores.seconds += time.perf_counter() - started
+            scores.found.append(ranking.found(ids[:, : _headline_k(self.config)], values, offsets)[asked])
             scores.values.append(self._metrics(ranking.hits(ids, values, offsets)[rows], wanted))
             scores.lists.add(ids[rows], self.vectors_ND)
             scores.short_lists += int((ids[rows] == PAD).any(axis=1).sum())
@@ -200,6 +223,7 @@ class _Scorer:
             hit = ranking.hits(self.candidates.ids, values, offsets)[rows].sum(axis=1) / wanted
             part.scores["reranked"].candidate_recall += float(hit.sum())
             part.scores["reranked"].seconds -= self.candidates.seconds
+        return lists
 
     def _count(self, query: EvalQuery, rows: np.ndarray, wanted_B: np.ndarray, part: _Part) -> None:
         """Count queries and targets, and what of them no list can hit. rows: the queries that have a history."""
@@ -219,7 +243,11 @@ class _Scorer:
         reachable_B = ranking.num_distinct(values[kept], offsets_from_lengths(kept)[offsets])[rows]
         hits_BK = np.arange(max(self.config.evaluation.k)) < reachable_B[:, None]
         part.reachable.append(self._metrics(hits_BK, wanted_B))
-        part.users.append(query.batch.user_B.numpy()[rows])
+        user_B, time_B = query.batch.user_B.numpy(), query.time_B.numpy()
+        part.users.append(user_B[rows])
+        part.lengths.append(query.seen.lengths().numpy()[rows])
+        row_T = np.repeat(np.arange(len(rows)), np.diff(offsets))[asked]
+        part.targets.append(np.stack([user_B[row_T], values[asked], time_B[row_T]]))
 
     def _metrics(self, hits_BK: np.ndarray, wanted_B: np.ndarray) -> np.ndarray:
         """(B, M) values, columns in order of _names."""
@@ -249,10 +277,35 @@ def _bounds(values_BM: np.ndarray, users: np.ndarray, config: Config) -> list[tu
     return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
+def _headline(config: Config) -> str:
+    """The metric that recommenders are compared by."""
+    names = _names(config)
+    return config.training.metric if config.training.metric in names else f"ndcg@{config.evaluation.k[0]}"
+
+
+def _headline_k(config: Config) -> int:
+    return int(_headline(config).rpartition("@")[2])
+
+
+def _slices(
+    found: _Part, users: np.ndarray, config: Config, dataset: PreparedDataset, known: tuple[str, ...]
+) -> list[Slice]:
+    """The headline metric by the user's history, and the share of targets found by popularity and age of the item."""
+    metric, k = _headline(config), _headline_k(config)
+    at, sign = _names(config).index(metric), 1 if higher_is_better(metric, config.run.plugins) else -1
+    columns = {name: np.concatenate(one.values)[:, at] for name, one in found.scores.items()}
+    user_T, item_T, time_T = np.concatenate(found.targets, axis=1)
+    first_N = slices.first_seen(dataset, known)
+    age_T = None if first_N is None else time_T - first_N[item_T]
+    hit = {name: np.concatenate(one.found) for name, one in found.scores.items()}
+    lengths = np.concatenate(found.lengths)
+    by_item = slices.by_item(hit, item_T, age_T, user_T, dataset.item_counts(), config, k)
+    return slices.by_history(columns, lengths, users, config, metric, sign) + by_item
+
+
 def _comparisons(scores: dict[str, _Scores], users: np.ndarray, config: Config) -> list[Comparison]:
     """The model, and what is made of its lists, against every baseline and against the stage before it."""
-    names = _names(config)
-    metric = config.training.metric if config.training.metric in names else f"ndcg@{config.evaluation.k[0]}"
+    names, metric = _names(config), _headline(config)
     sign = 1 if higher_is_better(metric, config.run.plugins) else -1
     column = {name: np.concatenate(one.values)[:, names.index(metric)] for name, one in scores.items()}
     stages = [name for name in _STAGES if name in scores]

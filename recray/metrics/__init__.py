@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from recray.config import Config
 
 __all__ = [
+    "CLICK_METRICS",
     "ClickMetric",
     "Clicks",
     "ListMetric",

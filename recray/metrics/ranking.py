@@ -64,6 +64,12 @@ def shared(values: np.ndarray, offsets: np.ndarray, others: np.ndarray, other_of
     return np.asarray(np.isin(keys, other_keys))
 
 
+def found(ranked_BK: np.ndarray, target_values: np.ndarray, target_offsets: np.ndarray) -> np.ndarray:
+    """(T,) bool: whether each target is in its user's list. Unknown items are in none."""
+    offsets = np.arange(len(ranked_BK) + 1) * ranked_BK.shape[1]
+    return shared(target_values, target_offsets, ranked_BK.reshape(-1), offsets) & (target_values >= FIRST_ITEM)
+
+
 def per_user(
     hits_BK: np.ndarray, num_targets_B: np.ndarray, ks: Sequence[int], metrics: Mapping[str, ListMetric] | None = None
 ) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ _TIMES = (
     *("read_seconds", "cut_seconds", "copy_seconds", "validation_seconds", "saving_seconds"),
 )
 _SLOW = 0.1  # share of an epoch spent waiting for batches that is worth advice
-_ADVICE = {
+ADVICE = {
     "read": "set scaling.reader = 'ray_data' to read on other cores and nodes, or move the dataset closer",
     "cut": "raise scaling.num_workers (each worker cuts its own rows), or lower model.history_length",
     "copy": "remove features that do not help: every batch carries all of them to the device",
@@ -115,7 +115,7 @@ class Progress:
         log.warning(
             self._name,
             f"the model waited for batches {waiting:.0%} of the epoch; the slowest stage is {slowest} ({times}): "
-            f"{_ADVICE[slowest]}",
+            f"{ADVICE[slowest]}",
             event="slow_loader",
             values={"waiting_share": waiting, "slowest": slowest, **{f"{name}_seconds": took[name] for name in took}},
         )

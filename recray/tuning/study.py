@@ -7,7 +7,6 @@ Every step reads what earlier starts have stored (recray.tuning.store) and does 
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 
@@ -20,6 +19,7 @@ from recray.config import Config, ScalingConfig, TuneConfig, with_values
 from recray.data.prepare import prepare
 from recray.errors import RecrayError
 from recray.records import Finalist, Trial, TuneRecord
+from recray.report import html
 from recray.tuning import page
 from recray.tuning.asha import make_rungs
 from recray.tuning.check import check
@@ -87,12 +87,8 @@ def _sweep(
 
 
 def _write_page(record: TuneRecord, sweep_uri: str) -> None:
-    if importlib.util.find_spec("plotly") is None:
-        log.warning(
-            "tune", "tune.html was not written: it needs plotly. pip install 'recray[tune]', then run this again"
-        )
-        return
-    storage.write_bytes(storage.join(sweep_uri, "tune.html"), page.render(record).encode())
+    if html.available("tune", "tune.html"):
+        storage.write_bytes(storage.join(sweep_uri, "tune.html"), page.render(record).encode())
 
 
 def _nodes(config: Config) -> list[Node]:

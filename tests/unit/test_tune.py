@@ -12,6 +12,7 @@ from recray.artifacts import TUNE, Run
 from recray.config import Config, parse_config
 from recray.errors import ConfigError
 from recray.records import Finalist, Trial, TrialEpoch, TuneRecord
+from recray.report import html
 from recray.tuning import page, study
 from recray.tuning.check import check
 from recray.tuning.console import Board, summary
@@ -360,11 +361,12 @@ def test_the_page_stands_alone_and_shows_every_trial() -> None:
         "model.dim: importance 50%.",
         "loss.name: importance unknown.",
     ]
-    assert text.count('role="img" aria-label=') == len(figures) == text.count("Plotly.newPlot(")
-    own = text[: text.index("<script>")] + text[text.index("<h1>") :]  # without plotly's script
+    own = text[: text.index("<script>")] + text[text.index("<main>") :]  # without plotly's script
+    assert own.count('role="img" aria-label=') == len(figures) == own.count("Plotly.newPlot(")
     assert own.count("<tr") == (1 + 10) + (1 + 1)
     assert "&lt;bpr&gt;" in own and "<bpr>" not in own
-    assert not re.search(r"""src=|href=|@import|url\(|https?://""", own)
+    assert not re.search(r"""src=|href="(?!trials/\d{4}/")|@import|url\(|https?://""", own)
+    assert '<a href="trials/0008/">8</a>' in own
     assert "default-src 'none'" in own and "prefers-color-scheme: dark" in own
     assert "0.7100 ± 0.0141" in own and "2: 0.7000 3: 0.7200" in own
 
@@ -372,10 +374,10 @@ def test_the_page_stands_alone_and_shows_every_trial() -> None:
 def test_without_plotly_a_sweep_only_lacks_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(html.importlib.util, "find_spec", lambda name: None)
     study._write_page(_record(), str(tmp_path))
     assert not list(tmp_path.iterdir())
-    assert "tune.html was not written: it needs plotly. pip install 'recray[tune]'" in caplog.text
+    assert "tune.html was not written: it needs plotly and jinja2. pip install 'recray[report]'" in caplog.text
 
 
 def test_the_summary_names_finalists_importance_and_the_next_command(tmp_path: Path) -> None:

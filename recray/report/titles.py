@@ -1,0 +1,55 @@
+"""Titles of items, for people who read lists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recray import log
+from recray.config import Config
+from recray.data.sources import files, tables
+from recray.errors import RecrayError
+
+_TITLE = re.compile(r"(.*_)?(title|headline|name|label)(_.*)?", re.IGNORECASE)
+
+
+def of_items(config: Config, examples: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Key -> title of the items of some examples. Empty where the item table has no column of titles, or is gone.
+
+    The column is the first one of text that is called title, headline, name or label.
+    """
+    wanted = {
+        key
+        for one in examples
+        for keys in (one["history"], one["targets"], *one["lists"].values())
+        for key in keys
+        if key
+    }
+    if config.data.items is None or not wanted:
+        return {}
+    try:
+        footers = tables.read_footers(files.find(config.data.items, "evaluate"))
+        return _read(footers, config.data.columns.item, wanted)
+    except (RecrayError, OSError) as error:
+        log.warning("evaluate", f"titles of items cannot be read: {error}")
+        return {}
+
+
+def _read(footers: list[tables.Footer], key: str, wanted: set[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for footer in footers:
+        kinds = {field.name: field.type for field in footer.schema}
+        text = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+        title = next((name for name in text if name != key and _TITLE.fullmatch(name)), None)
+        if title is None or key not in kinds:
+            continue
+        columns = tables.read_columns(footer.uri, footer.hive, [key, title])
+        keys = pc.cast(columns[key], pa.string())
+        here = pc.is_in(keys, value_set=pa.array(sorted(wanted), pa.string()))
+        pairs = zip(keys.filter(here).to_pylist(), columns[title].filter(here).to_pylist(), strict=True)
+        found |= {item: name for item, name in pairs if name}
+    return found
