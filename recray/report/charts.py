@@ -83,7 +83,7 @@ def curves(model: CheckpointRecord) -> list[Any]:
                 traces,
                 f"{what} from {y[0]:.4f} after epoch {x[0]} to {y[-1]:.4f} after epoch {x[-1]}.{chosen}",
                 {"title": {"text": "epoch"}, "dtick": max(1, len(model.history) // 8)},
-                what,
+                {"title": {"text": what}, "rangemode": "normal" if len(y) > 1 else "tozero"},
                 height=280,
             )
         )

@@ -130,17 +130,17 @@ class _Page:
             if other is None or not groups:
                 continue
             not_better = [one for one in groups if not (one.gains[other].low or 0.0) > 0]
-            if not not_better:
-                yield f"better than {title_of(other)} in every group by the length of the history"
+            worse = [one for one in not_better if (high := one.gains[other].high) is not None and high < 0]
+            for word, found in (("better", groups if not not_better else []), ("worse", worse)):
+                if found and len(found) == len(groups):
+                    yield f"{word} than {title_of(other)} in every group by the length of the history"
+            if len(worse) == len(groups):
+                continue
             for one in not_better:
-                gain = one.gains[other]
-                word = "worse" if gain.high is not None and gain.high < 0 else "not clearly better"
-                between = (
-                    f" ({gain.low:+.4f} to {gain.high:+.4f})" if gain.low is not None and gain.high is not None else ""
-                )
+                word = "worse" if one in worse else "not clearly better"
                 yield (
                     f"{word} than {title_of(other)} for users with {one.group} known events ({one.size:,} "
-                    f"{'queries' if self.report.kind == 'lists' else 'impressions'}): {one.metric} {gain.value:+.4f}{between}"
+                    f"{'queries' if self.report.kind == 'lists' else 'impressions'}): {one.metric} {_gain(one, other)}"
                 )
 
     # ---- sections

@@ -143,6 +143,7 @@ def browser() -> Iterator[Any]:
     options.binary_location = _BROWSER[0] or ""
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(_BROWSER[1] or ""))
+    driver.set_script_timeout(100)  # axe-core takes long on a busy machine
     yield driver
     driver.quit()
 
