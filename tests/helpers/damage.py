@@ -103,7 +103,9 @@ def main(output: str, kind: str, flips: int, seed: int) -> None:
         files = [root / "current.json", *root.glob("*/????????/*.json")]
         files = [one for one in files if one.parent.parent.name != "checkpoint" or one.name != "dataset.json"]
     else:
-        files = [one for one in root.rglob("*") if one.is_file() and one.name != "_begun.json" and one.suffix != ".html"]
+        files = [
+            one for one in root.rglob("*") if one.is_file() and one.name != "_begun.json" and one.suffix != ".html"
+        ]
     files = sorted(one for one in files if not any(parent.is_symlink() for parent in one.parents))
     expected = use(config)
     draw = random.Random(seed)
