@@ -39,6 +39,7 @@ def growing_config(folder: Path, *overrides: str) -> Config:
             "path": str(folder / "clicks"),
             "timestamp_unit": "us",
             "shard_events": 2_000,
+            "columns": {"timestamp": "timestamp", "context": ["device", "minutes"]},
             "context_features": {"device": {"kind": "categorical"}, "minutes": {"kind": "numeric"}},
             "split": {"kind": "temporal", "valid": "12h", "test": "12h"},
         },

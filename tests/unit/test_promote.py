@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import recray
 from helpers.cli import recray_command
@@ -64,7 +66,9 @@ def test_a_served_model_answers_queries_of_another_dataset_as_it_answers_raw_key
     compared = unknown = 0
     for table in new.dataset.iter_tables("test"):
         for query in eval_queries(table, 64, config.model.history_length, "event"):
-            ids, scores = asked.recommend(query, 5, False)
+            # Lists for a history are those of a user without a vector: the tables of users are compared below.
+            stranger = replace(query.batch, user_B=torch.zeros_like(query.batch.user_B))
+            ids, scores = asked.recommend(replace(query, batch=stranger), 5, False)
             bounds = query.seen.offsets.tolist()
             histories = [query.seen.values[a:b].tolist() for a, b in itertools.pairwise(bounds)]
             # An item that the new dataset does not know has no key there: it must be unknown to the old model, too.
@@ -82,6 +86,10 @@ def test_a_served_model_answers_queries_of_another_dataset_as_it_answers_raw_key
                 np.testing.assert_allclose(scores[row], wanted["score"], rtol=1e-4, atol=1e-4)
                 compared += 1
     assert compared > 300
+    mine, other = (one.dataset.user_keys().to_pandas().set_index("user_id")["user"] for one in (new, old))
+    for number, key in mine.items():
+        to = int(asked.users[number])
+        assert other[to] == key if to else key not in set(other)
 
 
 def test_a_worse_model_is_held_back_and_what_is_served_stays(folder: Path) -> None:
@@ -115,6 +123,9 @@ def test_promote_roll_back_and_prune(folder: Path) -> None:
     assert second is not None and second.checkpoint != first.checkpoint and second.dataset != first.dataset
     kept = {(one.stage, one.identity) for one in inventory.list_artifacts(run)}
     assert {(e.stage, e.identity) for e in inventory.list_artifacts(run) if e.served} == second.artifacts
+    # A third one, which is in use and not served.
+    recray.train(growing_config(folder, "run.seed=1", "optim.learning_rate=0.03"))
+    recray.train(growing_config(folder, "optim.learning_rate=0.04"))
     gone = {(one.stage, one.identity) for one in inventory.prune(run, keep=0)}
     assert gone and not gone & (first.artifacts | second.artifacts) and first.artifacts < kept
 
@@ -130,7 +141,7 @@ def test_promote_roll_back_and_prune(folder: Path) -> None:
 
 
 def test_a_model_that_was_trained_on_the_queries_is_not_compared(folder: Path) -> None:
-    earlier = growing_config(folder, "data.split.end=2023-11-16T00:00:00Z")
+    earlier = growing_config(folder, "data.split.end=2023-11-16T14:00:00Z")
     _night(earlier)
     with pytest.raises(ConfigError, match=r"was trained on events after the test split of the candidate begins"):
         promote(earlier)
