@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         StorageError,
     )
     from recray.evaluation import evaluate
+    from recray.evaluation.promote import promote, rollback
     from recray.evaluation.recommend import recommend
     from recray.inference import load
     from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, ReportRecord, TuneRecord
@@ -81,8 +82,10 @@ __all__ = [
     "load_model",
     "parse_config",
     "prepare",
+    "promote",
     "recommend",
     "render",
+    "rollback",
     "run",
     "train",
     "tune",
@@ -97,6 +100,7 @@ _MODULES = {
     "recray.data.prepare": ("prepare",),
     "recray.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "recray.evaluation": ("evaluate",),
+    "recray.evaluation.promote": ("promote", "rollback"),
     "recray.evaluation.recommend": ("recommend",),
     "recray.inference": ("load",),
     "recray.records": tuple(name for name in __all__ if name.endswith("Record")),

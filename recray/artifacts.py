@@ -142,6 +142,7 @@ NO_RESULT = (
     "training.compile",
     "training.save_every",
     "evaluation.batch_size",
+    "promotion",
     *_TUNE_FREE,
 )
 
@@ -295,6 +296,25 @@ class Run:
         in_use = current_of(self._dataset_root.rpartition("/")[0]).get("dataset")
         # The same configuration has several where the log has grown.
         return max(found, key=lambda one: (one.identity == in_use, one.record.created))
+
+    def dataset_of(self, model: CheckpointRecord) -> Artifact[DatasetRecord]:
+        """The prepared dataset that a checkpoint was trained on. After the log has grown it is not that of `dataset()`.
+
+        Raises LineageError if it is no longer there.
+        """
+        fixed = self.config.run.dataset
+        if fixed and storage.exists(storage.join(fixed, DatasetRecord.file_name())):
+            record = DatasetRecord.read(fixed)
+            found = [Artifact(DATASET, fixed, record.identity, record.keys, record.parents)]
+        else:
+            found = [one for one in artifacts_of(self._dataset_root, DATASET) if one.complete()]
+        for one in found:
+            if one.record.id in model.parents:
+                return one
+        raise LineageError(
+            f"checkpoint {model.identity} was trained on {model.parents[0]}, a dataset that is no longer in "
+            f"{self._dataset_root}: give the folder of its run, or train again"
+        )
 
     def checkpoint(self) -> Artifact[CheckpointRecord]:
         """The trained model of this configuration. Raises LineageError where there is none."""

@@ -299,6 +299,59 @@ def prune(
 
 
 @app.command()
+def promote(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.toml|RUN", help="configuration, or folder or URI of a run, whose artefacts in use"
+        ),
+    ],
+    force: Annotated[bool, typer.Option("--force", help="serve it without checks")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Serve a run's newest checkpoint and index, if they pass the checks of [promotion] against what is served.
+
+    Exit code 0 if the candidate is served, 1 if it is held back (what was served stays), 2 for an error.
+    """
+    settings = _settings(source, overrides)
+    from recray.evaluation.promote import promote as decide
+
+    with _stoppable():
+        found = decide(settings, force)
+    lines = [f"{'ok  ' if one.passed else 'FAIL'}  {one.name}: {one.text}" for one in found.checks]
+    verdict = "serving" if found.promoted else "held back:"
+    lines.append(f"{verdict} checkpoint {found.checkpoint}{' (forced)' if found.forced else ''}")
+    _result("promote", "result", "\n".join(lines), found.as_json())
+    if not found.promoted:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rollback(
+    source: Annotated[str, typer.Argument(metavar="CONFIG.toml|RUN", help="configuration, or folder or URI of a run")],
+    overrides: Overrides = None,
+) -> None:
+    """Serve what was served before the last promotion. Exit code 2 if there is nothing to return to."""
+    settings = _settings(source, overrides)
+    from recray.evaluation.promote import rollback as back
+
+    found = back(settings)
+    _result("rollback", "result", f"serving checkpoint {found.checkpoint}, promoted {found.at}", found.model_dump())
+
+
+def _settings(source: str, overrides: list[str] | None) -> Config:
+    """The configuration in a file, or that of the artefacts in use of a run."""
+    if source.endswith(".toml"):
+        return _load(source, overrides)
+    from recray.artifacts import CHECKPOINT, in_use
+    from recray.config import parse_config
+    from recray.inference import config_of
+
+    config = config_of(in_use(source.rstrip("/"), CHECKPOINT))
+    return parse_config(config.model_dump(mode="json"), overrides or [])
+
+
+@app.command()
 def lineage(uri: Annotated[str, typer.Argument(metavar="URI", help="folder of an artefact or a run")]) -> None:
     """Show what an artefact, or the last one of a run, was made from, down to the raw files, with code and time.
 

@@ -11,7 +11,15 @@ def table(entries: list[Any]) -> None:
     """One line an artefact, aligned."""
     heads = ("run", "stage", "artefact", "", "age", "size", "")
     rows = [
-        (e.run, e.stage, e.identity, "in use" if e.in_use else "", _age(e.age_seconds), size(e.bytes), e.summary)
+        (
+            e.run,
+            e.stage,
+            e.identity,
+            "served" if e.served else "in use" if e.in_use else "",
+            _age(e.age_seconds),
+            size(e.bytes),
+            e.summary,
+        )
         for e in entries
     ]
     widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]

@@ -26,11 +26,11 @@ import pyarrow.compute as pc
 import torch
 
 from recray import storage
-from recray.artifacts import CHECKPOINT, INDEX, REPORT, Run, current_of, in_use
+from recray.artifacts import CHECKPOINT, INDEX, REPORT, Artifact, Run, current_of, in_use
 from recray.config import Config
 from recray.data import features
 from recray.data.dataset import PreparedDataset
-from recray.errors import DataError, LineageError
+from recray.errors import DataError
 from recray.ids import FIRST_ITEM, PAD, SPLITS, UNKNOWN
 from recray.loading.batch import Batch
 from recray.loading.collate import EvalQuery, feature_tensor
@@ -40,6 +40,7 @@ from recray.models import Ranker
 from recray.records import CheckpointRecord, Feature
 from recray.retrieval.baselines.popularity import Popularity
 from recray.retrieval.recommenders import RunArtifacts, list_table, open_recommenders
+from recray.served import Served, served_of
 from recray.training import checkpoint
 
 _QUERIES, _ROWS = 512, 8192  # asked, and scored, at a time
@@ -47,35 +48,37 @@ _QUERIES, _ROWS = 512, 8192  # asked, and scored, at a time
 Keys: TypeAlias = "Sequence[Any] | pa.Array | pa.ChunkedArray | np.ndarray"
 
 
-def load(uri: str) -> LoadedRetriever | LoadedRanker:
+def load(uri: str, current: bool = False) -> LoadedRetriever | LoadedRanker:
     """The model of a run, ready to be asked.
 
-    uri: the folder of a run, whose checkpoint and index in use are loaded, or that of a checkpoint. The run's prepared
-    dataset must still be there: it has the keys and the histories.
+    uri: the folder of a run, or that of a checkpoint. Of a run what it serves is loaded (`recray promote`), and the
+    checkpoint and index in use if nothing was promoted. The prepared dataset that the checkpoint was trained on must still
+    be there: it has the keys and the histories.
+    current: load what is in use, whatever is served.
 
     Raises LineageError if there is no complete checkpoint, or if its dataset has been deleted.
     """
-    source = in_use(uri.rstrip("/"), CHECKPOINT)
-    run = source.uri.rpartition("/")[0].rpartition("/")[0]
-    config = _config(run, source.record)
-    artifacts = RunArtifacts.of(Run(config))
-    if artifacts.checkpoint.record.id != source.record.id:
-        raise LineageError(
-            f"{source.uri} was trained on a dataset that is no longer in {run}: give the run's folder, or train again"
-        )
+    folder = uri.rstrip("/")
+    pointer = None if current else served_of(folder)
+    source = in_use(folder if pointer is None else storage.join(folder, "checkpoint", pointer.checkpoint), CHECKPOINT)
+    config = config_of(source, pointer)
+    artifacts = RunArtifacts.of_checkpoint(Run(config), source)
     return LoadedRanker(artifacts) if config.model.family == "ranker" else LoadedRetriever(artifacts, config)
 
 
-def _config(run: str, record: CheckpointRecord) -> Config:
-    """The configuration of a run that may have been moved since. How it retrieves is what its index in use was built
-    with, and its last report evaluated, if they are of this checkpoint."""
+def config_of(source: Artifact[CheckpointRecord], pointer: Served | None = None) -> Config:
+    """The configuration of a checkpoint whose run may have been moved since. How it retrieves is what was promoted, or
+    what its index in use was built with, and its last report evaluated, if they are of this checkpoint."""
+    run, record = source.uri.rpartition("/")[0].rpartition("/")[0], source.record
     body, named = dict(record.config), current_of(run)
-    for stage in (INDEX, REPORT):
+    for stage in (INDEX, REPORT) if pointer is None else ():
         folder = storage.join(run, stage.name, named.get(stage.name, "none"))
         if storage.exists(storage.join(folder, stage.record.file_name())):
             found = stage.record.read(folder)
             if record.id in found.parents:
                 body |= {"retrieval": found.config["retrieval"], "evaluation": found.config["evaluation"]}
+    if pointer is not None:
+        body |= {"retrieval": pointer.retrieval, "evaluation": pointer.evaluation}
     output, _, name = run.rpartition("/")
     body["run"] = {**body["run"], "output": output or "/", "name": name}
     return Config.model_validate(body)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from recray import folders, layout, log, storage
+from recray import folders, layout, log, served, storage
 from recray.artifacts import STAGES, Artifact, artifacts_of, current_of
 from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Record, ReportRecord, TuneRecord
 
@@ -20,6 +20,7 @@ class Entry:
     stage: str
     identity: str
     in_use: bool
+    served: bool
     complete: bool
     summary: str  # e.g. "ndcg@10 0.2215 at epoch 5"
     created: str  # ISO time; empty for an artefact that is not complete
@@ -44,7 +45,13 @@ def list_runs(output: str) -> list[Entry]:
 
 def list_artifacts(run_uri: str) -> list[Entry]:
     """Artefacts of one run, by stage, newest first."""
-    return [_entry(run_uri, one, current_of(run_uri)) for one in _artifacts(run_uri)]
+    named, pointer = current_of(run_uri), _served(run_uri)
+    return [_entry(run_uri, one, named, pointer) for one in _artifacts(run_uri)]
+
+
+def _served(run_uri: str) -> set[tuple[str, str]]:
+    one = served.served_of(run_uri)
+    return one.artifacts if one is not None else set()
 
 
 def _artifacts(run_uri: str) -> Iterator[Artifact[Record]]:
@@ -53,13 +60,14 @@ def _artifacts(run_uri: str) -> Iterator[Artifact[Record]]:
         yield from sorted(found, key=lambda one: one.record.created if one.complete() else "", reverse=True)
 
 
-def _entry(run_uri: str, artifact: Artifact[Record], named: dict[str, str]) -> Entry:
+def _entry(run_uri: str, artifact: Artifact[Record], named: dict[str, str], pointer: set[tuple[str, str]]) -> Entry:
     complete = artifact.complete()
     return Entry(
         run=run_uri.rpartition("/")[2],
         stage=artifact.stage.name,
         identity=artifact.identity,
         in_use=named.get(artifact.stage.name) == artifact.identity,
+        served=(artifact.stage.name, artifact.identity) in pointer,
         complete=complete,
         summary=_summary(artifact.record) if complete else "not complete",
         created=artifact.record.created if complete else "",
@@ -86,17 +94,19 @@ def _summary(record: Record) -> str:
 def prunable(run_uri: str, keep: int) -> list[Entry]:
     """Artefacts that `prune` would delete.
 
-    Kept are those in use, the `keep` newest complete ones of each stage, and what any kept one, or any artefact of another
+    Kept are those in use, what is served and what a rollback returns to, the `keep` newest complete ones of each stage, and what any kept one, or any artefact of another
     run in the same output folder, was made from. An artefact
     that is not complete is deleted only where a complete one of its stage is newer: it may still be resumed otherwise.
     """
     named, artifacts = current_of(run_uri), list(_artifacts(run_uri))
+    standing = served.kept_of(run_uri)
     kept: list[Artifact[Record]] = []
     for stage in STAGES:
         own = [one for one in artifacts if one.stage is stage]
         complete = [one for one in own if one.complete()]
         kept += complete[:keep]
         kept += [one for one in complete[keep:] if named.get(stage.name) == one.identity]
+        kept += [one for one in complete[keep:] if (stage.name, one.identity) in standing]
         newest = complete[0].record.created if complete else ""
         kept += [one for one in own if not one.complete() and one.created >= newest]
     output, _, name = run_uri.rpartition("/")
@@ -108,7 +118,7 @@ def prunable(run_uri: str, keep: int) -> list[Entry]:
     for _ in STAGES:
         kept += [one for one in artifacts if one not in kept and one.complete() and one.record.id in needed]
         needed = {parent for one in kept for parent in one.inputs}
-    return [_entry(run_uri, one, named) for one in artifacts if one not in kept]
+    return [_entry(run_uri, one, named, set()) for one in artifacts if one not in kept]
 
 
 def prune(run_uri: str, keep: int) -> list[Entry]:

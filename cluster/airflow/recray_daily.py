@@ -1,7 +1,9 @@
-"""Every day: wait for the feature pipeline's Parquet, run recray on the Ray cluster, publish the index.
+"""Every day: wait for the feature pipeline's Parquet, run recray on the Ray cluster, serve the model if it passes its checks.
+
+A service asks `recray.load("<bucket>/runs/daily")`, which is what was promoted; `recray rollback` returns to the one before.
 
 Variables: recray_bucket (s3://bucket), recray_address (http://HEAD:8265). Connection: aws_default. The workers of Airflow
-need apache-airflow-providers-amazon, recray[cluster], the token in RAY_AUTH_TOKEN, and the configuration at <bucket>/config/my.toml.
+need apache-airflow-providers-amazon, recray[cluster] with torch (the checks run there), the token in RAY_AUTH_TOKEN, and the configuration at <bucket>/config/my.toml.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from airflow.providers.amazon.aws.sensors.s3 import S3KeySensor
 from airflow.sdk import DAG, task
 
 _BUCKET, _DAY = "{{ var.value.recray_bucket }}", "{{ ds }}"
+_CONFIG = f"{_BUCKET}/config/my.toml"
+_RUN = f"--set run.name=daily --set run.output={_BUCKET}/runs"
 
 with DAG(
     dag_id="recray_daily",
@@ -28,28 +32,17 @@ with DAG(
         timeout=timedelta(hours=6).total_seconds(),
     )
 
-    # A retry goes on from the last epoch: the run keeps its name.
+    # A retry resumes from the last epoch: the run keeps its name, and every night adds its artefacts to it.
     @task.bash(env={"RAY_AUTH_MODE": "token"}, append_env=True)
     def train() -> str:
         return (
-            f"recray submit {_BUCKET}/config/my.toml --address {{{{ var.value.recray_address }}}} "
-            f"--set run.name=daily-{_DAY} --set run.output={_BUCKET}/runs "
-            f"--report {_BUCKET}/runs/daily-{_DAY}/report.json"
+            f"recray submit {_CONFIG} --address {{{{ var.value.recray_address }}}} {_RUN} "
+            f"--report {_BUCKET}/reports/{_DAY}.json"
         )
 
-    @task
-    def publish(bucket: str, day: str) -> str:
-        """Name the day's index as the current one, in one small file that a service reads."""
-        from recray import storage
-        from recray.records import IndexRecord
+    # Exit code 1: the night's model is held back, and the one before stays served. The task fails, so that someone looks.
+    @task.bash(retries=0)
+    def promote() -> str:
+        return f"recray promote {_CONFIG} {_RUN}"
 
-        folder = f"{bucket}/runs/daily-{day}/index"
-        record = IndexRecord.read(folder)
-        if record.recall < record.recall_target:
-            raise ValueError(
-                f"{record.id} reaches recall {record.recall:.4f}, below {record.recall_target}: not published"
-            )
-        storage.write_json(f"{bucket}/current.json", {"index": folder, "id": record.id})
-        return folder
-
-    features >> train() >> publish(_BUCKET, _DAY)
+    features >> train() >> promote()

@@ -233,6 +233,31 @@ class EvaluationConfig(Section):
         return {name: typed("baseline", name, table, key=name) for name, table in value.items()}
 
 
+class PromotionConfig(Section):
+    metric: str | None = Field(
+        None, description="list metric that `recray promote` compares by, e.g. hr@10; unset: training.metric"
+    )
+    margin: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="largest loss of that metric against what is served, and against each baseline, relative to theirs; the whole 95 % interval of the difference must lie above it",
+    )
+    baselines: list[str] = Field(
+        ["rolling_popularity"], description="baselines that the candidate is compared with; empty: none"
+    )
+    max_unknown: float = Field(
+        0.5, ge=0, le=1, description="largest share of the newest events whose item the candidate does not know"
+    )
+
+    @field_validator("baselines", mode="after")
+    @classmethod
+    def _known_baselines(cls, value: list[str]) -> list[str]:
+        for name in value:
+            options_of("baseline", name)
+        return value
+
+
 class Config(Section):
     """The whole configuration of a run; every stage takes one."""
 
@@ -245,6 +270,7 @@ class Config(Section):
     scaling: ScalingConfig = Field(ScalingConfig(), description="workers, CPUs, GPUs")
     retrieval: RetrievalConfig = Field(RetrievalConfig(), description="index, blending and re-ranking")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and baselines of the report")
+    promotion: PromotionConfig = Field(PromotionConfig(), description="checks of `recray promote`")
     tune: TuneConfig = Field(TuneConfig(), description="hyperparameter search")
 
     @model_validator(mode="wrap")

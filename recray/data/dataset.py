@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray import digests, storage
-from recray.artifacts import Run
+from recray.artifacts import Artifact, Run
 from recray.digests import FileDigest
 from recray.ids import SPLITS, UNKNOWN
 from recray.records import CheckpointRecord, DatasetRecord
@@ -43,7 +43,11 @@ class PreparedDataset:
 
         Raises LineageError if there is none for its configuration, StorageError if a file of it is missing.
         """
-        artifact = run.dataset()
+        return PreparedDataset.at(run.dataset())
+
+    @staticmethod
+    def at(artifact: Artifact[DatasetRecord]) -> PreparedDataset:
+        """A complete artefact. Raises StorageError if a file of it is missing."""
         digests.check_present(artifact.uri, artifact.record.files)
         return PreparedDataset(artifact.uri, artifact.record)
 

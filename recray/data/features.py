@@ -27,7 +27,7 @@ from recray.records import Feature, Role
 
 _MAX_POINTS = 4096  # weighted points that stand for the distribution of a numeric column
 _SENTINEL_SHARE, _SENTINEL_DISTANCE = 0.005, 5.0  # of the rows; standard deviations
-_LARGEST = 10.0  # standard deviations; one absurd value must not overflow a model that multiplies its inputs
+LARGEST = 10.0  # standard deviations; one absurd value must not overflow a model that multiplies its inputs
 
 
 def count_values(column: pa.ChunkedArray, config: FeatureConfig) -> pa.Table:
@@ -164,7 +164,7 @@ def encode(column: pa.ChunkedArray, feature: Feature) -> pa.Array:
     if feature.kind == "numeric":
         x = _numbers(column)
         x = _log(x) if feature.log else x
-        scaled = np.clip((x - feature.mean) / feature.std, -_LARGEST, _LARGEST)
+        scaled = np.clip((x - feature.mean) / feature.std, -LARGEST, LARGEST)
         return pa.array(np.where(np.isfinite(x), scaled, 0.0).astype(np.float32))
     if feature.kind == "categorical":
         return _lookup(column, feature)

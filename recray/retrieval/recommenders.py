@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recray.artifacts import CHECKPOINT, Artifact, Run, in_use
+from recray.artifacts import CHECKPOINT, INDEX, Artifact, Run, in_use
 from recray.config import Config, RetrievalLossOptions
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
@@ -120,6 +120,17 @@ class RunArtifacts:
         source = run.checkpoint()
         dataset = PreparedDataset.of(run).known_to(source.record)
         return RunArtifacts(dataset, source, run.index(), _ranker(run.config, dataset))
+
+    @staticmethod
+    def of_checkpoint(run: Run, source: Artifact[CheckpointRecord]) -> RunArtifacts:
+        """Those of a checkpoint of the run, which may be an older one, with the dataset that it was trained on.
+
+        Raises as `of`.
+        """
+        found = run.dataset_of(source.record)
+        dataset = PreparedDataset.at(found).known_to(source.record)
+        index = run.artifact(INDEX, [source.record.id, dataset.record.id])
+        return RunArtifacts(dataset, source, index if index.complete() else None, _ranker(run.config, dataset))
 
     @property
     def models(self) -> list[CheckpointRecord]:

@@ -185,7 +185,9 @@ def test_what_a_ray_job_names_is_in_its_cluster() -> None:
         pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
         mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
         assert pod["volumes"][0]["configMap"]["name"] == mapped["metadata"]["name"]
-        assert spec["entrypoint"] == f"recray run {mounts['config']}/{next(iter(mapped['data']))}"
+        config = f"{mounts['config']}/{next(iter(mapped['data']))}"
+        promoted = f" && recray promote {config}" if name == "raycronjob" else ""
+        assert spec["entrypoint"] == f"recray run {config}{promoted}"
 
 
 def test_the_configuration_of_a_ray_job_is_one() -> None:
@@ -229,4 +231,4 @@ def test_the_dag_imports_under_airflow() -> None:
 
     bag = DagBag(str(CLUSTER / "airflow"))
     assert bag.import_errors == {}
-    assert set(bag.dags["recray_daily"].task_ids) == {"features", "train", "publish"}
+    assert set(bag.dags["recray_daily"].task_ids) == {"features", "train", "promote"}

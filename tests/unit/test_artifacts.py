@@ -57,6 +57,7 @@ TABLE = {
     "retrieval.item_knn_weight": _EVALUATION,
     "evaluation": _EVALUATION,
     "evaluation.batch_size": "-",
+    "promotion": "-",
     "evaluation.filter_seen": f"{_EVALUATION} {_TRAINING}",
     "evaluation.queries": f"index {_EVALUATION} {_TRAINING}",
     "tune": "tune",
