@@ -91,7 +91,8 @@ class Record(BaseModel):
         """Of the content, whenever and however fast it was made."""
         content = {key: value for key, value in body.items() if key not in _NO_CONTENT}
         # A copy of another stage's record holds times, and `parents` has its id.
-        content["files"] = {name: digest for name, digest in body["files"].items() if not name.endswith(".json")}
+        if isinstance(files := body.get("files"), dict):
+            content["files"] = {name: digest for name, digest in files.items() if not name.endswith(".json")}
         return f"{cls.file_name().removesuffix('.json').lstrip('_')}-{sealed.hash_of(_timeless(content))[:12]}"
 
 

@@ -124,12 +124,7 @@ def expected(
     events, counts = ordered(events, options, timed)
     events = frequent_users(coded(events, options["split"], bounds), options, counts)
     events["chosen"] = events["label"] > 0 if "label" in events else True
-    empty = [name for code, name in enumerate(SPLITS) if not ((events["code"] == code) & events["chosen"]).any()]
-    if empty:
-        raise Refused("no events fall in")
     train = events[events["code"] == 0]
-    if "weight" in train and not train.loc[train["chosen"], "weight"].any():
-        raise Refused("have weight 0")
     shown = train["item"].value_counts()
     chosen = Counter(train.loc[train["chosen"], "item"])
     if options["k_core"]:
@@ -137,6 +132,11 @@ def expected(
         known = [key for key in shown.index if key in core]
     else:
         known = [key for key, n in shown.items() if n >= options["min_item_events"]]
+    rare = () if known else ("no item has",)  # several causes at once: either may be named
+    if any(not ((events["code"] == code) & events["chosen"]).any() for code in range(len(SPLITS))):
+        raise Refused("no events fall in", *rare)
+    if "weight" in train and not train.loc[train["chosen"], "weight"].any():
+        raise Refused("have weight 0", *rare)
     if not known:
         raise Refused("no item has")
     items = sorted(((key, chosen[key]) for key in known), key=lambda pair: (-pair[1], pair[0]))
