@@ -32,6 +32,9 @@ class Machines:
     def environment(self) -> dict[str, str]:
         return os.environ | {"HOME": str(self.home), "RAY_AUTH_MODE": "token"}
 
+    def autoscaler_log(self) -> str:
+        return engine("exec", self.names[0], "sh", "-c", "tail -n 40 /tmp/ray/session_latest/logs/monitor.log", check=False)
+
     def ray_processes(self) -> list[str]:
         tops = [engine("top", name, "args") for name in self.names]
         return [line for top in tops for line in top.splitlines() if "raylet" in line or "gcs_server" in line]
@@ -103,10 +106,15 @@ def test_nodes_come_up_a_job_runs_and_ray_down_leaves_nothing(machines: Machines
     try:
 
         def alive() -> bool:
-            found = command(ray, "exec", str(file), "ray list nodes --format json --filter state=ALIVE")
+            found = command(
+                ray, "exec", str(file), "RAY_AUTH_MODE=token ray list nodes --format json --filter state=ALIVE"
+            )
             return found.count('"node_id"') == 3
 
-        wait_for("three nodes", alive, 240)
+        try:
+            wait_for("three nodes", alive, 240)
+        except AssertionError:
+            raise AssertionError(machines.autoscaler_log()) from None
         environment["RAY_ADDRESS"] = f"http://127.0.0.1:{port}"
         out = command(
             str(BIN / "recray"), "submit", str(REPOSITORY / "jobs" / "configs" / "demo.toml"),
@@ -117,7 +125,8 @@ def test_nodes_come_up_a_job_runs_and_ray_down_leaves_nothing(machines: Machines
     finally:
         tunnel.terminate()
         tunnel.wait(20)
-    (report,) = (tmp_path / "runs").glob("demo/report/*/report.json")
-    assert json.loads(report.read_text())["metrics"]["model"]
+    assert json.loads((tmp_path / "runs" / "demo" / "report" / "current" / "report.json").read_text())["metrics"][
+        "model"
+    ]
     command(ray, "down", "--yes", str(file))
     wait_for("no process of Ray", lambda: not machines.ray_processes(), 60)
