@@ -33,7 +33,9 @@ class Machines:
         return os.environ | {"HOME": str(self.home), "RAY_AUTH_MODE": "token"}
 
     def autoscaler_log(self) -> str:
-        return engine("exec", self.names[0], "sh", "-c", "tail -n 40 /tmp/ray/session_latest/logs/monitor.log", check=False)
+        return engine(
+            "exec", self.names[0], "sh", "-c", "tail -n 40 /tmp/ray/session_latest/logs/monitor.log", check=False
+        )
 
     def ray_processes(self) -> list[str]:
         tops = [engine("top", name, "args") for name in self.names]
