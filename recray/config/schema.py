@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     ModelWrapValidatorHandler,
     SerializeAsAny,
@@ -191,6 +192,15 @@ class RetrievalConfig(Section):
     use_gpu: Literal["auto", "never", "always"] = Field("auto", description="build and search the index on a GPU")
 
 
+def _known_baselines(names: list[str]) -> list[str]:
+    for name in names:
+        options_of("baseline", name)
+    return names
+
+
+Baselines = Annotated[list[str], AfterValidator(_known_baselines)]
+
+
 class EvaluationConfig(Section):
     k: list[int] = Field([10, 20, 50], description="list lengths at which list metrics are computed")
     queries: Literal["user", "event"] = Field(
@@ -203,7 +213,7 @@ class EvaluationConfig(Section):
     metrics: list[str] = Field(
         [], description="your own metrics to add to the report; list metrics are computed at every k, so without @K"
     )
-    baselines: list[str] = Field(
+    baselines: Baselines = Field(
         ["popularity", "item_knn", "oracle"],
         description="baselines in the report: shipped ones (popularity, recent_popularity, rolling_popularity, item_knn, hindsight, oracle) or your own",
     )
@@ -217,13 +227,6 @@ class EvaluationConfig(Section):
         if not value or min(value) < 1:
             raise ValueError("needs at least one k >= 1")
         return sorted(set(value))
-
-    @field_validator("baselines", mode="after")
-    @classmethod
-    def _known_baselines(cls, value: list[str]) -> list[str]:
-        for name in value:
-            options_of("baseline", name)
-        return value
 
     @field_validator("baseline_options", mode="before")
     @classmethod
@@ -243,19 +246,12 @@ class PromotionConfig(Section):
         lt=1,
         description="largest loss of that metric against what is served, and against each baseline, relative to theirs; the whole 95 % interval of the difference must lie above it",
     )
-    baselines: list[str] = Field(
+    baselines: Baselines = Field(
         ["rolling_popularity"], description="baselines that the candidate is compared with; empty: none"
     )
     max_unknown: float = Field(
         0.5, ge=0, le=1, description="largest share of the newest events whose item the candidate does not know"
     )
-
-    @field_validator("baselines", mode="after")
-    @classmethod
-    def _known_baselines(cls, value: list[str]) -> list[str]:
-        for name in value:
-            options_of("baseline", name)
-        return value
 
 
 class Config(Section):
