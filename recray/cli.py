@@ -86,6 +86,32 @@ def init(
 
 
 @app.command()
+def check(
+    source: Annotated[
+        str, typer.Argument(metavar="PATH|CONFIG.toml", help="Parquet file, folder or glob, or a configuration")
+    ],
+    user: Annotated[str | None, typer.Option(help="column of the user id, where it is not found")] = None,
+    item: Annotated[str | None, typer.Option(help="column of the item id")] = None,
+    time: Annotated[str | None, typer.Option(help="column of the event time")] = None,
+    label: Annotated[str | None, typer.Option(help="column of 1 = chosen, 0 = shown and not chosen")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="events to look at, spread over the log")] = 5_000_000,
+    overrides: Overrides = None,
+) -> None:
+    """Look for what is wrong with a log before it is prepared: what each finding costs, and what fixes it.
+
+    Footers and a sample of events are read; nothing is written. Exit code 0 without errors and warnings (notes do not
+    count), 1 with any, 2 if the log cannot be found.
+    """
+    from recray.data.check import check as look
+    from recray.data.check import render
+
+    found = look(source, {"user": user, "item": item, "timestamp": time, "label": label}, rows, overrides or [])
+    _result("check", "result", render(found), found.as_json())
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def run(
     config: ConfigPath,
     report: Annotated[

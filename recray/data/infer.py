@@ -44,7 +44,14 @@ def inferred(
     uri: str, items: str | None = None, users: str | None = None, roles: Mapping[str, str | None] | None = None
 ) -> Inferred:
     """roles: columns that the user names, by role. Raises DataError when there are no rows, StorageError for a wrong path."""
-    sample = read_sample(uri)
+    return inferred_from(read_sample(uri), items, users, roles)
+
+
+def inferred_from(
+    sample: Sample, items: str | None = None, users: str | None = None, roles: Mapping[str, str | None] | None = None
+) -> Inferred:
+    """The same from a sample that has been read."""
+    uri = sample.uri
     found = find_roles(sample, roles or {})
     _note_columns(found)
     files = "1 file" if sample.files == 1 else f"{sample.files:,} files"

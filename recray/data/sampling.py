@@ -60,6 +60,8 @@ class Column:
     @cached_property
     def distinct(self) -> int:
         """Distinct values that are not null; of lists, of their entries."""
+        if pa.types.is_null(self.values.type):
+            return 0
         values = pc.list_flatten(self.values) if self.is_list else self.values
         return int(pc.count_distinct(values, mode="only_valid").as_py())
 
@@ -138,7 +140,11 @@ class Sample:
 
 def read_sample(uri: str) -> Sample:
     """Rows of at most _PLACES row groups. Raises DataError or StorageError when there are no rows or a file is broken."""
-    footers = tables.read_footers(files.find(uri, "init"))
+    return sample_of(uri, tables.read_footers(files.find(uri, "init")))
+
+
+def sample_of(uri: str, footers: Sequence[Footer]) -> Sample:
+    """The same of files whose footers are known; uri: what the user calls them."""
     full = [footer for footer in footers if footer.rows]
     if not full:
         raise DataError(f"the {len(footers)} Parquet files of {uri} hold no rows; check the path")

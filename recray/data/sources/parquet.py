@@ -64,9 +64,7 @@ class Log:
     @staticmethod
     def open(config: DataConfig) -> Log:
         """Raises DataError or StorageError that names the file."""
-        footers = [
-            (footer, split) for path, split in _paths(config) for footer in tables.read_footers(files.find(path))
-        ]
+        footers = [(footer, split) for path, split in paths(config) for footer in tables.read_footers(files.find(path))]
         _check_splits(footers)
         full = [footer for footer, _ in footers if footer.rows]
         if not full:
@@ -164,7 +162,7 @@ def read(config: DataConfig, seed: int) -> Source:
     )
 
 
-def _paths(config: DataConfig) -> list[tuple[str | list[str], str | None]]:
+def paths(config: DataConfig) -> list[tuple[str | list[str], str | None]]:
     """Where the log is, and the split that the key in the configuration names."""
     split = config.split
     given = {"train": split.train_path, "valid": split.valid_path, "test": split.test_path}
