@@ -333,6 +333,9 @@ def promote(
         ),
     ],
     force: Annotated[bool, typer.Option("--force", help="serve it without checks")] = False,
+    exit_zero: Annotated[
+        bool, typer.Option("--exit-zero", help="exit code 0 for a candidate that is held back, too")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Serve a run's newest checkpoint and index, if they pass the checks of [promotion] against what is served.
@@ -348,7 +351,7 @@ def promote(
     verdict = "serving" if found.promoted else "held back:"
     lines.append(f"{verdict} checkpoint {found.checkpoint}{' (forced)' if found.forced else ''}")
     _result("promote", "result", "\n".join(lines), found.as_json())
-    if not found.promoted:
+    if not (found.promoted or exit_zero):
         raise typer.Exit(1)
 
 

@@ -101,6 +101,8 @@ def test_a_worse_model_is_held_back_and_what_is_served_stays(folder: Path) -> No
     assert found.code == 1
     assert found.out.startswith("FAIL  served: ndcg@10 ") and "held back: checkpoint" in found.out
     assert served.served_of(run) == before and before is not None
+    assert recray_command("promote", run, "--exit-zero").code == 0
+    assert served.served_of(run) == before
     assert current_of(run)["checkpoint"] != before.checkpoint
     assert recray.load(run).config.optim.learning_rate == 0.02
     assert recray.load(run, current=True).config.optim.learning_rate == 1e-9
