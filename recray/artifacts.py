@@ -33,6 +33,7 @@ from recray.config import Config
 from recray.errors import LineageError
 from recray.metrics import parse
 from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Record, ReportRecord, TuneRecord
+from recray.served import served_of
 
 R = TypeVar("R", bound=Record, covariant=True)
 Split = Literal["test", "valid"]
@@ -318,10 +319,58 @@ class Run:
 
     def checkpoint(self) -> Artifact[CheckpointRecord]:
         """The trained model of this configuration. Raises LineageError where there is none."""
-        artifact = self.artifact(CHECKPOINT, [self.dataset().record.id])
+        artifact = self.artifact(CHECKPOINT, self.checkpoint_inputs(self.dataset().record.id))
         if not artifact.complete():
             self._refuse(CHECKPOINT, storage.join(self.uri, "checkpoint"), artifact.keys)
         return artifact
+
+    def checkpoint_inputs(self, dataset_id: str) -> list[str]:
+        """Ids of what a checkpoint of this dataset is made from: the dataset, and the checkpoint that it starts from.
+
+        Raises LineageError if training.start_from names a folder without a checkpoint, or this run.
+        """
+        start = self.config.training.start_from
+        if start is None:
+            return [dataset_id]
+        if start.rstrip("/") == self.uri:
+            raise LineageError(f"training.start_from = '{start}' is the run itself: write 'previous'")
+        if start != "previous":
+            return [dataset_id, in_use(start, CHECKPOINT).record.id]
+        keys, found = CHECKPOINT.values(self.config), artifacts_of(storage.join(self.uri, CHECKPOINT.name), CHECKPOINT)
+        complete = {one.record.id: one for one in found if one.complete()}
+        # The same command finds what it made, or has begun, on this dataset.
+        begun = [
+            one
+            for one in found
+            if (one.inputs[0], one.keys) == (dataset_id, keys)
+            and (one.complete() or complete.keys() >= {*one.inputs[1:]})
+        ]
+        if begun:
+            return max(begun, key=lambda one: (one.complete(), one.created)).inputs
+        served, named = served_of(self.uri), self.current().get(CHECKPOINT.name)
+        serving = None if served is None else served.checkpoint
+        others = [
+            one
+            for one in complete.values()
+            if one.inputs[0] != dataset_id and not any(_below(key, ("model",)) for key in _changed(one.keys, keys))
+        ]
+        best = max(others, key=lambda o: (o.identity == serving, o.identity == named, o.record.created), default=None)
+        return [dataset_id] if best is None else [dataset_id, best.record.id]
+
+    def start_of(self, inputs: Sequence[str]) -> Artifact[CheckpointRecord] | None:
+        """The checkpoint that `checkpoint_inputs` names; None where training starts from scratch.
+
+        Raises LineageError if it is no longer there.
+        """
+        start = self.config.training.start_from
+        if start is None or len(inputs) < 2:
+            return None
+        if start != "previous":
+            return in_use(start, CHECKPOINT)
+        for one in artifacts_of(storage.join(self.uri, CHECKPOINT.name), CHECKPOINT):
+            if one.complete() and one.record.id == inputs[1]:
+                return one
+        raise LineageError(f"{inputs[1]}, which this training starts from, is no longer in {self.uri}: run it again")
 
     def index_artifact(self) -> Artifact[IndexRecord]:
         """The index of this configuration's checkpoint, complete or not."""

@@ -113,12 +113,17 @@ def prunable(run_uri: str, keep: int) -> list[Entry]:
     others = [other for other in storage.list_folders(output) if other != name]
     # Other runs may share this run's dataset, or have a ranker of this run behind their retriever.
     outside = {parent for other in others for one in _artifacts(storage.join(output, other)) for parent in one.inputs}
-    needed = outside | {parent for one in kept for parent in one.inputs}
+    needed = outside | _needed(kept)
     # Inputs of inputs: an index needs its checkpoint, which needs its dataset.
     for _ in STAGES:
         kept += [one for one in artifacts if one not in kept and one.complete() and one.record.id in needed]
-        needed = {parent for one in kept for parent in one.inputs}
+        needed = _needed(kept)
     return [_entry(run_uri, one, named, set()) for one in artifacts if one not in kept]
+
+
+def _needed(kept: list[Artifact[Record]]) -> set[str]:
+    """Ids that artefacts cannot be used without. A checkpoint's second input, which it started from, is in its weights."""
+    return {parent for one in kept for parent in (one.inputs[:1] if one.stage.name == "checkpoint" else one.inputs)}
 
 
 def prune(run_uri: str, keep: int) -> list[Entry]:

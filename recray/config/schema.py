@@ -39,6 +39,11 @@ def _has_control(text: str) -> bool:
     return any(ord(one) < 32 or ord(one) == 127 or 0xD800 <= ord(one) < 0xE000 for one in text)
 
 
+def absolute(path: str) -> str:
+    """A worker has another working directory, in which a relative path means another folder."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
 class RunConfig(Section):
     name: str = Field("run", min_length=1, description="name of the run; its artefacts are written to <output>/<name>/")
     output: str = Field("runs", description="folder or URI (local, s3://, gs://) that runs are written to")
@@ -73,8 +78,7 @@ class RunConfig(Section):
     def _absolute(cls, value: str | None) -> str | None:
         if value is not None and (not value or _has_control(value)):
             raise ValueError("must be a path or URI without control characters")
-        # A worker has another working directory, in which a relative path means another folder.
-        return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
+        return value if value is None else absolute(value)
 
 
 class OptimConfig(Section):
@@ -97,6 +101,11 @@ class OptimConfig(Section):
     )
     table_learning_rate: float | None = Field(
         None, gt=0, description="learning rate of sparse tables, 0.01 to 0.1 for Adagrad; unset: learning_rate"
+    )
+    start_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="with training.start_from: learning rate, constant and without warm-up, of a training that starts from a checkpoint; unset: a quarter of learning_rate",
     )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the moving average of the weights; 0 = off")
 
@@ -131,7 +140,25 @@ class TrainingConfig(Section):
         pattern=r"^(\d+(\.\d+)?[dhms]|[1-9]\d* steps|)$",
         description="time or steps between saves inside an epoch, from which training resumes: 10m, 500 steps; empty = only at the end of epochs; a save needs host memory for a copy of the training state",
     )
+    start_from: str | None = Field(
+        None,
+        description="start from the weights of a checkpoint: previous = the one that the run serves, or its last one, of the same [model] on another dataset (from scratch if there is none); or the folder of another run or of a checkpoint; unset: from scratch",
+    )
+    replay: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="with start_from: share of the events that the checkpoint was trained on that an epoch samples, next to all newer ones; 1 where splits are not by time",
+    )
+    start_epochs: int | None = Field(
+        None, ge=1, description="number of epochs of a training that starts from a checkpoint; unset: epochs"
+    )
     resume: bool = Field(True, description="resume from the run's last checkpoint if there is one")
+
+    @field_validator("start_from")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return value if value in (None, "previous") else absolute(str(value))
 
     @field_validator("half_life")
     @classmethod

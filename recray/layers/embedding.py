@@ -126,11 +126,13 @@ class Table(nn.Embedding):
         `weight` None                 after `read_from`: rows are read from a checkpoint when they are looked up
     """
 
-    def __init__(self, rows: int, dim: int, std: float | None = None, ids: Ids = "feature") -> None:
+    def __init__(self, rows: int, dim: int, std: float | None = None, ids: Ids = "feature", column: str = "") -> None:
         """Rows are drawn from N(0, std^2). std: 1 / sqrt(dim) if None, so that fresh vectors have a length of about 1.
-        ids: what the rows stand for, by which a plan knows how many of them a step uses."""
+        ids: what the rows stand for, by which a plan knows how many of them a step uses. column: of a feature, by which
+        another training finds its rows (recray.training.warm_start)."""
         plan = _plan.get() or TablePlan()
         self.rows, self.rank, self.world_size = rows, plan.rank, plan.world_size
+        self.ids, self.column = ids, column
         self.mode: Mode = plan.choose(rows, dim, ids)
         std = dim**-0.5 if std is None else std
         if plan.stored:

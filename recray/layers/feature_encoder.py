@@ -40,7 +40,9 @@ class FeatureEncoder(nn.Module):
         """dim: width of each embedding."""
         super().__init__()
         self._records = records
-        self.tables = ColumnTables({f.name: Table(f.cardinality, dim) for f in records if f.kind != "numeric"})
+        self.tables = ColumnTables(
+            {f.name: Table(f.cardinality, dim, column=f.column) for f in records if f.kind != "numeric"}
+        )
         self.width = sum(dim if f.kind != "numeric" else 1 for f in records)
 
     def forward(self, features: dict[str, Feature]) -> list[Tensor]:

@@ -73,7 +73,11 @@ class ColumnEncoder(nn.Module):
         width = options.feature_dims.get(ids, options.dim) if ids else 0
         self.ids = Table(num_ids, width, std=_STD, ids=ids) if ids else None
         self.tables = ColumnTables(
-            {f.name: Table(f.cardinality, dims[f.name], std=_STD) for f in records if f.kind != "numeric"}
+            {
+                f.name: Table(f.cardinality, dims[f.name], std=_STD, column=f.column)
+                for f in records
+                if f.kind != "numeric"
+            }
         )
         self.num_numbers = len(self.numbers)
         self.width = width + sum(dims.values()) + self.num_numbers

@@ -47,14 +47,22 @@ class Decay:
     Examples are sampled in proportion to it. As weights in the loss these numbers leave a batch few examples that count,
     and a batch of old events only, which is divided by the sum of its weights, as large a step as any other.
     After 20 half-lives it is 0.
+
+    half_life: None for events that do not age. replay: factor of events before `new_from`, which the checkpoint that
+    training starts from has seen.
     """
 
     until: int
-    half_life: int
+    half_life: int | None
+    new_from: int | None = None
+    replay: float = 1.0
 
     def __call__(self, time: np.ndarray) -> np.ndarray:
-        decayed = np.exp2(np.minimum(time - self.until, 0) / self.half_life)
-        return np.where(decayed < 2.0**-20, 0.0, decayed)
+        decayed = np.ones(len(time))
+        if self.half_life is not None:
+            decayed = np.exp2(np.minimum(time - self.until, 0) / self.half_life)
+            decayed = np.where(decayed < 2.0**-20, 0.0, decayed)
+        return decayed if self.new_from is None else np.where(time < self.new_from, self.replay * decayed, decayed)
 
 
 @dataclass(frozen=True)

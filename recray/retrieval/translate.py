@@ -9,20 +9,16 @@ Shape legend: B queries, K places, V ids of a feature.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from recray.data import features
+from recray.data import features, id_maps
 from recray.data.dataset import PreparedDataset
-from recray.errors import LineageError
-from recray.ids import FIRST_ITEM, NUM_RESERVED, PAD, UNKNOWN
+from recray.ids import PAD
 from recray.loading import batch
 from recray.loading.collate import EvalQuery
 from recray.loading.jagged import Jagged
@@ -68,8 +64,6 @@ def translated(
 
     Raises LineageError if keys of one are text and of the other numbers.
     """
-    items, own_items = (one.items()["item"].combine_chunks().slice(FIRST_ITEM) for one in (asked, own))
-    users, own_users = (_user_keys(one) for one in (asked, own))
     by_role: dict[str, dict[str, Callable[[int, Mapping[str, batch.Feature]], batch.Feature]]] = {
         "user": {},
         "context": {},
@@ -81,29 +75,12 @@ def translated(
     return Translated(
         recommender,
         history_length,
-        torch.from_numpy(_table(items, own_items, UNKNOWN)),
-        _table(own_items, items, PAD),
+        torch.from_numpy(id_maps.items(asked, own)),
+        id_maps.items(own, asked, PAD),
         # Users without a row are those of no training: their vector is 0.
-        torch.from_numpy(_table(users, own_users, PAD)),
+        torch.from_numpy(id_maps.users(asked, own)),
         by_role,
     )
-
-
-def _user_keys(dataset: PreparedDataset) -> pa.Array:
-    """Keys by user id, from the first real one."""
-    table = dataset.user_keys().sort_by("user_id")
-    return table["user"].combine_chunks()
-
-
-def _table(keys: pa.Array, known: pa.Array, otherwise: int) -> np.ndarray:
-    """(ids,) int64 of each id of `keys` the id of the same key in `known`, reserved ids included."""
-    if keys.type != known.type:
-        raise LineageError(
-            f"keys of the two datasets are {keys.type} and {known.type}: the log has changed its types, so that the models "
-            f"cannot be compared"
-        )
-    found = pc.fill_null(pc.index_in(keys, value_set=known), otherwise - NUM_RESERVED).to_numpy(zero_copy_only=False)
-    return np.concatenate([np.arange(NUM_RESERVED), found.astype(np.int64) + NUM_RESERVED])
 
 
 def _value_of(own: Feature, asked: Feature | None) -> Callable[[int, Mapping[str, batch.Feature]], batch.Feature]:
@@ -123,7 +100,7 @@ def _missing(feature: Feature, rows: int) -> batch.Feature:
 def _conversion(asked: Feature, own: Feature) -> _Map:
     if asked.kind == "numeric":
         return lambda value: _rescaled(value, asked, own)
-    ids = torch.from_numpy(_category_table(asked, own))
+    ids = torch.from_numpy(id_maps.categories(asked, own))
     return lambda value: Jagged(ids[value.values], value.offsets) if isinstance(value, Jagged) else ids[value]
 
 
@@ -135,23 +112,3 @@ def _rescaled(value: batch.Feature, asked: Feature, own: Feature) -> Tensor:
         raw = torch.sign(raw) * (torch.expm1(raw.abs()) if asked.log else torch.log1p(raw.abs()))
     scaled = ((raw - own.mean) / own.std).clamp(-features.LARGEST, features.LARGEST).float()
     return torch.where(value == 0, 0.0, scaled)  # a missing value is 0 in both
-
-
-def _category_table(asked: Feature, own: Feature) -> np.ndarray:
-    """(V,) int64 ids of `own` of each id of `asked`.
-
-    A hashed value can be read back by the same hash only, and a number between quantiles counts as the middle of them.
-    """
-    size, same = asked.cardinality + asked.new_values, np.arange(asked.cardinality + asked.new_values)
-    if asked.hash_buckets:
-        return same if own.hash_buckets == asked.hash_buckets else np.where(same == PAD, PAD, UNKNOWN)
-    if asked.edges is not None:
-        edges = asked.edges or [0.0]
-        middle = [edges[0] - 1, *((a + b) / 2 for a, b in itertools.pairwise(edges)), edges[-1]]
-        values = pa.array(middle[: size - NUM_RESERVED], pa.float64())
-    else:
-        values = pa.array((asked.vocabulary or [])[: size - NUM_RESERVED])
-    one = own.model_copy(update={"kind": "categorical"}) if own.kind == "list" else own
-    ids = features.encode(pa.chunked_array([values]), one).to_numpy(zero_copy_only=False).astype(np.int64)
-    ids = np.where(ids < own.cardinality, ids, UNKNOWN)
-    return np.concatenate([[PAD, UNKNOWN], ids, np.full(size - NUM_RESERVED - len(ids), UNKNOWN)])

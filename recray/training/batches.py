@@ -38,6 +38,7 @@ from recray.loading.sampler import (
 from recray.models import Examples
 from recray.training.distributed import Context, read_shards
 from recray.training.phase import Phase
+from recray.training.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class TrainingData:
     phase: Phase
     examples: Examples  # how the model wants rows cut into training examples
     context: Context
+    start: WarmStart | None = None
 
     @cached_property
     def shards(self) -> list[ShardGroup]:
@@ -139,11 +141,17 @@ class TrainingData:
             raise ConfigError(
                 f"training.half_life = '{half_life}': all events with a weight are more than 20 half-lives before the end of "
                 f"training: set a longer one"
+                if half_life is not None
+                else f"training.replay = {self.config.training.replay:g}: {self.dataset.uri} has no train event that the "
+                f"checkpoint has not seen: set it above 0"
             )
+        said = "" if half_life is None else f"half-life of {half_life}: "
+        if self._seen_until is not None:
+            said += f"replay of {self.config.training.replay:g}: "
         if self.context.rank == 0:
             log.info(
                 "train",
-                f"half-life of {half_life}: an epoch samples {sum(sampled):,} of "
+                f"{said}an epoch samples {sum(sampled):,} of "
                 f"{sum(num_examples(shard, self.examples) for shard in shards):,} examples by their age",
                 event="sampled",
                 values={"sampled": sum(sampled)},
@@ -152,11 +160,17 @@ class TrainingData:
 
     def _decay(self) -> Decay | None:
         half_life, record = self.config.training.half_life, self.dataset.record
-        if half_life is None:
+        if half_life is None and self._seen_until is None:
             return None
-        if not record.has_time:
+        if half_life is not None and not record.has_time:
             raise ConfigError(
                 f"training.half_life = '{half_life}' needs timestamps, and {self.dataset.uri} has positions only: "
                 f"remove the key, or prepare from a log with data.columns.timestamp"
             )
-        return Decay(record.starts("valid" if self.phase.name == "train" else "test"), duration(half_life))
+        until = record.starts("valid" if self.phase.name == "train" else "test")
+        age = None if half_life is None else duration(half_life)
+        return Decay(until, age, self._seen_until, self.config.training.replay)
+
+    @property
+    def _seen_until(self) -> int | None:
+        return None if self.start is None else self.start.seen_until

@@ -102,7 +102,7 @@ def verify(folder: str) -> CheckpointRecord:
 def record_of(folder: str, dataset: PreparedDataset) -> CheckpointRecord:
     """The record of a checkpoint. Raises LineageError if it was trained on another dataset."""
     record = CheckpointRecord.read(folder)
-    if record.parents != [dataset.record.id]:
+    if record.parents[:1] != [dataset.record.id]:
         raise LineageError(
             f"{folder} was trained on {', '.join(record.parents)}, whose item ids do not match {dataset.uri} "
             f"({dataset.record.id}): train again, or prepare with the [data] and run.seed of that training"

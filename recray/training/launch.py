@@ -14,16 +14,17 @@ from recray import locks, log, storage
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import lost_worker, summary, unwrap
-from recray.config import Config
+from recray.config import Config, with_values
 from recray.data.dataset import PreparedDataset
 from recray.errors import ClusterError, LineageError, StorageError
 from recray.records import CheckpointRecord
-from recray.training import checkpoint, interrupt, watchdog
+from recray.training import checkpoint, interrupt, warm_start, watchdog
 from recray.training.check import check_validation
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
 from recray.training.phase import Phase, Position
 from recray.training.state import TrainProgress, TrainState
 from recray.training.trainer import OnEpoch, Trainer
+from recray.training.warm_start import WarmStart
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -53,7 +54,7 @@ def train(
     """
     run = Run(config)
     dataset = dataset or PreparedDataset.of(run)
-    artifact = run.artifact(CHECKPOINT, [dataset.record.id])
+    artifact = run.artifact(CHECKPOINT, run.checkpoint_inputs(dataset.record.id))
     with run.making(artifact, anew=not config.training.resume) as needed:
         return _train(run, dataset, artifact, on_epoch, callback, until) if needed else artifact.record
 
@@ -68,10 +69,13 @@ def _train(
 ) -> CheckpointRecord:
     started, config = time.perf_counter(), run.config
     check_validation(config, dataset)
+    start = _start(run, artifact, dataset)
+    if start is not None:
+        config = continued(config)
     until = until if until is not None and until < config.training.epochs else None
     select = selection(config, artifact.uri)
     _resume_or_extend(run, artifact, select)
-    work = Work(config, dataset.uri, artifact.uri, until)
+    work = Work(config, dataset.uri, artifact.uri, until, start)
     if _in_this_process(config, dataset.uri):
         with threads(config.scaling), interrupt.polled():
             fit(work, LocalContext(config.scaling.use_gpu), on_epoch)
@@ -82,7 +86,7 @@ def _train(
         message = f"stopped after epoch {last.epoch} of {config.training.epochs}, as requested"
         log.info("train", message, event="stopped", values={"epoch": last.epoch})
         return last
-    record = _publish(config, artifact, last.best_epoch, time.perf_counter() - started)
+    record = _publish(run.config, config, artifact, last.best_epoch, time.perf_counter() - started)
     run.publish(artifact)
     return record
 
@@ -95,6 +99,37 @@ class Work:
     dataset_uri: str
     folder: str  # of the checkpoint artefact
     until: int | None
+    start: WarmStart | None = None
+
+
+def continued(config: Config) -> Config:
+    """The configuration that a training from a checkpoint has: training.start_epochs, and a constant learning rate."""
+    optim, training = config.optim, config.training
+    rate = optim.start_learning_rate or optim.learning_rate / 4
+    return with_values(
+        config,
+        {
+            "training.epochs": training.start_epochs or training.epochs,
+            "optim.learning_rate": rate,
+            "optim.schedule": "constant",
+            "optim.warmup_steps": 0,
+        },
+    )
+
+
+def _start(run: Run, artifact: Artifact[CheckpointRecord], dataset: PreparedDataset) -> WarmStart | None:
+    """The checkpoint that this training starts from. Raises LineageError if it has seen the test events of the dataset."""
+    found = run.start_of(artifact.inputs)
+    if found is None:
+        if run.config.training.start_from is not None:
+            log.info("train", "no earlier checkpoint of this model: training starts from scratch")
+        return None
+    root = found.uri.rpartition("/")[0].rpartition("/")[0]
+    other = Run(with_values(run.config, {"run.output": root.rpartition("/")[0], "run.name": root.rpartition("/")[2]}))
+    start = WarmStart.of(found.uri, PreparedDataset.at(other.dataset_of(found.record)))
+    warm_start.check(start, dataset)
+    log.info("train", f"starting from {found.record.id} ({found.uri})", event="start_from", values={"uri": found.uri})
+    return start
 
 
 def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
@@ -128,7 +163,7 @@ def _fit_phase(
     on_epoch: OnEpoch | None = None,
 ) -> TrainProgress:
     """Train or resume one phase. Its model is freed on return, before the next phase builds another."""
-    trainer = Trainer(work.config, dataset, phase, context, stop)
+    trainer = Trainer(work.config, dataset, phase, context, stop, work.start)
     _resume(trainer.state, phase, context)
     return trainer.fit(on_epoch, work.until)
 
@@ -200,12 +235,24 @@ def _same_so_far(run: Run, artifact: Artifact[CheckpointRecord], select: Phase) 
     return longest if longest is not None and longest.last_epoch() else None
 
 
-def _publish(config: Config, artifact: Artifact[CheckpointRecord], epoch: int, seconds: float) -> CheckpointRecord:
-    """Copy the best epoch, or the refitted model, to the artefact. Its metric is that of the best epoch of selection."""
+def _publish(
+    given: Config, config: Config, artifact: Artifact[CheckpointRecord], epoch: int, seconds: float
+) -> CheckpointRecord:
+    """Copy the best epoch, or the refitted model, to the artefact. Its metric is that of the best epoch of selection.
+
+    given: the configuration as it was given; config: as it was trained with (`continued`).
+    """
     select, refits = selection(config, artifact.uri), config.training.refit
     best, last = (CheckpointRecord.read(select.folder(one)) for one in (epoch, select.last_epoch()))
     folder = refit(artifact.uri, epoch).folder(epoch) if refits else select.folder(epoch)
-    update = {"seconds": seconds, "value": best.value, "best_epoch": epoch, "history": last.history, **artifact.lineage}
+    update = {
+        "config": given.model_dump(mode="json"),
+        "seconds": seconds,
+        "value": best.value,
+        "best_epoch": epoch,
+        "history": last.history,
+        **artifact.lineage,
+    }
     record = checkpoint.publish(folder, artifact.uri, CheckpointRecord.read(folder).model_copy(update=update))
     log.info(
         "train",
@@ -286,6 +333,7 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
             "dataset": work.dataset_uri,
             "folder": work.folder,
             "until": work.until,
+            "start": None if work.start is None else vars(work.start),
             "report": callback is not None,
             "log": log.setting(),
         },
@@ -320,7 +368,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
 
     log.configure_worker(settings["log"])
     config = Config.model_validate(settings["config"])
-    work = Work(config, settings["dataset"], settings["folder"], settings["until"])
+    start = None if settings["start"] is None else WarmStart(**settings["start"])
+    work = Work(config, settings["dataset"], settings["folder"], settings["until"], start)
     report = ray.train.report if settings["report"] else None
     context = RayContext(config.scaling, work.folder)
     with contextlib.ExitStack() as stack:

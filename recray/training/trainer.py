@@ -34,7 +34,7 @@ from recray.losses.base import Objective
 from recray.metrics import higher_is_better
 from recray.models import Ranker, Retriever, build_model
 from recray.records import CheckpointRecord
-from recray.training import checkpoint, fsdp, optim
+from recray.training import checkpoint, fsdp, optim, warm_start
 from recray.training.accumulate import Accumulation
 from recray.training.batches import TrainingData
 from recray.training.check import check_labels
@@ -45,6 +45,7 @@ from recray.training.phase import Phase, Position
 from recray.training.saving import Flags, Saver, digests
 from recray.training.state import TrainProgress, TrainState
 from recray.training.validate import validate
+from recray.training.warm_start import WarmStart
 
 OnEpoch = Callable[[dict[str, float]], None]
 MicroBatches = list[tuple[Batch, bool]]  # of one step; False marks padding
@@ -70,14 +71,23 @@ class Trainer:
         phase: Phase,
         context: Context,
         stop: Callable[[], bool] = lambda: False,
+        start: WarmStart | None = None,
     ) -> None:
-        """stop: asked on every worker after each step; training saves its state and ends once it is true on one."""
+        """stop: asked on every worker after each step; training saves its state and ends once it is true on one.
+
+        start: the checkpoint whose weights the model begins with.
+        """
         self.config, self.dataset, self.phase, self.context = config, dataset, phase, context
         check_labels(config, dataset)
         self.items = item_table(dataset)
         self.precision = optim.MixedPrecision(config.training.precision, context.device)
         _check_fsdp(config, context, self.precision)
         model = self._build_model()
+        if start is not None:
+            matched = warm_start.apply(start, model, dataset, self.items)
+            if context.rank == 0:
+                said = ", ".join(f"{share:.1%} of {name}" for name, share in matched.items())
+                log.info(phase.name, f"ids that the checkpoint knows: {said}", event="matched", values=matched)
         self.objective = context.wrap(_objective(config, model, self.items, context))
         # After `wrap`: FSDP replaces the parameters that optimizers and averages refer to.
         optimizers, ema = optim.Optimizers(config.optim, model), optim.Ema(model, config.optim.ema_decay)
@@ -86,7 +96,7 @@ class Trainer:
         self.accumulate = Accumulation(
             self.objective, self.precision, context, self._forward_waits(), compiled=config.training.compile
         )
-        self.data = TrainingData(config, dataset, phase, model.examples, context)
+        self.data = TrainingData(config, dataset, phase, model.examples, context, start)
         _check_warmup(config, phase, self.data.steps)
         self.stop, self.stepped = stop, False
         self.saver = Saver(self.state, context, phase, config.training.save_every, self._record, self._save_record)

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from recray.layers import collectives
 from recray.training.distributed import LocalContext, data_parallel
 
 
@@ -50,6 +51,9 @@ class RankContext(LocalContext):
         if self.world_size > 1:
             dist.all_reduce(out)
         return out
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return collectives.all_gather(x) if self.world_size > 1 else x
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
