@@ -1,6 +1,6 @@
-"""Plug-ins by name: models, losses, sources, metrics and baselines.
+"""Plug-ins by name: models, losses, sources, metrics, baselines and trackers.
 
-A plug-in is one Python file that defines typed `Options` and one entry: `build` (model, baseline), `loss`, `read` (source)
+A plug-in is one Python file that defines typed `Options` and one entry: `build` (model, baseline, tracker), `loss`, `read` (source)
 or `metric`. Its name is resolved in this order:
 
     "two_tower"            shipped: a table of names in recray.config, the module is imported when something is built
@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from recray.errors import ConfigError
 
-Kind = Literal["model", "loss", "source", "metric", "baseline"]
+Kind = Literal["model", "loss", "source", "metric", "baseline", "tracker"]
 
 
 class _Home(NamedTuple):
@@ -43,6 +43,7 @@ _HOMES: dict[Kind, _Home] = {
     "source": _Home("recray.data.sources", "recray.config.sources", "read"),
     "metric": _Home("recray.metrics", "recray.metrics", "metric"),
     "baseline": _Home("recray.retrieval.baselines", "recray.config.baselines", "build"),
+    "tracker": _Home("recray.tracking", "recray.config.trackers", "build"),
 }
 
 _searched: ContextVar[str | None] = ContextVar("_searched", default=None)

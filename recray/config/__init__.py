@@ -12,10 +12,12 @@ from recray.config.schema import (
     RetrievalConfig,
     RunConfig,
     ScalingConfig,
+    TrackingConfig,
     TrainingConfig,
 )
 from recray.config.section import Section
 from recray.config.sources import SimulatedOptions, SourceOptions
+from recray.config.trackers import TrackerOptions
 from recray.config.tune import Axis, TuneConfig
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "SimulatedOptions",
     "SourceOptions",
     "SplitConfig",
+    "TrackerOptions",
+    "TrackingConfig",
     "TrainingConfig",
     "TuneConfig",
     "load_config",

@@ -166,8 +166,9 @@ def _keys(sections: list[str], table: dict[str, Any]) -> list[str]:
             section = _options("model" if name == "model" else "loss", table)
         elif path == ["data", _chosen("source", table).rpartition(".")[2]]:
             section = _options("source", table)
-        elif path[:2] == ["evaluation", "baseline_options"] and depth == 2:
-            section = registry.options("baseline", name, table.get("run", {}).get("plugins"))
+        elif path[:2] in (["evaluation", "baseline_options"], ["tracking", "options"]) and depth == 2:
+            plugin: Kind = "baseline" if path[0] == "evaluation" else "tracker"
+            section = registry.options(plugin, name, table.get("run", {}).get("plugins"))
         else:
             field = section.model_fields.get(name)
             found = [field.annotation, *get_args(field.annotation)] if field else []

@@ -1,4 +1,6 @@
-"""Tables whose keys depend on a plug-in's name: [model], [loss], [data.<source>], [evaluation.baseline_options.<name>]."""
+"""Tables whose keys depend on a plug-in's name: [model], [loss], [data.<source>], [evaluation.baseline_options.<name>],
+[tracking.options.<name>].
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from recray.config import baselines, losses, models, sources
+from recray.config import baselines, losses, models, sources, trackers
 from recray.config.schema import Config
 from recray.errors import ConfigError
 
@@ -28,7 +28,12 @@ _NAMES: dict[Any, str] = {
     datetime: "time",
     Any: "any",
 }
-_PLUGINS: dict[str, Any] = {"model": models, "loss": losses, "evaluation.baseline_options": baselines}
+_PLUGINS: dict[str, Any] = {
+    "model": models,
+    "loss": losses,
+    "evaluation.baseline_options": baselines,
+    "tracking.options": trackers,
+}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
 
 

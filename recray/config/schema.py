@@ -27,6 +27,7 @@ from recray.config.losses import LossOptions
 from recray.config.models import Family, ModelOptions
 from recray.config.plugins import options_of, typed
 from recray.config.section import Section
+from recray.config.trackers import TrackerOptions
 from recray.config.tune import TuneConfig
 from recray.errors import ConfigError
 
@@ -281,6 +282,29 @@ class PromotionConfig(Section):
     )
 
 
+class TrackingConfig(Section):
+    """Where a training's parameters, metrics and reports are sent (recray/tracking/README.md)."""
+
+    trackers: list[str] = Field([], description="tensorboard, mlflow, or trackers of your own; empty: none")
+    options: dict[str, SerializeAsAny[TrackerOptions]] = Field(
+        {}, description="options of trackers, a table per name, e.g. [tracking.options.mlflow]"
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            options_of("tracker", name)
+        return names
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: typed("tracker", name, table, key=name) for name, table in value.items()}
+
+
 class Config(Section):
     """The whole configuration of a run; every stage takes one."""
 
@@ -294,6 +318,7 @@ class Config(Section):
     retrieval: RetrievalConfig = Field(RetrievalConfig(), description="index, blending and re-ranking")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and baselines of the report")
     promotion: PromotionConfig = Field(PromotionConfig(), description="checks of `recray promote`")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="TensorBoard, MLflow and other trackers")
     tune: TuneConfig = Field(TuneConfig(), description="hyperparameter search")
 
     @model_validator(mode="wrap")

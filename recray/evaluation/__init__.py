@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from recray import locks, storage
-from recray.artifacts import in_use, report_stage
+from recray import locks, storage, tracking
+from recray.artifacts import Run, in_use, report_stage
 from recray.config import Config
+from recray.data.dataset import PreparedDataset
 from recray.evaluation.clicks import evaluate_clicks
 from recray.evaluation.lists import evaluate_lists
 from recray.records import ReportRecord
@@ -22,4 +23,20 @@ def evaluate(config: Config, split: str = "test") -> ReportRecord:
         folder = in_use(config.run_uri, report_stage(split)).uri
         if not storage.exists(storage.join(folder, page.FILE)):
             page.write(folder)
+            _track(config, report, folder)
     return report
+
+
+def _track(config: Config, report: ReportRecord, folder: str) -> None:
+    """Add the report to the run of its training in the configured trackers."""
+    if config.tracking.trackers:
+        checkpoint, dataset = Run(config).checkpoint(), PreparedDataset.of(Run(config))
+        values = {
+            f"{report.split}/{system}/{name}": one.value
+            for system, metrics in report.metrics.items()
+            for name, one in metrics.items()
+        }
+        files = [storage.join(folder, name) for name in (ReportRecord.file_name(), page.FILE)]
+        there = [uri for uri in files if storage.exists(uri)]
+        record = dataset.record
+        tracking.report(config, record, dataset.uri, checkpoint.uri, values, checkpoint.record.step, there)

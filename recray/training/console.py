@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from recray import log
+from recray import log, tracking
 
 # Of an entry, what the text of an epoch does not repeat; the event has all numbers.
 _TIMES = (
     *("epoch", "loss", "seconds", "events_per_second", "waiting_share", "first_batch_seconds", "first_step_at"),
     *("read_seconds", "cut_seconds", "copy_seconds", "validation_seconds", "saving_seconds"),
 )
+_TRACKED = 20  # losses of single steps that are sent to trackers, per epoch
 _SLOW = 0.1  # share of an epoch spent waiting for batches that is worth advice
 ADVICE = {
     "read": "set scaling.reader = 'ray_data' to read on other cores and nodes, or move the dataset closer",
@@ -45,15 +46,17 @@ class Progress:
         """Since the epoch was started or resumed."""
         return time.perf_counter() - self._started
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int, done: int = 0) -> None:
+        """done: steps of the epoch that were taken before training was resumed."""
         self._reset()
+        self._epoch, self._done = epoch, done
         # A library is silent: the bar appears only where messages are shown, too.
         shown = logging.getLogger(f"recray.{self._name}").isEnabledFor(logging.INFO)
         if self._enabled and shown and sys.stderr.isatty():
             self._bar = _bar(self._name)
             self._bar.start()
             self._id = self._bar.add_task(
-                f"epoch {epoch + 1}/{self._epochs}", total=self._steps, loss=0.0, rate=0.0, wait=0.0
+                f"epoch {epoch + 1}/{self._epochs}", total=self._steps, completed=done, loss=0.0, rate=0.0, wait=0.0
             )
 
     def step(self, loss: float, events: float, waited: float) -> None:
@@ -64,6 +67,9 @@ class Progress:
         if not self._count:
             self._first_wait, self._first_step_at = waited, time.time()
         self._count += 1
+        at = self._done + self._count
+        if self._enabled and at % max(1, self._steps // _TRACKED) == 0:
+            tracking.metrics({f"{self._name}/loss": loss}, self._epoch * self._steps + at)
         if self._bar is not None:
             seconds = self.seconds
             self._bar.update(self._id, advance=1, loss=loss, rate=self._events / seconds, wait=self._waited / seconds)
@@ -96,6 +102,7 @@ class Progress:
         """Log an epoch's entry of the history."""
         if not self._enabled:
             return
+        tracking.metrics(self._tracked(entry), int(entry["epoch"]) * self._steps)
         metrics = "".join(f"  {name} {value:.4f}" for name, value in entry.items() if name not in _TIMES)
         log.info(
             self._name,
@@ -104,6 +111,13 @@ class Progress:
             event="epoch",
             values=entry,
         )
+
+    def _tracked(self, entry: dict[str, float]) -> dict[str, float]:
+        """An epoch's entry by the names that trackers show."""
+        own = ("events_per_second", "waiting_share", "seconds")
+        values = {f"{self._name}/epoch_loss": entry["loss"], "epoch": entry["epoch"]}
+        values |= {f"{self._name}/{name}": entry[name] for name in own}
+        return values | {f"validation/{name}": value for name, value in entry.items() if name not in _TIMES}
 
     def _advise(self, waiting: float, took: dict[str, float]) -> None:
         """Once: why the model waits, and what to set. `waiting` excludes the first batch, which waits for the start-up."""

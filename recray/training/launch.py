@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recray import locks, log, storage
+from recray import locks, log, storage, tracking
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import lost_worker, summary, unwrap
@@ -138,9 +138,10 @@ def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
     config, dataset = work.config, PreparedDataset.open(work.dataset_uri)
     local = isinstance(context, LocalContext)
     stop = interrupt.StopRequest(None if local else work.folder, context.rank)
-    progress = _fit_phase(work, dataset, selection(config, work.folder), context, stop, on_epoch)
-    if config.training.refit and work.until is None:
-        _fit_phase(work, dataset.refitted(), refit(work.folder, progress.best_epoch), context, stop)
+    with tracking.training(config, dataset.record, dataset.uri, work.folder, context.rank):
+        progress = _fit_phase(work, dataset, selection(config, work.folder), context, stop, on_epoch)
+        if config.training.refit and work.until is None:
+            _fit_phase(work, dataset.refitted(), refit(work.folder, progress.best_epoch), context, stop)
 
 
 def selection(config: Config, folder: str) -> Phase:

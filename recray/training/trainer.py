@@ -128,7 +128,7 @@ class Trainer:
     def train_epoch(self, epoch: int, batches: DeviceLoader) -> dict[str, float]:
         """The steps of an epoch (from 0) that are left. Returns its entry of the history, without validation."""
         progress, sums = self.state.progress, self.state.progress.sums
-        self.meter.start_epoch(epoch)
+        self.meter.start_epoch(epoch, sums.steps)
         before = sums.seconds
         for _ in range(self.data.steps_left(epoch, progress.segments)):
             started = time.perf_counter()

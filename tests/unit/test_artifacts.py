@@ -58,6 +58,7 @@ TABLE = {
     "evaluation": _EVALUATION,
     "evaluation.batch_size": "-",
     "promotion": "-",
+    "tracking": "-",
     "evaluation.filter_seen": f"{_EVALUATION} {_TRAINING}",
     "evaluation.queries": f"index {_EVALUATION} {_TRAINING}",
     "tune": "tune",
@@ -111,10 +112,11 @@ def _alternatives(config: Config, key: str) -> Iterator[Any]:
     elif isinstance(value, str):
         yield from ("two", "12h", "ndcg@20", "log_loss", "recall@20", "2", "other")
     elif isinstance(value, list):
-        yield from ([], [16], [7, 8], ["other"], ["popularity"], ["recall"], ["auc"])
+        yield from ([], [16], [7, 8], ["other"], ["popularity"], ["recall"], ["auc"], ["mlflow"])
     elif isinstance(value, dict):
         yield from (
             {"recent_popularity": {"window": "2h"}},
+            {"mlflow": {"experiment": "other"}},
             {"x": {"kind": "numeric"}},
             {"optim.learning_rate": {"choices": [1e-3]}},
         )

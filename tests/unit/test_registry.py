@@ -30,14 +30,16 @@ def test_a_shipped_plugin_is_complete(kind: Kind, name: str) -> None:
     module = registry.load(kind, name)
     options = registry.options(kind, name)
     assert module.Options is options
-    assert callable(getattr(module, {"model": "build", "loss": "loss", "source": "read", "baseline": "build"}[kind]))
+    entries = {"model": "build", "loss": "loss", "source": "read", "baseline": "build", "tracker": "build"}
+    assert callable(getattr(module, entries[kind]))
     assert module.__doc__ and len(module.__doc__) > 60
     if "name" in options.model_fields:
         assert options().name == name
 
 
 @pytest.mark.parametrize(
-    ("kind", "package"), [("model", "models"), ("loss", "losses"), ("baseline", "retrieval.baselines")]
+    ("kind", "package"),
+    [("model", "models"), ("loss", "losses"), ("baseline", "retrieval.baselines"), ("tracker", "tracking")],
 )
 def test_every_file_of_a_folder_of_plugins_is_registered(kind: Kind, package: str) -> None:
     home = importlib.import_module(f"recray.{package}")
