@@ -41,10 +41,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recray import digests, layout, locks, log, registry, storage
+from recray import digests, layout, locks, log, progress, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
+from recray.cluster.waiting import results
 from recray.config import Config, DataConfig
 from recray.data import features, kinds, negatives, partition, remarks, split, user_rows, vocab
 from recray.data.dataset import ITEMS
@@ -84,6 +85,7 @@ def prepare(config: Config) -> DatasetRecord:
         artifact.clear()  # what a process that was killed has left
         artifact.mark()
         work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))
+        stack.enter_context(progress.task("prepare", f"{source.num_events:,} events"))
         try:
             record = work.run(started)
         except BaseException:
@@ -143,7 +145,7 @@ class _Work:
         division = ray.put(self._division(stats, boundaries, draw))
         sample, returned = self._sample(kept), 3 + 2 * len(columns.context)
         outputs = self._each(partition.count, stats, division, columns.context, sample, num_returns=returned)
-        sizes = self._get([out[0] for out in outputs])
+        sizes = self._get([out[0] for out in outputs], "count items")
         self._check(counts, sizes, split.Range(first, last, boundaries, self.source.has_time, ties))
         known, new = self._catalogue(self._merge([out[1] for out in outputs]), counts)
         items, num_items = pa.concat_tables([known, new]), NUM_RESERVED + len(known)
@@ -277,7 +279,7 @@ class _Work:
             self.artifact.uri,
             offsets=offsets[:-1].tolist(),
         )
-        parts = self._get(calls)
+        parts = self._get(calls, "write shards")
         _add(counts, [part["counts"] for part in parts])
         shards = {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
         early = {name: [p["early"][name] for p in parts if name in p["early"]] for name in SPLITS}
@@ -303,7 +305,8 @@ class _Work:
             refs = events.to_arrow_refs()
             task = ray.remote(partition.sort_blocks)
             stats = self._get(
-                [task.remote(sorting, bucket if num_buckets > 1 else None, *refs) for bucket in range(num_buckets)]
+                [task.remote(sorting, bucket if num_buckets > 1 else None, *refs) for bucket in range(num_buckets)],
+                "sort events",
             )
         else:
             partitions = max(min(num_buckets, 200), num_buckets // _PARTITION_BUCKETS)
@@ -333,12 +336,12 @@ class _Work:
             for entry, more in zip(stats, extra, strict=False)
         ]
 
-    def _get(self, refs: list[Any]) -> list[dict[str, Any]]:
+    def _get(self, refs: list[Any], title: str) -> list[dict[str, Any]]:
         """Results of tasks. If one fails, the others are stopped, so that nothing is written after the error."""
         import ray
 
         try:
-            return list(ray.get(refs))
+            return results(refs, "prepare", title)
         except BaseException:
             # Other tasks often fail for the same reason at the same time, and Ray 2.60 aborts this process if a task ends
             # while it is being cancelled ("Tried to complete task that was not pending"). So wait for them first.

@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from recray import log
+from recray import log, progress
 from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -122,7 +122,8 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     for name, why in found.left_out.items():
         log.warning("evaluate", f"baseline {name} is left out: {why}")
     users = np.concatenate(found.users)
-    metrics = {name: _summary(one, users, config, dataset) for name, one in found.scores.items()}
+    scores = progress.track(found.scores.items(), "evaluate", "metrics and intervals")
+    metrics = {name: _summary(one, users, config, dataset) for name, one in scores}
     index = artifacts.index.record if artifacts.index else None
     report = ReportRecord(
         **artifact.lineage,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
+from recray import progress
 from recray.cluster import runtime
+from recray.cluster.waiting import results
 from recray.config import ScalingConfig
 
 T = TypeVar("T")
@@ -24,15 +23,14 @@ def map_shards(title: str, work: _Work[T], scaling: ScalingConfig, num_shards: i
     """
     workers = min(scaling.num_workers, num_shards)
     if workers <= 1:
-        shown = sys.stderr.isatty()
-        numbers = track(range(num_shards), title, console=Console(stderr=True), transient=True, disable=not shown)
-        return list(work(numbers))
+        return list(work(progress.track(range(num_shards), title, "shards")))
     import ray
 
     runtime.start(scaling)
     threads = scaling.cpus_per_worker
     task = ray.remote(_run).options(num_cpus=threads)
-    parts = ray.get([task.remote(work, threads, list(range(w, num_shards, workers))) for w in range(workers)])
+    refs = [task.remote(work, threads, list(range(w, num_shards, workers))) for w in range(workers)]
+    parts = results(refs, title, f"{num_shards:,} shards, tasks")
     return [parts[number % workers][number // workers] for number in range(num_shards)]
 
 

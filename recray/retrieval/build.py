@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recray import digests, log, storage
+from recray import digests, log, progress, storage
 from recray.artifacts import Artifact, Run
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
@@ -55,7 +55,8 @@ def _build(
     factory = faiss_index.choose(len(vectors_ND)) if options.index == "auto" else options.index
     building = time.perf_counter()
     try:
-        built, device = faiss_index.build(vectors_ND, factory, options.use_gpu)
+        with progress.task("index", f"build {factory}"):
+            built, device = faiss_index.build(vectors_ND, factory, options.use_gpu)
     except ConfigError:
         run.discard(artifact)  # no half-written index stays; the one in use is another folder
         raise

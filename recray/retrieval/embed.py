@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from recray import storage
+from recray import progress, storage
 from recray.artifacts import Artifact
 from recray.cluster import runtime
 from recray.config import Config, ScalingConfig
@@ -45,7 +45,8 @@ def item_vectors(
     else:
         found = _embed(model, tasks)
     out: np.ndarray | None = None
-    for ids, vectors in found:
+    chunks = sum(-(-len(task) // _CHUNK) for task in tasks)
+    for ids, vectors in progress.track(found, "index", "item vectors", chunks):
         out = _allocate(num_items, vectors.shape[1]) if out is None else out
         out[ids.start : ids.stop : ids.step] = vectors
     assert out is not None

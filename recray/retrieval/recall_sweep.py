@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recray import progress
 from recray.ids import FIRST_ITEM
 from recray.records import SweepPoint
 from recray.retrieval import faiss_index
@@ -34,7 +35,7 @@ def sweep(
     k = min(k, len(vectors_ND) - FIRST_ITEM)
     curve = []
     exact = exact_scores(tune_QD, vectors_ND, k)
-    for setting in faiss_index.settings(index):
+    for setting in progress.track(faiss_index.settings(index), "index", "measure settings"):
         faiss_index.apply(index, setting)
         recall, at_10, missing, milliseconds = measure(index, vectors_ND, tune_QD, exact, k)
         curve.append(

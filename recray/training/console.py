@@ -1,16 +1,10 @@
-"""What training reports: a bar while an epoch runs on a terminal, an event when it ends, and advice where loading is slow."""
+"""What training reports: progress while an epoch runs, an event when it ends, and advice where loading is slow."""
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
-from recray import log, tracking
+from recray import log, progress, tracking
 
 # Of an entry, what the text of an epoch does not repeat; the event has all numbers.
 _TIMES = (
@@ -31,7 +25,7 @@ class Progress:
 
     def __init__(self, name: str, epochs: int, steps: int, enabled: bool) -> None:
         self._name, self._epochs, self._steps, self._enabled = name, epochs, steps, enabled
-        self._bar: Bar | None = None
+        self._task: progress.Task | None = None
         self._stages: dict[str, float] = {}
         self._advised = False
         self._reset()
@@ -50,14 +44,9 @@ class Progress:
         """done: steps of the epoch that were taken before training was resumed."""
         self._reset()
         self._epoch, self._done = epoch, done
-        # A library is silent: the bar appears only where messages are shown, too.
-        shown = logging.getLogger(f"recray.{self._name}").isEnabledFor(logging.INFO)
-        if self._enabled and shown and sys.stderr.isatty():
-            self._bar = _bar(self._name)
-            self._bar.start()
-            self._id = self._bar.add_task(
-                f"epoch {epoch + 1}/{self._epochs}", total=self._steps, completed=done, loss=0.0, rate=0.0, wait=0.0
-            )
+        if self._enabled:
+            title = f"epoch {epoch + 1}/{self._epochs}"
+            self._task = progress.Task(self._name, title, self._steps, done).start()
 
     def step(self, loss: float, events: float, waited: float) -> None:
         """After every optimizer step: the global mean loss, the global number of queries, and the seconds this worker
@@ -70,21 +59,22 @@ class Progress:
         at = self._done + self._count
         if self._enabled and at % max(1, self._steps // _TRACKED) == 0:
             tracking.metrics({f"{self._name}/loss": loss}, self._epoch * self._steps + at)
-        if self._bar is not None:
+        if self._task is not None:
             seconds = self.seconds
-            self._bar.update(self._id, advance=1, loss=loss, rate=self._events / seconds, wait=self._waited / seconds)
+            rate = f"{self._events / seconds:,.0f} events/s"
+            self._task.update(note=f"loss {loss:.4f}  {rate}  waiting {self._waited / seconds:.0%}")
 
     def end_epoch(self, stages: dict[str, float]) -> dict[str, float]:
-        """Close the bar and return the epoch's measurements.
+        """Return the epoch's measurements.
 
         stages: seconds of the loader's stages read, cut and copy, since training began.
 
         Returns <stage>_seconds of this epoch, seconds, events_per_second, waiting_share (of the time, spent waiting for
         batches), first_batch_seconds, and first_step_at (when the first step was done, seconds since 1970).
         """
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._task is not None:
+            self._task.stop()
+            self._task = None
         seconds = self.seconds
         took = {name: value - self._stages.get(name, 0.0) for name, value in stages.items()}
         self._stages = stages
@@ -133,12 +123,3 @@ class Progress:
             event="slow_loader",
             values={"waiting_share": waiting, "slowest": slowest, **{f"{name}_seconds": took[name] for name in took}},
         )
-
-
-def _bar(name: str) -> Bar:
-    text = (
-        "{task.description}  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} events/s  "
-        "waiting {task.fields[wait]:.0%}"
-    )
-    columns = (TextColumn(name), BarColumn(), TextColumn(text), TimeRemainingColumn())
-    return Bar(*columns, console=Console(stderr=True), transient=True)

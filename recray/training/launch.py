@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recray import locks, log, storage, tracking
+from recray import locks, log, progress, storage, tracking
 from recray.artifacts import CHECKPOINT, Artifact, Run, artifacts_of
 from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import lost_worker, summary, unwrap
@@ -138,10 +138,10 @@ def fit(work: Work, context: Context, on_epoch: OnEpoch | None = None) -> None:
     config, dataset = work.config, PreparedDataset.open(work.dataset_uri)
     local = isinstance(context, LocalContext)
     stop = interrupt.StopRequest(None if local else work.folder, context.rank)
-    with tracking.training(config, dataset.record, dataset.uri, work.folder, context.rank):
-        progress = _fit_phase(work, dataset, selection(config, work.folder), context, stop, on_epoch)
+    with tracking.training(config, dataset.record, dataset.uri, work.folder, context.rank), progress.scope():
+        done = _fit_phase(work, dataset, selection(config, work.folder), context, stop, on_epoch)
         if config.training.refit and work.until is None:
-            _fit_phase(work, dataset.refitted(), refit(work.folder, progress.best_epoch), context, stop)
+            _fit_phase(work, dataset.refitted(), refit(work.folder, done.best_epoch), context, stop)
 
 
 def selection(config: Config, folder: str) -> Phase:
@@ -357,7 +357,8 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
         private_ray.keep_ctrl_c(trainer)
     private_ray.keep_store_on_loopback(trainer)
     try:
-        with interrupt.forwarded(work.folder):
+        title = f"{scaling.num_workers} worker{'s' * (scaling.num_workers > 1)}"
+        with interrupt.forwarded(work.folder), progress.task("train", title, lines=False):
             trainer.fit()
     except Exception as error:
         raise (unwrap(error) or error) from error

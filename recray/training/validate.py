@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from recray import metrics
+from recray import metrics, progress
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import RecrayError
@@ -86,7 +86,7 @@ def _queries(
     """This worker's validation queries; False marks one that only keeps the workers in step."""
     size = _QUERIES_ON_CPU if context.device.type == "cpu" else _QUERIES
     length, kind = config.model.history_length, config.evaluation.queries
-    for table in dataset.iter_tables("valid"):
+    for table in _tables(dataset, context):
         mine = _own_rows(table, context)
         found = eval_queries(mine, size, length, kind) if len(mine) else iter(())
         yield from _in_step(found, eval_queries(table, 1, length, kind), context, exchanges)
@@ -126,10 +126,15 @@ def _impressions(
 ) -> Iterator[tuple[Batch, bool]]:
     """This worker's validation impressions; False marks one that only keeps the workers in step."""
     length = config.model.history_length
-    for table in dataset.iter_tables("valid"):
+    for table in _tables(dataset, context):
         mine = _own_rows(table, context)
         found = impressions(mine, _IMPRESSIONS, length) if len(mine) else iter(())
         yield from _in_step(found, impressions(table, 1, length), context, exchanges)
+
+
+def _tables(dataset: PreparedDataset, context: Context) -> Iterator[pa.Table]:
+    shards = len(dataset.record.shards["valid"])
+    return progress.track(dataset.iter_tables("valid"), "train", "validate", shards, enabled=context.rank == 0)
 
 
 def _own_rows(table: pa.Table, context: Context) -> pa.Table:

@@ -7,12 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from rich.console import Console
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.table import Table
 
-from recray import log, storage
+from recray import log, progress, storage
 from recray.records import Trial, TuneRecord
 from recray.tuning.importance import unmeasured
 from recray.tuning.objective import Objective
@@ -29,28 +27,34 @@ class Board:
         self._stopped = {(trial.number, trial.seed): trial for trial in past}
         self._running: dict[int, Trial] = {}
         self._started = time.perf_counter()
-        console = _terminal()
-        self._live = Live(console=console, refresh_per_second=4) if console else None
+        shown = logging.getLogger("recray.tune").isEnabledFor(logging.INFO)
+        console = progress.terminal() if shown else None
+        # The table is drawn again and again: its time moves, also between two reports.
+        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table) if console else None
+        self._task = progress.Task("tune", f"{title}: trials", total, len(past))
 
     def __enter__(self) -> Board:
         if self._live is not None:
             self._live.start()
+        else:
+            self._task.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._task.stop()
         if self._live is not None:
-            self._live.update(self._table())
             self._live.stop()
 
     def running(self, trial: Trial) -> None:
         """A trial has started, or has reported an epoch."""
         self._running[trial.number] = trial
-        if self._live is not None:
-            self._live.update(self._table())
+        epochs = sum(one.epochs for one in self._running.values())
+        self._task.update(0, note=f"{len(self._running)} running, {epochs} epochs done in these")
 
     def stopped(self, trial: Trial) -> None:
         self._running.pop(trial.number, None)
         self._stopped[trial.number, trial.seed] = trial
+        self._task.update()
         best = self._objective.ranked(self._stopped.values())[:1]
         result = f"{self._objective.metric} {trial.best:.4f}" if trial.best is not None else trial.reason
         so_far = f"  best {best[0].best:.4f} of trial {best[0].number}" if best else ""
@@ -62,32 +66,23 @@ class Board:
             event="trial",
             values=trial.model_dump(mode="json", exclude={"curve", "switches"}),
         )
-        if self._live is not None:
-            self._live.update(self._table())
 
     def _table(self) -> Table:
         total = f" of {self._total}" if self._total else ""
         table = Table(
-            title=f"{self._title}: {len(self._stopped)}{total} trials ({count_statuses(self._stopped.values())}), "
+            title=f"{self._title}: {len(self._stopped)}{total} trials ({count_statuses(list(self._stopped.values()))}), "
             f"{len(self._running)} running, {time.perf_counter() - self._started:.0f} s",
             title_justify="left",
         )
         for name in ("trial", "status", "epoch", self._objective.metric, "values"):
             table.add_column(name, justify="left" if name == "values" else "right")
-        for _, trial in sorted(self._running.items()):
+        for _, trial in sorted(list(self._running.items())):  # another thread draws the table
             last = plain(trial.curve[-1].value) if trial.curve else ""
             table.add_row(str(trial.number), "running", str(trial.epochs), last, show(trial.values))
         table.add_section()
-        for trial in self._objective.ranked(self._stopped.values())[:_SHOWN]:
+        for trial in self._objective.ranked(list(self._stopped.values()))[:_SHOWN]:
             table.add_row(str(trial.number), trial.status, str(trial.epochs), plain(trial.best), show(trial.values))
         return table
-
-
-def _terminal() -> Console | None:
-    """The terminal to which recray's log is written at its normal level, if any."""
-    logger = logging.getLogger("recray")
-    consoles = [handler.console for handler in logger.handlers if isinstance(handler, RichHandler)]
-    return consoles[0] if consoles and consoles[0].is_terminal and logger.isEnabledFor(logging.INFO) else None
 
 
 def count_statuses(trials: Iterable[Trial]) -> str:

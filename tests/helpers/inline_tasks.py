@@ -72,7 +72,9 @@ class _Remote:
 def _modules() -> dict[str, ModuleType]:
     ray, data = ModuleType("ray"), ModuleType("ray.data")
     data.__dict__["from_items"] = lambda rows, override_num_blocks: InlineTasks(rows)
-    ray.__dict__.update(data=data, remote=_Remote, get=lambda refs: refs, put=lambda value: value)
+    ray.__dict__.update(
+        data=data, remote=_Remote, get=lambda refs: refs, wait=lambda refs, **_: (refs, []), put=lambda value: value
+    )
     return {"ray": ray, "ray.data": data}
 
 
