@@ -312,7 +312,8 @@ class _Work:
             partitions = max(min(num_buckets, 200), num_buckets // _PARTITION_BUCKETS)
             grouped = events.groupby("bucket", num_partitions=partitions)
             result = grouped.map_groups(partition.sort_group, batch_format="pyarrow", fn_kwargs={"sorting": sorting})
-            stats = [{k: int(v) for k, v in row.items()} for row in result.take_all()]
+            rows = progress.track(result.iter_rows(), "prepare", "sort events", num_buckets)
+            stats = [{k: int(v) for k, v in row.items()} for row in rows]
         stats = sorted((s for s in stats if s["events_read"]), key=lambda s: s["bucket"])
         if not stats:
             raise DataError("the log holds no events: check data.path and data.source")

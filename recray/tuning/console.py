@@ -30,7 +30,9 @@ class Board:
         shown = logging.getLogger("recray.tune").isEnabledFor(logging.INFO)
         console = progress.terminal() if shown else None
         # The table is drawn again and again: its time moves, also between two reports.
-        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table) if console else None
+        self._live = (
+            Live(console=console, refresh_per_second=2, transient=True, get_renderable=self._table) if console else None
+        )
         self._task = progress.Task("tune", f"{title}: trials", total, len(past))
 
     def __enter__(self) -> Board:
@@ -44,6 +46,7 @@ class Board:
         self._task.stop()
         if self._live is not None:
             self._live.stop()
+            self._live.console.print(self._table())
 
     def running(self, trial: Trial) -> None:
         """A trial has started, or has reported an epoch."""
