@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recray import console, credentials, log
+from recray import console, credentials, log, progress
 from recray.errors import Interrupted, RecrayError
 
 if TYPE_CHECKING:
@@ -414,6 +414,24 @@ def diff(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="A B ...", help="folders or URIs of runs, or of reports")],
+    split: Annotated[_Split, typer.Option(help="which report of the runs")] = _Split.test,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="also write a page")] = None,
+) -> None:
+    """Compare reports with the first one: metrics with intervals paired over users, configuration, and cost."""
+    from recray import storage
+    from recray.report import compare as reports
+    from recray.report.html import available
+
+    found = reports.compare(runs, split.value)
+    _result("compare", "result", reports.render(found), found.as_json())
+    if html is not None and available("compare", html):
+        storage.write_bytes(html, reports.page(found).encode())
+        log.info("compare", f"page: {html}", event="page", values={"uri": html})
+
+
+@app.command()
 def verify(
     uri: Annotated[str, typer.Argument(metavar="RUN_OR_ARTEFACT", help="folder or URI of a run, an artefact or lists")],
 ) -> None:
@@ -506,9 +524,12 @@ def _stoppable() -> Iterator[None]:
     is 128 + the signal's number, as in a shell."""
     from recray.training import interrupt
 
-    with interrupt.graceful():
+    # Ray and torch take seconds to start, between and before what shows progress of its own.
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    with interrupt.graceful(), progress.scope():
         try:
-            yield
+            with progress.task("recray", verb, lines=False):
+                yield
         except Interrupted as error:
             log.warning("train", str(error), event="stopped")
             raise typer.Exit(128 + (interrupt.received() or signal.SIGTERM)) from None

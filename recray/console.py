@@ -22,9 +22,12 @@ def table(entries: list[Any]) -> None:
         )
         for e in entries
     ]
+    pages = [f"{e.run}  {e.page}" for e in entries if e.in_use and e.page]
     widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
     for row in [heads, *rows]:
         typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    if pages:
+        typer.echo("\n".join(["", "pages", *pages]))
 
 
 def _age(seconds: float | None) -> str:

@@ -26,6 +26,7 @@ class Entry:
     created: str  # ISO time; empty for an artefact that is not complete
     bytes: int
     uri: str
+    page: str = ""  # report.html, tune.html
 
     @property
     def age_seconds(self) -> float | None:
@@ -73,6 +74,10 @@ def _entry(run_uri: str, artifact: Artifact[Record], named: dict[str, str], poin
         created=artifact.record.created if complete else "",
         bytes=folders.size(artifact.uri),
         uri=artifact.uri,
+        page=next(
+            (uri for name in ("report.html", "tune.html") if storage.exists(uri := storage.join(artifact.uri, name))),
+            "",
+        ),
     )
 
 

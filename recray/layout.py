@@ -10,6 +10,7 @@ import re
 from recray import folders, log, storage
 from recray.errors import StorageError
 
+SCORES = "scores.parquet"  # of a report: recray.evaluation.scores
 _SHARD = r"part-\d+\.parquet"
 _SAVED = (
     r"(checkpoint|dataset|digests-\d+)\.json|(model|items)\.safetensors|state\.pt"
@@ -62,8 +63,8 @@ WRITTEN = {
     ),
     "checkpoint": _pattern(_CHECKPOINT),
     "index": _pattern(r"index\.faiss", r"(ids|vectors)\.parquet", r"index\.json"),
-    "report": _pattern(r"report\.(json|html)"),
-    "report-valid": _pattern(r"report\.(json|html)"),
+    "report": _pattern(r"report\.(json|html)", r"scores\.parquet"),
+    "report-valid": _pattern(r"report\.(json|html)", r"scores\.parquet"),
     "tune": _pattern(
         r"tune\.(json|html)",
         r"best\.toml",

@@ -29,7 +29,7 @@ _KINDS: dict[str, type[Record]] = {
 _SEALED = ("identity.json", "current.json", "point.json")
 # What belongs to no record: folders, the link to what is in use, files of Ray, locks, and what was never completed.
 _LOOSE = re.compile(
-    r".*/|(.*/)?current@|(.*/)?ray/.*|(.*/)?_sorted/.*|.*\.(lock|part)|(.*/)?(stop|_begun\.json|(tune|report)\.html)"
+    r".*/|(.*/)?current@|(.*/)?ray/.*|tensorboard/.*|(.*/)?_sorted/.*|.*\.(lock|part)|(.*/)?(stop|_begun\.json|(tune|report)\.html)"
 )
 
 

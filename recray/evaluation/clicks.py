@@ -17,14 +17,16 @@ from functools import partial
 import numpy as np
 import torch
 
+from recray import digests
 from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
-from recray.evaluation import slices
+from recray.evaluation import scores, slices
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import UNKNOWN
+from recray.layout import SCORES
 from recray.loading.collate import impressions
 from recray.metrics import CLICK_METRICS, ClickMetric, Clicks, click_metrics
 from recray.metrics.clicks import interval
@@ -63,6 +65,9 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
         "model": _Summary.of(model, config, of_any_score if drawn else wanted),
         "popularity": _Summary.of(popularity, config, of_any_score),
     }
+    # -log p of what happened.
+    loss = np.logaddexp(0.0, scored["logit"]) - label * scored["logit"]
+    scores.write(artifact.uri, dataset, user, weight, {"model/log_loss": loss})
     report = ReportRecord(
         **artifact.lineage,
         config=config.model_dump(mode="json"),
@@ -79,6 +84,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
         },
         slices=_slices(scored, dataset.item_counts(), config),
         reliability=[] if drawn else [ReliabilityBin(**vars(one)) for one in model.reliability()],
+        files=digests.of_files(artifact.uri, [SCORES]),
         seconds=time.perf_counter() - started,
     )
     report = report.model_copy(update={"verdict": verdict(report, record, config)}).write(artifact.uri)

@@ -21,16 +21,17 @@ from functools import partial
 
 import numpy as np
 
-from recray import log, progress
+from recray import digests, log, progress
 from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.split import before
 from recray.errors import DataError
-from recray.evaluation import examples, slices
+from recray.evaluation import examples, scores, slices
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
+from recray.layout import SCORES
 from recray.loading.collate import EvalQuery, eval_queries
 from recray.loading.jagged import offsets_from_lengths
 from recray.metrics import higher_is_better, list_metrics, ranking
@@ -122,9 +123,10 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     for name, why in found.left_out.items():
         log.warning("evaluate", f"baseline {name} is left out: {why}")
     users = np.concatenate(found.users)
-    scores = progress.track(found.scores.items(), "evaluate", "metrics and intervals")
-    metrics = {name: _summary(one, users, config, dataset) for name, one in scores}
+    systems = progress.track(found.scores.items(), "evaluate", "metrics and intervals")
+    metrics = {name: _summary(one, users, config, dataset) for name, one in systems}
     index = artifacts.index.record if artifacts.index else None
+    _write_scores(artifact.uri, found, users, config, dataset)
     report = ReportRecord(
         **artifact.lineage,
         config=config.model_dump(mode="json"),
@@ -138,6 +140,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         examples=examples.choose(found.examples),
         index=_index_loss(index, metrics, max(config.evaluation.k)) if index else {},
         rerank=_rerank(found.scores, metrics, config, len(users)) if "reranked" in metrics else {},
+        files=digests.of_files(artifact.uri, [SCORES]),
         seconds=time.perf_counter() - started,
     )
     words = verdict(report, artifacts.checkpoint.record, config)
@@ -268,6 +271,13 @@ def _summary(scores: _Scores, users: np.ndarray, config: Config, dataset: Prepar
     k, users_train = max(config.evaluation.k), dataset.record.counts["users_train"]
     lists = scores.lists.metrics(k, dataset.item_counts(), users_train)
     return out | {name: Interval(value=value) for name, value in lists.items()}
+
+
+def _write_scores(folder: str, found: _Part, users: np.ndarray, config: Config, dataset: PreparedDataset) -> None:
+    """What each user adds to the metrics of the run's own recommenders."""
+    values = {name: np.concatenate(one.values) for name, one in found.scores.items() if name in _STAGES}
+    columns = {f"{name}/{n}": one[:, i] for name, one in values.items() for i, n in enumerate(_names(config))}
+    scores.write(folder, dataset, users, np.ones(len(users)), columns)
 
 
 def _bounds(values_BM: np.ndarray, users: np.ndarray, config: Config) -> list[tuple[float | None, float | None]]:

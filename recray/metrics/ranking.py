@@ -140,10 +140,15 @@ def bootstrap(
         _, user_B = np.unique(user_B, return_inverse=True)
         size_U = np.bincount(user_B).astype(float)
         values_BM = np.stack([np.bincount(user_B, column) for column in values_BM.T], axis=1)
+    return bootstrap_sums(values_BM, size_U, resamples, seed)
+
+
+def bootstrap_sums(sum_UM: np.ndarray, size_U: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same from the sums of each user's rows and their numbers."""
     rng = np.random.default_rng(seed)
-    n = len(values_BM)
-    means_RM = np.empty((resamples, values_BM.shape[1]))
+    n = len(sum_UM)
+    means_RM = np.empty((resamples, sum_UM.shape[1]))
     for r in range(resamples):
         times_U = np.bincount(rng.integers(0, n, n), minlength=n)
-        means_RM[r] = times_U @ values_BM / (times_U @ size_U)
+        means_RM[r] = times_U @ sum_UM / (times_U @ size_U)
     return np.quantile(means_RM, 0.025, axis=0), np.quantile(means_RM, 0.975, axis=0)

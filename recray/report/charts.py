@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recray.records import CheckpointRecord, IndexRecord, Interval, ReportRecord, Slice
 from recray.report.html import COLOURS, SYMBOLS, figure
 from recray.report.text import TITLES
+
+if TYPE_CHECKING:
+    from recray.report.compare import Gain
 
 _WIDTH = 20  # characters of a label before it is broken
 
@@ -183,6 +186,42 @@ def index_curve(index: IndexRecord) -> Any:
         f"recall@{index.k}",
         shapes=[target | {"line": {"color": COLOURS[1], "dash": "dash", "width": 1.5}}],
     )
+
+
+def gains(found: Sequence[Gain], first: str) -> Any:
+    """Differences from the first run with their intervals, by metric; runs are told apart by colour and symbol."""
+    looks = look_of(list(dict.fromkeys(one.run for one in found)))
+    ranked = [one for one in found if "@" in one.metric and one.low is not None] or list(found)
+    traces = []
+    for run, (colour, symbol) in looks.items():
+        own = [one for one in ranked if one.run == run][::-1]
+        error = _error([Interval(value=one.gain, low=one.low, high=one.high) for one in own])
+        traces.append(
+            {
+                **{
+                    "type": "scatter",
+                    "mode": "markers",
+                    "x": [one.gain for one in own],
+                    "y": [one.metric for one in own],
+                },
+                **{"marker": {"color": colour, "size": 9, "symbol": symbol}},
+                "hovertemplate": f"{run}: %{{x:+.4f}}<extra></extra>",
+                **({"error_x": error | {"color": colour}} if error else {}),
+            }
+        )
+    caption = f"Gain over {first} by metric, with 95 % intervals; right of the line is better."
+    height = 110 + 30 * len({one.metric for one in ranked})
+    line = {
+        "type": "line",
+        "yref": "paper",
+        "x0": 0,
+        "x1": 0,
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": COLOURS[5], "width": 1.5},
+    }
+    legend = [(run, look[0]) for run, look in looks.items()]
+    return figure(traces, caption, f"gain over {first}", "", height, legend, shapes=[line])
 
 
 def bars(values: Mapping[str, float], caption: str, axis: str, unit: str = "") -> Any:
