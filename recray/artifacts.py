@@ -144,6 +144,7 @@ NO_RESULT = (
     "training.save_every",
     "evaluation.batch_size",
     "promotion",
+    "report",
     "tracking",
     *_TUNE_FREE,
 )

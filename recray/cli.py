@@ -218,12 +218,15 @@ def evaluate(
 def report(
     uri: Annotated[str, typer.Argument(metavar="RUN", help="folder or URI of a run, or of a report")],
     split: Annotated[_Split, typer.Option(help="which report of the run")] = _Split.test,
+    title: Annotated[
+        str | None, typer.Option(help="column of the item table that names items; report.title without it")
+    ] = None,
 ) -> None:
     """Write the page of a run's report, report.html next to report.json, again, and print where it is."""
     from recray.artifacts import in_use, report_stage
     from recray.report import page
 
-    written = page.write(in_use(uri.rstrip("/"), report_stage(split.value)).uri)
+    written = page.write(in_use(uri.rstrip("/"), report_stage(split.value)).uri, title)
     if written is None:
         raise typer.Exit(2)
     _result("report", "page", written, {"uri": written})

@@ -2,22 +2,21 @@
 
 from recray.config.baselines import BaselineOptions, RecentPopularityOptions
 from recray.config.data import ColumnsConfig, DataConfig, FeatureConfig, NegativesConfig, SplitConfig
+from recray.config.evaluation import EvaluationConfig, PromotionConfig, ReportConfig
 from recray.config.load import load_config, parse_config, with_values
 from recray.config.losses import LossOptions, RankerLossOptions, RetrievalLossOptions, SampledLossOptions
 from recray.config.models import EmbeddingConfig, HistoryOptions, ModelOptions, RankerOptions
 from recray.config.schema import (
     Config,
-    EvaluationConfig,
     OptimConfig,
     RetrievalConfig,
     RunConfig,
     ScalingConfig,
-    TrackingConfig,
     TrainingConfig,
 )
 from recray.config.section import Section
 from recray.config.sources import SimulatedOptions, SourceOptions
-from recray.config.trackers import TrackerOptions
+from recray.config.trackers import TrackerOptions, TrackingConfig
 from recray.config.tune import Axis, TuneConfig
 
 __all__ = [
@@ -34,9 +33,11 @@ __all__ = [
     "ModelOptions",
     "NegativesConfig",
     "OptimConfig",
+    "PromotionConfig",
     "RankerLossOptions",
     "RankerOptions",
     "RecentPopularityOptions",
+    "ReportConfig",
     "RetrievalConfig",
     "RetrievalLossOptions",
     "RunConfig",

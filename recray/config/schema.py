@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     ModelWrapValidatorHandler,
     SerializeAsAny,
@@ -21,13 +20,13 @@ from pydantic import (
 
 from recray import credentials, metrics, registry
 from recray.config import losses
-from recray.config.baselines import BaselineOptions
 from recray.config.data import DataConfig, check_duration
+from recray.config.evaluation import EvaluationConfig, PromotionConfig, ReportConfig
 from recray.config.losses import LossOptions
 from recray.config.models import Family, ModelOptions
-from recray.config.plugins import options_of, typed
+from recray.config.plugins import typed
 from recray.config.section import Section
-from recray.config.trackers import TrackerOptions
+from recray.config.trackers import TrackingConfig
 from recray.config.tune import TuneConfig
 from recray.errors import ConfigError
 
@@ -220,91 +219,6 @@ class RetrievalConfig(Section):
     use_gpu: Literal["auto", "never", "always"] = Field("auto", description="build and search the index on a GPU")
 
 
-def _known_baselines(names: list[str]) -> list[str]:
-    for name in names:
-        options_of("baseline", name)
-    return names
-
-
-Baselines = Annotated[list[str], AfterValidator(_known_baselines)]
-
-
-class EvaluationConfig(Section):
-    k: list[int] = Field([10, 20, 50], description="list lengths at which list metrics are computed")
-    queries: Literal["user", "event"] = Field(
-        "user",
-        description="user: one query per user at the start of the split, targets are all later items; event: one query per later event",
-    )
-    filter_seen: bool = Field(True, description="do not recommend items of the user's history again")
-    batch_size: int = Field(512, ge=1, description="queries scored at a time")
-    bootstrap: int = Field(500, ge=0, description="resamples for the 95 % intervals; 0 = no intervals")
-    metrics: list[str] = Field(
-        [], description="your own metrics to add to the report; list metrics are computed at every k, so without @K"
-    )
-    baselines: Baselines = Field(
-        ["popularity", "item_knn", "oracle"],
-        description="baselines in the report: shipped ones (popularity, recent_popularity, rolling_popularity, item_knn, hindsight, oracle) or your own",
-    )
-    baseline_options: dict[str, SerializeAsAny[BaselineOptions]] = Field(
-        {}, description="options of baselines, a table per name, e.g. [evaluation.baseline_options.recent_popularity]"
-    )
-
-    @field_validator("k")
-    @classmethod
-    def _k_sorted(cls, value: list[int]) -> list[int]:
-        if not value or min(value) < 1:
-            raise ValueError("needs at least one k >= 1")
-        return sorted(set(value))
-
-    @field_validator("baseline_options", mode="before")
-    @classmethod
-    def _typed_options(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: typed("baseline", name, table, key=name) for name, table in value.items()}
-
-
-class PromotionConfig(Section):
-    metric: str | None = Field(
-        None, description="list metric that `recray promote` compares by, e.g. hr@10; unset: training.metric"
-    )
-    margin: float = Field(
-        0.02,
-        ge=0,
-        lt=1,
-        description="largest loss of that metric against what is served, and against each baseline, relative to theirs; the whole 95 % interval of the difference must lie above it",
-    )
-    baselines: Baselines = Field(
-        ["rolling_popularity"], description="baselines that the candidate is compared with; empty: none"
-    )
-    max_unknown: float = Field(
-        0.5, ge=0, le=1, description="largest share of the newest events whose item the candidate does not know"
-    )
-
-
-class TrackingConfig(Section):
-    """Where a training's parameters, metrics and reports are sent (recray/tracking/README.md)."""
-
-    trackers: list[str] = Field([], description="tensorboard, mlflow, or trackers of your own; empty: none")
-    options: dict[str, SerializeAsAny[TrackerOptions]] = Field(
-        {}, description="options of trackers, a table per name, e.g. [tracking.options.mlflow]"
-    )
-
-    @field_validator("trackers")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        for name in names:
-            options_of("tracker", name)
-        return names
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _typed(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: typed("tracker", name, table, key=name) for name, table in value.items()}
-
-
 class Config(Section):
     """The whole configuration of a run; every stage takes one."""
 
@@ -318,6 +232,7 @@ class Config(Section):
     retrieval: RetrievalConfig = Field(RetrievalConfig(), description="index, blending and re-ranking")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and baselines of the report")
     promotion: PromotionConfig = Field(PromotionConfig(), description="checks of `recray promote`")
+    report: ReportConfig = Field(ReportConfig(), description="the page of a report")
     tracking: TrackingConfig = Field(TrackingConfig(), description="TensorBoard, MLflow and other trackers")
     tune: TuneConfig = Field(TuneConfig(), description="hyperparameter search")
 

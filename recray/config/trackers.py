@@ -6,9 +6,11 @@ A tracker outside the package keeps its `Options` and its `build` in one file (r
 from __future__ import annotations
 
 import os
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
+from recray.config.plugins import options_of, typed
 from recray.config.section import Section
 
 
@@ -45,3 +47,26 @@ class MlflowOptions(TrackerOptions):
 # Tracker name -> options. The tracker itself is recray/tracking/<name>.py.
 SHIPPED: dict[str, type[TrackerOptions]] = {"tensorboard": TensorboardOptions, "mlflow": MlflowOptions}
 BASE = TrackerOptions
+
+
+class TrackingConfig(Section):
+    """Where a training's parameters, metrics and reports are sent (recray/tracking/README.md)."""
+
+    trackers: list[str] = Field([], description="tensorboard, mlflow, or trackers of your own; empty: none")
+    options: dict[str, SerializeAsAny[TrackerOptions]] = Field(
+        {}, description="options of trackers, a table per name, e.g. [tracking.options.mlflow]"
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            options_of("tracker", name)
+        return names
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: typed("tracker", name, table, key=name) for name, table in value.items()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from recray.records import CheckpointRecord, IndexRecord, Interval, ReportRecord, Slice
-from recray.report.html import COLOURS, SYMBOLS, figure
+from recray.report.html import COLOURS, SYMBOLS, figure, paragraph
 from recray.report.text import TITLES
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ def look_of(systems: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)]) for i, name in enumerate(systems)}
 
 
-def title_of(system: str) -> str:
+def title_of(system: str, report: ReportRecord | None = None) -> str:
+    """report: that of a ranker has one model and no search."""
+    if system == "model" and report is not None and report.kind == "clicks":
+        return "model"
     return TITLES.get(system, system)
 
 
@@ -35,7 +38,7 @@ def headline(report: ReportRecord, metric: str) -> Any:
         error = _error([one])
         traces.append(
             {
-                **{"type": "scatter", "mode": "markers", "x": [one.value], "y": [_broken(title_of(name))]},
+                **{"type": "scatter", "mode": "markers", "x": [one.value], "y": [_broken(title_of(name, report))]},
                 **{
                     "marker": {"color": colour, "size": 11, "symbol": symbol},
                     "hovertemplate": "%{x:.4f}<extra></extra>",
@@ -44,7 +47,7 @@ def headline(report: ReportRecord, metric: str) -> Any:
             }
         )
     caption = f"{metric} of every system; bars are 95 % intervals over users. " + "; ".join(
-        f"{title_of(name)} {one.value:.4f}" for name, one in reversed(found)
+        f"{title_of(name, report)} {one.value:.4f}" for name, one in reversed(found)
     )
     shape = {"title": {"text": f"{metric} on the {report.split} split"}, "rangemode": "tozero", "nticks": 5}
     return figure(traces, caption + ".", shape, {"title": {"text": ""}}, height=90 + 42 * len(found))
@@ -77,6 +80,9 @@ def curves(model: CheckpointRecord) -> list[Any]:
             continue
         x, y = [int(entry["epoch"]) for entry in entries], [entry[key] for entry in entries]
         what = f"validation {key}" if key == model.metric else "training loss"
+        if len(entries) == 1:  # a point has no curve, and its axes would say nothing
+            plots.append(paragraph(f"{what} {y[0]:.4f} after epoch {x[0]}, the only one."))
+            continue
         traces = [_line(x, y, what, colour, "circle")]
         chosen = f" Epoch {best} was chosen." if best in x and key == model.metric else ""
         if chosen:
@@ -86,7 +92,7 @@ def curves(model: CheckpointRecord) -> list[Any]:
                 traces,
                 f"{what} from {y[0]:.4f} after epoch {x[0]} to {y[-1]:.4f} after epoch {x[-1]}.{chosen}",
                 {"title": {"text": "epoch"}, "dtick": max(1, len(model.history) // 8)},
-                {"title": {"text": what}, "rangemode": "normal" if len(y) > 1 else "tozero"},
+                what,
                 height=280,
             )
         )
@@ -129,7 +135,7 @@ def sliced(report: ReportRecord, slices: Sequence[Slice], what: str, systems: Se
     traces = []
     for name in systems:
         values = [one.values[name] for one in slices]
-        trace = _line(x, [one.value for one in values], title_of(name), *looks[name])
+        trace = _line(x, [one.value for one in values], title_of(name, report), *looks[name])
         error = _error(values)
         traces.append({**trace, **({"error_y": error | {"color": looks[name][0], "thickness": 1.2}} if error else {})})
     caption = f"{metric} by {what}, with 95 % intervals over users."
@@ -139,7 +145,7 @@ def sliced(report: ReportRecord, slices: Sequence[Slice], what: str, systems: Se
         {"title": {"text": what}, "type": "category", "tickangle": -30 if len(x) > 4 else 0},
         {"title": {"text": metric}, "rangemode": "tozero"},
         340,
-        [(title_of(name), looks[name][0]) for name in systems],
+        [(title_of(name, report), looks[name][0]) for name in systems],
     )
 
 

@@ -238,10 +238,11 @@ def render(found: Compared) -> str:
     """As text: metrics, differences from the first run, configuration, cost."""
     lines = _table("metric", found.runs, {name: [_cell(one) for one in row] for name, row in found.metrics.items()})
     lines += ["", f"differences from {found.runs[0]} (above 0 is better), with 95 % intervals"]
+    wide = max((len(one.metric) for one in found.gains), default=0)
     for gain in found.gains:
         interval = f"{gain.low:+.4f} to {gain.high:+.4f}" if gain.low is not None else "-"
         paired = f"paired over {gain.users:,} users" if gain.users else "not paired"
-        lines.append(f"  {gain.run}  {gain.metric:14} {gain.gain:+.4f}  {interval:20}  {gain.result:19}  {paired}")
+        lines.append(f"  {gain.run}  {gain.metric:{wide}} {gain.gain:+.4f}  {interval:20}  {gain.result:19}  {paired}")
     lines += ["", "configuration" if found.configuration else "configuration: the same"]
     lines += _table("key", found.runs, {name: [str(one) for one in row] for name, row in found.configuration.items()})
     lines += ["", *_table("cost", found.runs, {name: [_cell(one) for one in row] for name, row in found.cost.items()})]

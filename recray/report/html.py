@@ -124,6 +124,18 @@ def paragraph(text: str) -> Any:
     return Markup("<p>{}</p>").format(text)
 
 
+def grid(plots: list[Any]) -> Any:
+    from markupsafe import Markup
+
+    return Markup('<div class="two">{}</div>').format(Markup("").join(plots))
+
+
+def details(summary: str, parts: list[Any]) -> Any:
+    from markupsafe import Markup
+
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, Markup("").join(parts))
+
+
 def link(address: str, text: str) -> Any:
     from markupsafe import Markup
 

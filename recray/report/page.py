@@ -8,7 +8,7 @@ from typing import Any
 
 from recray import log, storage
 from recray.artifacts import flatten
-from recray.config import Config
+from recray.config import Config, with_values
 from recray.errors import LineageError, RecrayError
 from recray.ids import NUM_RESERVED, SPLITS
 from recray.lineage import Node, lineage
@@ -25,28 +25,31 @@ _SLICES = {
     "age": "time since the item was first chosen",
 }
 _ADVICE = "try next: "
+_FEW = 30  # queries or impressions of a group, below which nothing is said of it
 
 
-def write(folder: str) -> str | None:
-    """Write the page of the report in a folder next to it. Returns its location; None where plotly or jinja2 is missing."""
+def write(folder: str, title: str | None = None) -> str | None:
+    """Write the page of the report in a folder next to it. Returns its location; None where plotly or jinja2 is missing.
+
+    title: column of the item table that names items, instead of report.title.
+    """
     if not html.available("evaluate", FILE):
         return None
     uri = storage.join(folder, FILE)
-    storage.write_bytes(uri, render(folder).encode())
+    storage.write_bytes(uri, render(folder, title).encode())
     log.info("evaluate", f"page: {uri}", event="page", values={"uri": uri})
     return uri
 
 
-def render(folder: str) -> str:
+def render(folder: str, title: str | None = None) -> str:
     """The page of the report in a folder, as HTML. Raises LineageError if its model or dataset has been deleted."""
-    node = lineage(folder)
-    return _Page(node).html()
+    return _Page(lineage(folder), title).html()
 
 
 class _Page:
     """What the page is made of."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, title: str | None) -> None:
         assert isinstance(node.record, ReportRecord)
         self.node, self.report = node, node.record
         by_id = {one.id: one.record for one in node.chain()}
@@ -59,6 +62,8 @@ class _Page:
         self.model, self.dataset = model, dataset
         self.index = next((one for one in by_id.values() if isinstance(one, IndexRecord)), None)
         self.config = Config.model_validate(self.report.config)
+        if title is not None:
+            self.config = with_values(self.config, {"report.title": title})
         compared = next(iter(self.report.comparisons), None)
         model_metrics = self.report.metrics["model"]
         wanted = self.config.training.metric
@@ -93,7 +98,7 @@ class _Page:
     def _cards(self) -> Iterator[dict[str, str]]:
         report = self.report
         value = report.metrics[self.final][self.metric]
-        note = f"{title_of(self.final)}" + (
+        note = f"{title_of(self.final, report)}" + (
             f", 95 % interval {value.low:.4f} to {value.high:.4f}"
             if value.low is not None and value.high is not None
             else ""
@@ -126,7 +131,8 @@ class _Page:
     def _weak(self) -> Iterator[str]:
         """Groups of users for whom the model is not clearly better than popularity, and than the best baseline."""
         for other in dict.fromkeys(("popularity", self._best_baseline())):
-            groups = [one for one in self.report.slices if one.by == "history" and other in one.gains]
+            known = [one for one in self.report.slices if one.by == "history" and one.size >= _FEW]
+            groups = [one for one in known if other in one.gains]
             if other is None or not groups:
                 continue
             not_better = [one for one in groups if not (one.gains[other].low or 0.0) > 0]
@@ -157,7 +163,7 @@ class _Page:
         if report.reliability:
             yield _section("calibration", "Calibration", [charts.calibration(report), self._reliability()])
         if self.model.history:
-            yield _section("training", "Training", [_grid(charts.curves(self.model)), *self._training()])
+            yield _section("training", "Training", [html.grid(charts.curves(self.model)), *self._training()])
         if self.index is not None:
             yield _section("index", "Index: recall against time", [charts.index_curve(self.index), self._index_table()])
         yield _section("time", "Where time went", [*self._time()])
@@ -165,17 +171,25 @@ class _Page:
     def _metrics(self) -> Iterator[Any]:
         report = self.report
         if report.kind == "lists":
-            yield _grid(charts.by_k(report))
+            yield html.grid(charts.by_k(report))
         names = list(report.metrics["model"])
         rows = [
-            [title_of(name), *(one[n].value if n in one else None for n in names)]
+            [title_of(name, report), *(one[n].value if n in one else None for n in names)]
             for name, one in report.metrics.items()
         ]
         if report.reachable:
             rows.append(["all targets that can be hit", *(report.reachable.get(n) for n in names)])
         yield html.table(["system", *names], rows, label="All metrics of every system")
         compared = [
-            [title_of(c.system), title_of(c.other), c.metric, c.gain, c.low, c.high, result(c) or "no clear difference"]
+            [
+                title_of(c.system, report),
+                title_of(c.other),
+                c.metric,
+                c.gain,
+                c.low,
+                c.high,
+                result(c) or "no clear difference",
+            ]
             for c in report.comparisons
         ]
         if compared:
@@ -192,7 +206,7 @@ class _Page:
             yield html.paragraph(f"found@{k}: the share of targets that are among the first {k} items of a list.")
         systems = list(slices[0].values)
         others = [name for name in dict.fromkeys(("popularity", best)) if name in slices[0].gains]
-        heads = [what, of, *(title_of(s) for s in systems), *(f"model - {title_of(o)}" for o in others)]
+        heads = [what, of, *(title_of(s, self.report) for s in systems), *(f"model - {title_of(o)}" for o in others)]
         rows = [
             [
                 (one.group, number),
@@ -255,7 +269,7 @@ class _Page:
         )
         plots = [charts.bars(stages, caption, "seconds", " s")]
         plots += [charts.epochs(self.model)] if self.model.history else []
-        yield _grid(plots)
+        yield html.grid(plots)
         yield html.paragraph(f"The longest stage is {longest}. {self._time_advice()}")
 
     def _time_advice(self) -> str:
@@ -311,7 +325,7 @@ class _Page:
         heads = ["record", "id", "created (UTC)", "code", "folder"]
         inputs = [[file.uri, file.bytes, file.known_by, file.state[:16]] for file in self.dataset.inputs]
         files = [html.table(["input file", "bytes", "known by", "state"], inputs, text=(0, 2, 3), label="Input files")]
-        more = [_details(f"{len(inputs):,} input files", files)] if inputs else []
+        more = [html.details(f"{len(inputs):,} input files", files)] if inputs else []
         parts = [html.table(heads, rows, text=(0, 1, 2, 3, 4), label="Lineage"), *more]
         yield _section("lineage", "Lineage", parts)
         yield _section("configuration", "Configuration", [*self._configuration()])
@@ -345,23 +359,11 @@ class _Page:
         heads = ["key", "value", "default"]
         yield html.paragraph(f"{len(differs)} keys differ from their defaults.")
         yield html.table(heads, differs, text=(0, 1, 2), label="Keys that differ from their defaults")
-        yield _details(f"All {len(rows)} keys", [html.table(heads, rows, text=(0, 1, 2), label="All keys")])
+        yield html.details(f"All {len(rows)} keys", [html.table(heads, rows, text=(0, 1, 2), label="All keys")])
 
 
 def _section(id_: str, title: str, parts: list[Any]) -> dict[str, Any]:
     return {"id": id_, "title": title, "parts": parts}
-
-
-def _grid(plots: list[Any]) -> Any:
-    from markupsafe import Markup
-
-    return Markup('<div class="two">{}</div>').format(Markup("").join(plots))
-
-
-def _details(summary: str, parts: list[Any]) -> Any:
-    from markupsafe import Markup
-
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, Markup("").join(parts))
 
 
 def _gain(one: Slice, other: str) -> str:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from recray import log
 from recray.config import Config
 from recray.data.sources import files, tables
-from recray.errors import RecrayError
+from recray.errors import DataError, RecrayError
 
 _TITLE = re.compile(r"(.*_)?(title|headline|name|label)(_.*)?", re.IGNORECASE)
 
@@ -20,7 +20,7 @@ _TITLE = re.compile(r"(.*_)?(title|headline|name|label)(_.*)?", re.IGNORECASE)
 def of_items(config: Config, examples: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Key -> title of the items of some examples. Empty where the item table has no column of titles, or is gone.
 
-    The column is the first one of text that is called title, headline, name or label.
+    The column is report.title, else the first one of text that is called title, headline, name or label.
     """
     wanted = {
         key
@@ -33,23 +33,26 @@ def of_items(config: Config, examples: Iterable[Mapping[str, Any]]) -> dict[str,
         return {}
     try:
         footers = tables.read_footers(files.find(config.data.items, "evaluate"))
-        return _read(footers, config.data.columns.item, wanted)
+        return _read(footers, config.data.columns.item, config.report.title, wanted)
     except (RecrayError, OSError) as error:
         log.warning("evaluate", f"titles of items cannot be read: {error}")
         return {}
 
 
-def _read(footers: list[tables.Footer], key: str, wanted: set[str]) -> dict[str, str]:
+def _read(footers: list[tables.Footer], key: str, column: str | None, wanted: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
+    if column is not None and not any(column in footer.names for footer in footers):
+        there = ", ".join(dict.fromkeys(name for footer in footers for name in footer.names))
+        raise DataError(f"report.title = '{column}' is no column of the item table; columns there: {there}")
     for footer in footers:
         kinds = {field.name: field.type for field in footer.schema}
         text = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
-        title = next((name for name in text if name != key and _TITLE.fullmatch(name)), None)
-        if title is None or key not in kinds:
+        title = column or next((name for name in text if name != key and _TITLE.fullmatch(name)), None)
+        if title is None or title not in kinds or key not in kinds:
             continue
         columns = tables.read_columns(footer.uri, footer.hive, [key, title])
         keys = pc.cast(columns[key], pa.string())
         here = pc.is_in(keys, value_set=pa.array(sorted(wanted), pa.string()))
         pairs = zip(keys.filter(here).to_pylist(), columns[title].filter(here).to_pylist(), strict=True)
-        found |= {item: name for item, name in pairs if name}
+        found |= {item: str(name) for item, name in pairs if name}
     return found

@@ -58,6 +58,7 @@ TABLE = {
     "evaluation": _EVALUATION,
     "evaluation.batch_size": "-",
     "promotion": "-",
+    "report": "-",
     "tracking": "-",
     "evaluation.filter_seen": f"{_EVALUATION} {_TRAINING}",
     "evaluation.queries": f"index {_EVALUATION} {_TRAINING}",

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import recray
+from helpers.small_logs import write
 from helpers.small_run import make_run, small_config
 from recray.artifacts import REPORT, in_use
+from recray.config import parse_config
 from recray.evaluation import slices
+from recray.lineage import lineage
 from recray.metrics import ranking
-from recray.records import ReportRecord
-from recray.report import html, page
+from recray.records import CheckpointRecord, ReportRecord
+from recray.report import charts, html, page, titles
 
 pytest.importorskip("plotly")
 
@@ -118,6 +122,28 @@ def test_text_from_the_log_is_escaped() -> None:
     assert text.count("</script>") == 1
 
 
+def test_one_epoch_has_no_curve(folder: str) -> None:
+    record = lineage(folder).parents[0].record
+    assert isinstance(record, CheckpointRecord)
+    one = charts.curves(record.model_copy(update={"history": record.history[:1]}))
+    assert len(one) == 2 and "Plotly" not in "".join(one) and "after epoch 1, the only one." in one[0]
+    assert "Plotly" in "".join(charts.curves(record))
+
+
+def test_titles_of_a_column_that_is_named(tmp_path: Path) -> None:
+    table = pa.table({"item_id": [1, 2, 3], "name": ["a", "b", None], "headline_en": ["A", "B", "C"]})
+    path = write(tmp_path / "items.parquet", table)
+    example = {"history": ["1"], "targets": ["2"], "lists": {"model": ["3", "9", ""]}}
+
+    def of(title: str | None) -> dict[str, str]:
+        config = parse_config({"data": {"items": path}, "report": {"title": title} if title else {}})
+        return titles.of_items(config, [example])
+
+    assert of(None) == {"1": "a", "2": "b"}
+    assert of("headline_en") == {"1": "A", "2": "B", "3": "C"}
+    assert of("headline") == {}  # warns, and names the columns
+
+
 # ---- in a browser
 
 _BROWSER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -178,6 +204,14 @@ def test_the_page_in_a_browser(browser: Any, folder: str, width: int, scheme: st
     assert browser.execute_script(_CUT) == []
     browser.execute_script((Path(axe_core_python.__file__).parent / "axe.min.js").read_text())
     assert browser.execute_async_script(_AXE) == []
+
+
+def test_paper_is_as_wide_as_the_page(browser: Any, folder: str) -> None:
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    size = {"width": 718, "height": 1040, "deviceScaleFactor": 1, "mobile": False}  # A4 with margins
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get((Path(folder) / page.FILE).as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 718
 
 
 def test_a_table_sorts_by_a_click(browser: Any, folder: str) -> None:
