@@ -8,6 +8,7 @@ Each peer runs in an environment of its own in that folder, which `python jobs/b
 
 import typer
 from benchmarks import (
+    append,
     busy,
     compare,
     compiling,
@@ -30,6 +31,7 @@ from benchmarks import (
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 for module in (
+    append,
     ingest,
     loader,
     sequence,

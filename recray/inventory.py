@@ -127,8 +127,13 @@ def prunable(run_uri: str, keep: int) -> list[Entry]:
 
 
 def _needed(kept: list[Artifact[Record]]) -> set[str]:
-    """Ids that artefacts cannot be used without. A checkpoint's second input, which it started from, is in its weights."""
-    return {parent for one in kept for parent in (one.inputs[:1] if one.stage.name == "checkpoint" else one.inputs)}
+    """Ids that artefacts cannot be used without.
+
+    The second input of a checkpoint, which it started from, is in its weights, and that of a dataset, which it extends, in
+    its files.
+    """
+    first = ("checkpoint", "dataset")
+    return {parent for one in kept for parent in (one.inputs[:1] if one.stage.name in first else one.inputs)}
 
 
 def prune(run_uri: str, keep: int) -> list[Entry]:

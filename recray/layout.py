@@ -59,7 +59,7 @@ WRITTEN = {
         r"dataset\.json",
         r"items\.parquet",
         _below(r"(users|train|valid|test|early-(train|valid|test))", _SHARD),
-        _below("_sorted", r"bucket-\d+\.parquet"),
+        _below("(_sorted|events)", r"bucket-\d+\.parquet"),
     ),
     "checkpoint": _pattern(_CHECKPOINT),
     "index": _pattern(r"index\.faiss", r"(ids|vectors)\.parquet", r"index\.json"),

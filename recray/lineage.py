@@ -108,8 +108,8 @@ class _Finder:
 
 def _node(uri: str, record: Record, finder: _Finder) -> Node:
     parents = []
-    # A dataset's parent is the hash of its input files, which its record lists.
-    for id_ in [] if isinstance(record, DatasetRecord) else record.parents:
+    # A dataset's first parent is the hash of its input files, which its record lists.
+    for id_ in record.parents[1:] if isinstance(record, DatasetRecord) else record.parents:
         found = finder.find(record, id_)
         parents.append(_node(*found, finder) if found is not None else Node(id_))
     return Node(record.id, uri, record, parents)

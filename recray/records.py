@@ -21,7 +21,7 @@ from recray.provenance import Provenance
 
 # Fields that are not part of a record's id: the same work at another time, on another machine, in another folder or on a
 # copy of the input has the same id. What decided the result of `config` is in `keys`.
-_NO_CONTENT = {"id", "created", "made_by", "inputs", "config", "dataset_uri", "checkpoint_uri"}
+_NO_CONTENT = {"id", "created", "made_by", "inputs", "log_files", "config", "dataset_uri", "checkpoint_uri"}
 # Measured times, at any depth, among them those of a checkpoint's history (recray.training.console.Progress.end_epoch).
 _TIMES = re.compile(r"(.+_)?seconds|milliseconds|cpu_hours|events_per_second|waiting_share|first_step_at|at")
 
@@ -178,6 +178,8 @@ class DatasetRecord(Record):
     seed: int
     split: dict[str, Any] = {}  # boundaries in microseconds: "valid_start", "test_start", "end"
     has_time: bool = True
+    log_files: list[InputFile] = []  # data.append: the files of the log, in the order in which they are read
+    buckets: int = 0  # data.append: number of buckets of users, whose events are kept in events/
 
     def refitted(self) -> DatasetRecord:
         """The record as a refit sees it: items and values that the validation split adds are among the others."""

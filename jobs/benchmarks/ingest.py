@@ -38,7 +38,7 @@ def run(
     one flat row an example with its history, in files of as many rows.
     """
     figures: dict[str, object] = {"batch_size": _BATCH}
-    for name, count, columns in (("globo", events, _globo), ("wide", events // 5, _wide)):
+    for name, count, columns in (("globo", events, globo), ("wide", events // 5, _wide)):
         with tempfile.TemporaryDirectory() as folder:
             dataset = _prepared(folder, columns(count))
             figures |= {f"{name}_{key}": value for key, value in _measure(dataset, folder, epochs, rounds).items()}
@@ -58,7 +58,7 @@ def _log(count: int, seed: int) -> dict[str, "np.ndarray"]:
     }
 
 
-def _globo(count: int) -> dict[str, "np.ndarray"]:
+def globo(count: int) -> dict[str, "np.ndarray"]:
     import numpy as np
 
     rng = np.random.default_rng(1)

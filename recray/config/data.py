@@ -166,6 +166,10 @@ class DataConfig(Section):
         None, description="draw negatives, to train a ranker on a log without labels"
     )
     split: SplitConfig = Field(SplitConfig(), description="how events are divided into train, valid and test")
+    append: bool = Field(
+        False,
+        description="keep the sorted events in the dataset; a log that has grown by new files, last in order of their names, is then prepared from there: only these files are read, and ids and encodings of features stay as they are (splits by time and leave_last)",
+    )
     shard_events: int = Field(262_144, ge=1, description="approximate number of events per prepared shard")
     options: SerializeAsAny[SourceOptions] = Field(
         ParquetOptions(), description="options of the source; in TOML the table [data.<source>]"

@@ -8,6 +8,7 @@ Between the steps a bucket is a Parquet file of sorted events (`sorted_file`):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ import pyarrow.compute as pc
 
 from recray import digests, storage
 from recray.config import DataConfig, FeatureConfig
-from recray.data import features, negatives, user_rows, vocab
+from recray.data import append, features, negatives, user_rows, vocab
+from recray.data.dataset import PreparedDataset
 from recray.data.hashing import hash_keys
 from recray.errors import DataError
 from recray.ids import SPLITS, UNKNOWN
@@ -34,6 +36,7 @@ class Sorting:
     config: DataConfig
     has_time: bool
     folder: str  # of the sorted buckets
+    base: PreparedDataset | None  # to whose events these are added
 
 
 @dataclass(frozen=True)
@@ -64,30 +67,31 @@ def sort_blocks(sorting: Sorting, bucket: int | None, *blocks: pa.Table) -> dict
     """Sort one bucket, whose events are selected from all blocks of the log. Without `bucket` all events are one bucket."""
     if bucket is not None:
         blocks = tuple(block.filter(pc.equal(block["bucket"], bucket)) for block in blocks if len(block))
-    full = [block for block in blocks if len(block)]
-    if not full:
-        return {"events_read": 0}
-    return _sort(pa.concat_tables(full, promote_options="permissive"), bucket or 0, sorting)
+    return _sort([block for block in blocks if len(block)], bucket or 0, sorting)
 
 
 def sort_group(table: pa.Table, sorting: Sorting) -> pa.Table:
     """Sort one bucket that a shuffle has gathered; one row of statistics."""
-    return pa.Table.from_pylist([_sort(table, int(table["bucket"][0].as_py()), sorting)])
+    return pa.Table.from_pylist([_sort([table], int(table["bucket"][0].as_py()), sorting)])
 
 
-def _sort(table: pa.Table, bucket: int, sorting: Sorting) -> dict[str, int]:
-    """Write the bucket's sorted events; return what the driver needs to know of them."""
-    if sorting.config.split.kind == "given" and "split" not in table.column_names:
+def _sort(blocks: Sequence[pa.Table], bucket: int, sorting: Sorting) -> dict[str, int]:
+    """Write the bucket's sorted events; return what the driver needs to know of them, nothing of an empty bucket."""
+    old = append.bucket_of(sorting.base, append.EVENTS, bucket)
+    if not blocks and old is None:
+        return {}
+    table = pa.concat_tables(blocks, promote_options="permissive") if blocks else None
+    if sorting.config.split.kind == "given" and table is not None and "split" not in table.column_names:
         raise DataError(
             "data.split.kind = 'given', but nothing names the splits: set data.columns.split, "
             "or data.split.train_path and data.split.test_path"
         )
-    ordered, dropped = user_rows.sort_users(table, sorting.config, sorting.has_time)
+    ordered, dropped = user_rows.sort_users(table, sorting.config, sorting.has_time, old)
     storage.write_table(sorted_file(sorting.folder, bucket), ordered)
     times = ordered["time"]
     return {
         "bucket": bucket,
-        "events_read": len(table),
+        "events_read": 0 if table is None else len(table),
         "events_kept": len(ordered),
         "given_valid": int((ordered["code"].to_numpy() == SPLITS.index("valid")).sum()),
         "first": pc.min(times).as_py() or 0,
@@ -125,6 +129,7 @@ def count(
     division: user_rows.Division,
     context: dict[str, FeatureConfig],
     sample: negatives.Sample,
+    base: PreparedDataset | None,
 ) -> tuple[Any, ...]:
     """Step 3: (counts of users and of events per split, counts of items, a sample of positive events, then of each context
     feature the values of train events and those of validation events)."""
@@ -134,6 +139,7 @@ def count(
     users = len(pc.unique(table["user"]))
     sizes = {
         "users_kept": len(part.keys),
+        "users_new": int((append.old_user_ids(base, bucket, part.keys) < 0).sum()),
         "users_dropped_min_count": users - len(part.keys),
         "events_dropped_min_count": len(table) - len(part.table),
     }
@@ -164,9 +170,11 @@ def write(
     division: user_rows.Division,
     encoders: Encoders,
     uri: str,
+    base: PreparedDataset | None,
     first_user: int,
 ) -> dict[str, Any]:
-    """Step 4: write this bucket's shard of every split, and its users. first_user: id of its first user."""
+    """Step 4: write this bucket's shard of every split, and its users. first_user: id of its first user that the base does
+    not have."""
     part = division.bucket(storage.read_table(file))
     item_E = vocab.item_ids(part.table["item"], encoders.item_keys)
     rare_E = ((item_E == UNKNOWN) | (item_E >= encoders.num_items)) & (part.code_E == 0)
@@ -188,7 +196,9 @@ def write(
     lists |= {f.column: features.encode(table[f.column], f) for f in encoders.context.values()}
     user_columns = _user_columns(part.keys, encoders)
     name = f"part-{bucket:05d}.parquet"
-    ids = pa.array(np.arange(first_user, first_user + len(part.keys), dtype=np.int32))
+    id_U = append.old_user_ids(base, bucket, part.keys)
+    id_U[id_U < 0] = first_user + np.arange((id_U < 0).sum())
+    ids = pa.array(id_U.astype(np.int32))
     storage.write_table(storage.join(uri, "users", name), pa.table({"user_id": ids, "user": part.keys}))
     shards = {}
     for code, split_name in enumerate(SPLITS):
@@ -218,6 +228,8 @@ def write(
                 storage.join(uri, early[split_name]), rows.table(ids, {key: lists[key] for key in ("item", "time")}, {})
             )
     written = [f"users/{name}", *(f"{split}/{name}" for split in shards), *early.values()]
+    if file == sorted_file(storage.join(uri, append.EVENTS), bucket):  # they stay
+        written.append(append.file_of(append.EVENTS, bucket))
     return {"shards": shards, "early": early, "counts": counts, "files": digests.of_files(uri, written)}
 
 

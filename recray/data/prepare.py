@@ -16,6 +16,7 @@ Layout of <run>/dataset/<identity>:
         user_<f>     encoded user feature
         context_<f>  list of encoded context features, parallel to item
     early-train/ ...         with data.min_history: user, item, time, num_targets of events that are in no row as targets
+    events/bucket-*.parquet  with data.append: the sorted events, from which a log that grows is prepared (recray.data.append)
 
 Steps: (1) partition events into buckets by a hash of the user, and sort each bucket
 (dropping duplicates), (2) find the time boundaries from a histogram, (3) count train
@@ -33,7 +34,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +46,16 @@ from recray import digests, layout, locks, log, progress, registry, storage
 from recray.artifacts import DATASET, Artifact, Run
 from recray.cluster import runtime
 from recray.cluster.errors import unwrapped
-from recray.cluster.waiting import results
 from recray.config import Config, DataConfig
-from recray.data import features, kinds, negatives, partition, remarks, split, user_rows, vocab
-from recray.data.dataset import ITEMS
+from recray.data import append, buckets, features, kinds, negatives, partition, remarks, split, user_rows, vocab
+from recray.data.buckets import Buckets
+from recray.data.dataset import ITEMS, PreparedDataset
 from recray.data.sources.base import Source
 from recray.digests import FileDigest
 from recray.errors import ConfigError, DataError
 from recray.ids import NUM_RESERVED, SPLITS
 from recray.records import DatasetRecord, Feature, Shard, feature_column
 
-_MERGE = 32  # tables of counts merged by one task
 # A log this small is not shuffled: each bucket's task selects its events from all blocks (shared memory, no copy).
 # A shuffle starts more processes, seconds each, before the first row moves.
 _SCANNED_EVENTS = 4_194_304
@@ -72,26 +72,29 @@ def prepare(config: Config) -> DatasetRecord:
     run = Run(config)
     if config.run.dataset and storage.exists(storage.join(config.run.dataset, DatasetRecord.file_name())):
         return run.dataset().record
+    append.check(config.data)
     module = registry.load("source", config.data.source, config.run.plugins)
     if hasattr(module, "check"):  # before Ray is started, so that a wrong column is an error at once
         module.check(config.data)
     runtime.start(config.scaling)
     with unwrapped(), contextlib.ExitStack() as stack:
         source: Source = module.read(config.data, config.run.seed)
-        artifact = run.artifact(DATASET, [source.fingerprint])
+        inputs, base = append.inputs_of(run, source)
+        artifact = run.artifact(DATASET, inputs)
         stack.enter_context(locks.exclusive(artifact.uri))
         if not run.begin(artifact):
             return artifact.record
         artifact.clear()  # what a process that was killed has left
         artifact.mark()
-        work = _Work(config.data, config.run.seed, source, artifact, storage.join(artifact.uri, "_sorted"))
+        work = _Work(config.data, config.run.seed, source, artifact, base)
         stack.enter_context(progress.task("prepare", f"{source.num_events:,} events"))
         try:
             record = work.run(started)
         except BaseException:
             run.discard(artifact)  # nothing half-written stays
             raise
-    layout.clear(work.sorted_uri, layout.SORTED)
+    if not config.data.append:
+        layout.clear(work.sorted_uri, layout.SORTED)
     run.publish(artifact)
     counts = record.counts
     remarks.say(config.data, counts)
@@ -119,35 +122,36 @@ class _Work:
     seed: int
     source: Source
     artifact: Artifact[DatasetRecord]
-    sorted_uri: str
+    base: PreparedDataset | None  # that this one extends
+
+    @property
+    def sorted_uri(self) -> str:
+        return storage.join(self.artifact.uri, append.EVENTS if self.config.append else "_sorted")
 
     def run(self, started: float) -> DatasetRecord:
         """All four steps. What they write is final, except for the sorted buckets."""
         import ray
 
         columns = None if self.source.types is None else kinds.choose(self.config, self.source, self.source.types)
-        stats = self._sort(max(1, math.ceil(self.source.num_events / self.config.shard_events)))
-        counts = {key: sum(s[key] for s in stats) for key in stats[0] if key not in ("bucket", "first", "last")}
-        if not counts["events_kept"]:
-            raise DataError(
-                f"all {counts['events_read']:,} events are before data.split.start = {self.config.split.start}: "
-                f"choose an earlier one"
-            )
-        read, kept = counts["events_read"], counts["events_kept"]
-        _say(f"{read:,} events read, {kept:,} sorted into {len(stats)} buckets of users")
+        stats = self._sort()
+        counts = self._counts(stats)
+        kept = counts["events_kept"]
         full = [s for s in stats if s["events_kept"]]
         first, last = min(s["first"] for s in full), max(s["last"] for s in full)
         if columns is None:
             schema, _ = storage.read_schema(partition.sorted_file(self.sorted_uri, full[0]["bucket"]))
             columns = kinds.choose(self.config, self.source, {field.name: field.type for field in schema})
-        boundaries, ties = self._boundaries(stats, first, last) if self.config.split.kind == "temporal" else (None, "")
+        sorted_ = Buckets(self.sorted_uri, [s["bucket"] for s in stats])
+        boundaries, ties = (
+            self._boundaries(sorted_, first, last) if self.config.split.kind == "temporal" else (None, "")
+        )
         draw = split.draw(self.config.split, counts.pop("given_valid"), self.seed)
-        division = ray.put(self._division(stats, boundaries, draw))
+        division = ray.put(self._division(sorted_, boundaries, draw))
         sample, returned = self._sample(kept), 3 + 2 * len(columns.context)
-        outputs = self._each(partition.count, stats, division, columns.context, sample, num_returns=returned)
-        sizes = self._get([out[0] for out in outputs], "count items")
+        outputs = sorted_.each(partition.count, division, columns.context, sample, self.base, num_returns=returned)
+        sizes = buckets.get([out[0] for out in outputs], "count items")
         self._check(counts, sizes, split.Range(first, last, boundaries, self.source.has_time, ties))
-        known, new = self._catalogue(self._merge([out[1] for out in outputs]), counts)
+        known, new = self._catalogue(buckets.merge([out[1] for out in outputs]), counts)
         items, num_items = pa.concat_tables([known, new]), NUM_RESERVED + len(known)
         fitted = self._fit(items, num_items, columns, [out[3:] for out in outputs])
         sampler = self._sampler(known, sample.share, [out[2] for out in outputs])
@@ -155,7 +159,10 @@ class _Work:
         encoders = partition.Encoders(
             keys, num_items, fitted["context"], fitted["user"], columns.users, sampler, least, self.seed
         )
-        shards, early, files = self._write(stats, [size["users_kept"] for size in sizes], counts, division, encoders)
+        new_users = [size["users_new"] for size in sizes]
+        first_user = NUM_RESERVED if self.base is None else self.base.record.num_users
+        offsets = first_user + np.cumsum([0, *new_users])
+        shards, early, files = self._write(sorted_, offsets[:-1].tolist(), counts, division, encoders)
         for name in SPLITS:
             if not shards[name]:
                 raise DataError(
@@ -168,9 +175,11 @@ class _Work:
             config={"data": self.config.model_dump(mode="json"), "seed": self.seed},
             fingerprint=self.source.fingerprint,
             inputs=list(self.source.inputs),
+            log_files=list(self.source.files) if self.config.append else [],
+            buckets=self._num_buckets if self.config.append else 0,
             num_items=num_items,
             new_items=len(new),
-            num_users=NUM_RESERVED + counts["users_kept"],
+            num_users=int(offsets[-1]),
             counts=counts,
             features=[feature for role in ("user", "context", "item") for feature in fitted[role].values()],
             columns={field.name: str(field.type) for field in schema},
@@ -184,10 +193,27 @@ class _Work:
             seconds=time.perf_counter() - started,
         ).write(self.artifact.uri)
 
+    def _counts(self, stats: list[dict[str, int]]) -> dict[str, int]:
+        """Events that were read, dropped and kept, those of the base included. Raises DataError if none is kept."""
+        counts = {key: sum(s[key] for s in stats) for key in stats[0] if key not in ("bucket", "first", "last")}
+        read = f"{counts['events_read']:,} {'events' if self.base is None else 'new events'} read"
+        if self.base is not None:
+            before = ("events_read", "events_before_start", *user_rows.DUPLICATES)
+            _add(counts, [{key: self.base.record.counts[key] for key in before}])
+        if not counts["events_kept"]:
+            raise DataError(
+                f"all {counts['events_read']:,} events are before data.split.start = {self.config.split.start}: "
+                f"choose an earlier one"
+            )
+        _say(f"{read}, {counts['events_kept']:,} sorted into {len(stats)} buckets of users")
+        return counts
+
     def _catalogue(self, item_counts: pa.Table, counts: dict[str, int]) -> tuple[pa.Table, pa.Table]:
         """The items of the train split, and those that the validation split adds; how many of train have too few events is
         added to `counts`."""
         known, new = vocab.catalogue(item_counts, self.config.min_item_events)
+        kept = append.kept_items(self.base, known["item"].combine_chunks())
+        known, new = append.in_kept_order(known, kept), append.in_kept_order(new, kept)
         counts["items_dropped_min_count"] = int((item_counts["n"].to_numpy() > 0).sum()) - len(known)
         # Negatives are drawn from the train split's items: an added one would be an event's own item only, never a drawn
         # one, which tells the label.
@@ -202,16 +228,21 @@ class _Work:
         """
         context = {
             name: features.fit(
-                name, "context", kind, *(self._merge([output[2 * i + split] for output in outputs]) for split in (0, 1))
+                name,
+                "context",
+                kind,
+                *(buckets.merge([output[2 * i + split] for output in outputs]) for split in (0, 1)),
             )
             for i, (name, kind) in enumerate(columns.context.items())
         }
+        context = {name: append.kept_feature(feature, self.base) for name, feature in context.items()}
         user: dict[str, Feature] = {}
         if columns.users is not None:
             for name, kind in columns.user.items():
                 values = columns.users[feature_column("user", name)]
-                user[name] = features.fit(name, "user", kind, features.count_values(values, kind))
-        table, item = vocab.item_table(items, num_items, columns.items, columns.item)
+                fitted = features.fit(name, "user", kind, features.count_values(values, kind))
+                user[name] = append.kept_feature(fitted, self.base)
+        table, item = vocab.item_table(items, num_items, columns.items, columns.item, self.base)
         storage.write_table(storage.join(self.artifact.uri, ITEMS), table)
         _say(f"{len(items):,} items counted")
         for feature in (*context.values(), *user.values(), *item):
@@ -257,8 +288,8 @@ class _Work:
 
     def _write(
         self,
-        stats: list[dict[str, int]],
-        users: list[int],
+        sorted_: Buckets,
+        offsets: list[int],
         counts: dict[str, int],
         division: Any,
         encoders: partition.Encoders,
@@ -266,33 +297,35 @@ class _Work:
         """Step 4: by split the shards of all buckets, and the files of early events; all files. Adds to `counts` what was
         written.
 
-        users: how many each bucket keeps. division: reference to a user_rows.Division.
+        offsets: id of the first new user of each bucket. division: reference to a user_rows.Division.
         """
         import ray
 
-        offsets = NUM_RESERVED + np.cumsum([0, *users])
-        calls = self._each(
-            partition.write,
-            stats,
-            division,
-            ray.put(encoders),
-            self.artifact.uri,
-            offsets=offsets[:-1].tolist(),
+        calls = sorted_.each(
+            partition.write, division, ray.put(encoders), self.artifact.uri, self.base, offsets=offsets
         )
-        parts = self._get(calls, "write shards")
+        parts = buckets.get(calls, "write shards")
         _add(counts, [part["counts"] for part in parts])
         shards = {name: [Shard(**p["shards"][name]) for p in parts if name in p["shards"]] for name in SPLITS}
         early = {name: [p["early"][name] for p in parts if name in p["early"]] for name in SPLITS}
         files = {name: digest for part in parts for name, digest in part["files"].items()}
         return shards, {name: found for name, found in early.items() if found}, files
 
-    def _sort(self, num_buckets: int) -> list[dict[str, int]]:
+    @property
+    def _num_buckets(self) -> int:
+        fresh = max(1, math.ceil(self.source.num_events / self.config.shard_events))
+        return fresh if self.base is None else self.base.record.buckets
+
+    def _sort(self) -> list[dict[str, int]]:
         """Step 1: one sorted Parquet file per bucket; returns one entry of statistics each, in order of buckets."""
         import ray
 
-        sorting = partition.Sorting(self.config, self.source.has_time, self.sorted_uri)
-        events = self.source.events
-        if num_buckets > 1:
+        num_buckets, base = self._num_buckets, self.base
+        sorting = partition.Sorting(self.config, self.source.has_time, self.sorted_uri, base)
+        events, num_events = self.source.events, self.source.num_events
+        if base is not None and self.source.since is not None:
+            events, num_events = self.source.since(len(base.record.log_files))
+        if num_buckets > 1 and events is not None:
             events = events.map_batches(
                 partition.add_bucket,
                 batch_format="pyarrow",
@@ -300,12 +333,13 @@ class _Work:
                 zero_copy_batch=True,
                 fn_kwargs={"num_buckets": num_buckets},
             )
-        scanned = num_buckets <= _SCANNED_BUCKETS and self.source.num_events <= _SCANNED_EVENTS
-        if num_buckets == 1 or scanned:
-            refs = events.to_arrow_refs()
-            task = ray.remote(partition.sort_blocks)
-            stats = self._get(
-                [task.remote(sorting, bucket if num_buckets > 1 else None, *refs) for bucket in range(num_buckets)],
+        # What each bucket's task selects its events from, which is cheap for few events however many buckets there are.
+        most = _SCANNED_BUCKETS if base is None else _SCANNED_BUCKETS * _SCANNED_EVENTS // max(num_events, 1)
+        task = ray.remote(partition.sort_blocks)
+        if num_buckets == 1 or (num_buckets <= most and num_events <= _SCANNED_EVENTS):
+            refs = [] if events is None else events.to_arrow_refs()
+            stats = buckets.get(
+                [task.remote(sorting, number if num_buckets > 1 else None, *refs) for number in range(num_buckets)],
                 "sort events",
             )
         else:
@@ -314,52 +348,13 @@ class _Work:
             result = grouped.map_groups(partition.sort_group, batch_format="pyarrow", fn_kwargs={"sorting": sorting})
             rows = progress.track(result.iter_rows(), "prepare", "sort events", num_buckets)
             stats = [{k: int(v) for k, v in row.items()} for row in rows]
-        stats = sorted((s for s in stats if s["events_read"]), key=lambda s: s["bucket"])
+            if base is not None:  # buckets without new events
+                left = sorted({*range(num_buckets)} - {s["bucket"] for s in stats})
+                stats += buckets.get([task.remote(sorting, number) for number in left], "sort events")
+        stats = sorted((s for s in stats if "bucket" in s), key=lambda s: s["bucket"])
         if not stats:
             raise DataError("the log holds no events: check data.path and data.source")
         return stats
-
-    def _each(
-        self,
-        function: Callable[..., Any],
-        stats: list[dict[str, int]],
-        *args: Any,
-        offsets: list[int] | None = None,
-        num_returns: int = 1,
-    ) -> list[Any]:
-        """`function` on every bucket, as Ray tasks; their references in order of buckets."""
-        import ray
-
-        task = ray.remote(function).options(num_returns=num_returns)
-        extra = [()] * len(stats) if offsets is None else [(offset,) for offset in offsets]
-        return [
-            task.remote(partition.sorted_file(self.sorted_uri, entry["bucket"]), entry["bucket"], *args, *more)
-            for entry, more in zip(stats, extra, strict=False)
-        ]
-
-    def _get(self, refs: list[Any], title: str) -> list[dict[str, Any]]:
-        """Results of tasks. If one fails, the others are stopped, so that nothing is written after the error."""
-        import ray
-
-        try:
-            return results(refs, "prepare", title)
-        except BaseException:
-            # Other tasks often fail for the same reason at the same time, and Ray 2.60 aborts this process if a task ends
-            # while it is being cancelled ("Tried to complete task that was not pending"). So wait for them first.
-            _, left = ray.wait(refs, num_returns=len(refs), timeout=2)
-            for ref in left:
-                ray.cancel(ref)
-            ray.wait(refs, num_returns=len(refs), timeout=30)
-            raise
-
-    def _merge(self, refs: list[Any]) -> pa.Table:
-        """Counts of all buckets as one table, by a tree of tasks."""
-        import ray
-
-        task = ray.remote(features.merge)
-        while len(refs) > _MERGE:
-            refs = [task.remote(*refs[i : i + _MERGE]) for i in range(0, len(refs), _MERGE)]
-        return ray.get(task.remote(*refs))
 
     def _check(self, counts: dict[str, int], sizes: list[dict[str, int]], found: split.Range) -> None:
         """Add the users that are kept and dropped to `counts`. Raises DataError if they leave nothing to train on or to test."""
@@ -376,7 +371,7 @@ class _Work:
         split.check(total, found, self.config.columns.label, self.config.columns.weight)
 
     def _division(
-        self, stats: list[dict[str, int]], boundaries: split.Boundaries | None, draw: split.Draw | None
+        self, sorted_: Buckets, boundaries: split.Boundaries | None, draw: split.Draw | None
     ) -> user_rows.Division:
         """Splits, and which users are kept: with data.k_core those of the largest set of users and items that have enough
         train events among each other."""
@@ -384,16 +379,16 @@ class _Work:
 
         division = user_rows.Division(boundaries, draw, self.config.min_user_events)
         while self.config.k_core:
-            counts = self._merge(self._each(partition.core, stats, ray.put(division)))
+            counts = buckets.merge(sorted_.each(partition.core, ray.put(division)))
             items = counts.filter(pc.greater_equal(counts["n"], self.config.min_item_events))["value"].combine_chunks()
             if division.core is not None and len(items) == len(division.core):
                 break
             division = dataclasses.replace(division, core=items)
         return division
 
-    def _boundaries(self, stats: list[dict[str, int]], first: int, last: int) -> tuple[split.Boundaries, str]:
+    def _boundaries(self, sorted_: Buckets, first: int, last: int) -> tuple[split.Boundaries, str]:
         """Step 2: find the split times from a histogram of all event times; and a word on ties."""
-        bins = self._merge(self._each(partition.histogram, stats, first, last))
+        bins = buckets.merge(sorted_.each(partition.histogram, first, last))
         edges = partition.edges(first, last)
         counts = np.zeros(len(edges) - 1, np.int64)
         counts[bins["value"].to_numpy()] = bins["n"].to_numpy()

@@ -24,7 +24,23 @@ from recray.loading.jagged import offsets_from_lengths
 DUPLICATES = ("duplicates_dropped", "duplicates_not_chosen", "duplicates_lighter")
 
 
-def sort_users(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
+def sort_users(
+    table: pa.Table | None, config: DataConfig, has_time: bool, old: pa.Table | None = None
+) -> tuple[pa.Table, dict[str, int]]:
+    """`_sorted` of new events (None: no event) and of old ones, of which it is the result: only users that have new events
+    are sorted again. Counts are those of the new events."""
+    if old is None or table is None:
+        assert table is not None or old is not None
+        nothing = {"events_before_start": 0} | dict.fromkeys(DUPLICATES, 0)
+        return (old, nothing) if table is None else _sorted(table, config, has_time)
+    again = pc.is_in(old["user"], value_set=pc.unique(table["user"]))
+    mixed = pa.concat_tables([old.filter(again).drop_columns(["code"]), table], promote_options="permissive")
+    ordered, dropped = _sorted(mixed, config, has_time)
+    both = pa.concat_tables([old.filter(pc.invert(again)), ordered], promote_options="permissive")
+    return both.take(pa.array(np.argsort(_ranks(both["user"]), kind="stable"))), dropped
+
+
+def _sorted(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Table, dict[str, int]]:
     """Events by (user, split, time, order) without duplicates, and counts of what left.
 
     Adds the column `code`, int8: the split that the source names, else -1. Duplicates are events of the same (user, item,

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recray.config import FeatureConfig
-from recray.data import features
+from recray.data import append, features
+from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
 from recray.ids import NUM_RESERVED, UNKNOWN
 from recray.records import Feature, feature_column
@@ -58,12 +59,16 @@ def item_ids(keys: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
 
 
 def item_table(
-    items: pa.Table, num_items: int, side: pa.Table | None, kinds: dict[str, FeatureConfig]
+    items: pa.Table,
+    num_items: int,
+    side: pa.Table | None,
+    kinds: dict[str, FeatureConfig],
+    base: PreparedDataset | None = None,
 ) -> tuple[pa.Table, list[Feature]]:
     """The table items.parquet, row i being item id i, and its features, fitted on the items of the train split.
 
     items: both tables of `catalogue`; num_items: ids of the train split, the reserved ones included. side: columns item
-    and item_<name>; items that are not in it get missing values.
+    and item_<name>; items that are not in it get missing values. base: whose encodings are kept.
     """
     reserved = pa.nulls(NUM_RESERVED, items["item"].type)
     keys = pa.concat_arrays([reserved, items["item"].combine_chunks()])
@@ -77,6 +82,7 @@ def item_table(
             column = aligned[feature_column("item", name)]
             parts = (column.slice(0, num_items), column.slice(num_items))
             feature = features.fit(name, "item", kind, *(features.count_values(part, kind) for part in parts))
+            feature = append.kept_feature(feature, base)
             fitted.append(feature)
             out[feature.column] = features.encode(aligned[feature.column], feature)
     return pa.table(out), fitted

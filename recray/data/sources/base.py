@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +51,10 @@ class Source:
     users: pa.Table | None = None  # column `user` and features `user_<name>`
     types: dict[str, pa.DataType] | None = None  # of the columns of events, if known before events are read
     inputs: Sequence[InputFile] = ()  # what it reads, for the record
+    files: Sequence[InputFile] = ()  # the files of the log in the order of their events, where `since` can be asked
+    since: Callable[[int], tuple[ray.data.Dataset | None, int]] | None = (
+        None  # events of files[n:] (None: of no file) and their number
+    )
 
 
 def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:

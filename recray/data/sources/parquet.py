@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,12 @@ from recray.errors import ConfigError, DataError
 from recray.records import InputFile, feature_column
 from recray.storage import FileInfo
 
+if TYPE_CHECKING:
+    import ray.data
+
 __all__ = ["Options", "read"]
 _TASK_BYTES = 64 << 20
+_ROW_BITS = 40  # of an event's order; the index of its file comes before them
 _LISTED_FILES = 1_000  # more of them are recorded by folder
 
 
@@ -39,7 +43,7 @@ class _Piece:
     split: str | None
     hive: dict[str, str | None]
     groups: list[int]
-    order: int  # of the first row: (file index << 40) + row in the file
+    order: int  # of the first row: (file index << _ROW_BITS) + row in the file
     size: int
 
 
@@ -80,10 +84,23 @@ class Log:
         """The files that have rows."""
         return [footer for footer, _ in self.footers if footer.rows]
 
-    def tasks(self) -> list[str]:
-        """A task is a JSON list of pieces: small, and the same whatever reads it."""
-        groups = _group(_pieces([pair for pair in self.footers if pair[0].rows]))
+    def tasks(self, first: int = 0) -> list[str]:
+        """What reads the files from number `first` on. A task is a JSON list of pieces: small, and the same whatever reads it."""
+        index = sum(1 for footer, _ in self.footers[:first] if footer.rows)
+        pieces = _pieces([pair for pair in self.footers if pair[0].rows])
+        groups = _group(piece for piece in pieces if piece.order >> _ROW_BITS >= index)
         return [json.dumps([asdict(piece) for piece in group]) for group in groups]
+
+    def events(self, first: int = 0) -> tuple[ray.data.Dataset | None, int]:
+        """Events of the files from number `first` on, and how many; None if there are none."""
+        import ray.data
+
+        tasks = [{"pieces": task} for task in self.tasks(first)]
+        if tasks == [{"pieces": "[]"}]:
+            return None, 0
+        work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        events = work.map_batches(_read_batch, batch_size=1, batch_format="pyarrow", fn_kwargs={"plan": self.plan})
+        return events, sum(footer.rows for footer, _ in self.footers[first:])
 
     def side_table(self, role: Side) -> pa.Table | None:
         if role not in self.sides:
@@ -93,7 +110,7 @@ class Log:
         return tables.side_table(self.sides[role], uri, role, key, declared, self.full)
 
     def fingerprint(self) -> tuple[str, list[InputFile]]:
-        """Of the log and its side tables, and what they consist of; logs how it is taken."""
+        """Of the log and its side tables, and their files, those of the log first; logs how it is taken."""
         inputs = [[footer for footer, _ in self.footers], *self.sides.values()]
         files = [[FileInfo(footer.uri, footer.size) for footer in one] for one in inputs]
         states = [digests.file_states(one) for one in files]
@@ -111,7 +128,7 @@ class Log:
             for one, two in zip(files, states, strict=True)
             for info, (how, state) in zip(one, two, strict=True)
         ]
-        return hashlib.sha256("".join(digest for digest, _ in found).encode()).hexdigest(), _by_folder(known)
+        return hashlib.sha256("".join(digest for digest, _ in found).encode()).hexdigest(), known
 
 
 def _by_folder(files: list[InputFile]) -> list[InputFile]:
@@ -143,22 +160,22 @@ def check(config: DataConfig) -> None:
 
 def read(config: DataConfig, seed: int) -> Source:
     """The log as a Ray Dataset in standard columns. Raises DataError or StorageError that names the file."""
-    import ray.data
-
     held = _checked.pop() if _checked else None
     opened = held if held is not None and held.config is config else Log.open(config)
-    tasks = [{"pieces": task} for task in opened.tasks()]
-    work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+    events, num_events = opened.events()
+    assert events is not None  # `open` has found rows
     fingerprint, inputs = opened.fingerprint()
     return Source(
-        events=work.map_batches(_read_batch, batch_size=1, batch_format="pyarrow", fn_kwargs={"plan": opened.plan}),
-        num_events=sum(footer.rows for footer in opened.full),
+        events=events,
+        num_events=num_events,
         fingerprint=fingerprint,
         has_time=opened.plan.unit not in (None, "order"),
         items=opened.side_table("item"),
         users=opened.side_table("user"),
         types=opened.plan.types,
-        inputs=inputs,
+        inputs=_by_folder(inputs),
+        files=inputs[: len(opened.footers)],
+        since=opened.events,
     )
 
 
@@ -287,7 +304,7 @@ def _pieces(footers: list[tuple[Footer, str | None]]) -> Iterator[_Piece]:
             last = group == len(footer.group_rows) - 1
             if held >= _TASK_BYTES or last:
                 groups = list(range(start, group + 1))
-                yield _Piece(footer.uri, split, footer.hive, groups, (index << 40) + row, int(held))
+                yield _Piece(footer.uri, split, footer.hive, groups, (index << _ROW_BITS) + row, int(held))
                 row += sum(footer.group_rows[start : group + 1])
                 start, held = group + 1, 0.0
 
