@@ -254,6 +254,21 @@ def recommend(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="folder or URI of a run, or of a checkpoint")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="folder or URI that the bundle is written to")],
+) -> None:
+    """Write what a run serves as a bundle: a folder that scores with torch, faiss and pyarrow only (score.py in it)."""
+    from recray import storage
+
+    storage.check_writable(output)
+    from recray.inference.export import export as write  # loads torch
+
+    manifest = write(source, output)
+    _result("export", "bundle", f"{output}  {manifest['lineage']['checkpoint']['id']}", manifest)
+
+
+@app.command()
 def submit(
     config: ConfigPath,
     address: Annotated[

@@ -54,6 +54,14 @@ EPOCHS = _pattern(_EPOCHS)
 SWEEP = _pattern(_below(r"sweep-\d+", ".*"))  # Ray Tune's folder, made anew by every start
 SORTED = _pattern(r"bucket-\d+\.parquet")
 LISTS = _pattern(r"part-(\d+|popular)\.parquet", r"_lists\.json", r"_begun\.json")
+BUNDLE = _pattern(
+    r"(manifest|features|test|_begun)\.json",
+    r"(query|item|ranker)\.pt2",
+    r"(items|users)\.parquet",
+    r"(score|encoding)\.py",
+    _below("index", r"index\.faiss", r"(ids|vectors)\.parquet", r"index\.json"),
+    _below("__pycache__", r"(score|encoding)\..*\.pyc"),  # left by running score.py
+)
 WRITTEN = {
     "dataset": _pattern(
         r"dataset\.json",

@@ -156,6 +156,12 @@ class Table(nn.Embedding):
         self.register_parameter("weight", None)
         self._read = read
 
+    def read_all(self) -> None:
+        """Have all rows in `weight`, after `read_from`. For `torch.export`."""
+        if self._read is not None:
+            self.weight = nn.Parameter(self._read(torch.arange(self.rows)), requires_grad=False)
+            self._read = None
+
     @torch.no_grad()
     def _init_shard(self, std: float) -> None:
         """The same rows on any number of workers: each draws every block of the table and keeps its rows of it."""

@@ -8,14 +8,23 @@ from torch import Tensor, nn
 from recray.kernels.dropout import dropout
 from recray.layers.embedding import Table
 from recray.loading.batch import Feature, ItemTable, Jagged, select
+from recray.loading.jagged import Padded
 from recray.records import Feature as FeatureRecord
 
 
 def mean_pool(vectors: Tensor | Table, lists: Jagged) -> Tensor:
     """(B, D): mean of each list's vectors, 0 for an empty list. lists: ids of a table, or indices of rows of `vectors`."""
+    if isinstance(lists, Padded):
+        return _padded_mean(vectors, lists)
     sparse = isinstance(vectors, Table) and vectors.sparse
     rows, index = vectors.look_up(lists.values) if isinstance(vectors, Table) else (vectors, lists.values)
     return F.embedding_bag(index, rows, lists.offsets[:-1], mode="mean", sparse=sparse)
+
+
+def _padded_mean(vectors: Tensor | Table, lists: Padded) -> Tensor:
+    taken_TD = vectors(lists.values) if isinstance(vectors, Table) else vectors[lists.values]
+    taken_BLD = taken_TD.view(*lists.real_BL.shape, -1) * lists.real_BL[:, :, None]
+    return taken_BLD.sum(1) / lists.lengths().clamp(min=1)[:, None]
 
 
 class ColumnTables(nn.ModuleList):
@@ -65,6 +74,7 @@ class ItemFeatures(nn.Module):
     def __init__(self, items: ItemTable) -> None:
         super().__init__()
         self._names = list(items.features)
+        self.longest: dict[str, int] | None = None  # entries of the longest list of each feature, once they are padded
         for number, feature in enumerate(items.features.values()):
             if isinstance(feature, Jagged):
                 self.register_buffer(f"values_{number}", feature.values, persistent=False)
@@ -74,7 +84,20 @@ class ItemFeatures(nn.Module):
 
     def forward(self, item_ids: Tensor) -> dict[str, Feature]:
         """Each feature of the items with these ids (N,): (N,) values, or N lists."""
-        return {name: select(self._feature(number), item_ids) for number, name in enumerate(self._names)}
+        found = {name: self._feature(number) for number, name in enumerate(self._names)}
+        if self.longest is None:
+            return {name: select(feature, item_ids) for name, feature in found.items()}
+        return {
+            name: Padded.taken(feature, item_ids, self.longest[name])
+            if isinstance(feature, Jagged)
+            else feature[item_ids]
+            for name, feature in found.items()
+        }
+
+    def pad(self) -> None:
+        """Return lists as Padded from now on, for `torch.export`."""
+        found = {name: self._feature(number) for number, name in enumerate(self._names)}
+        self.longest = {name: int(lists.lengths().max()) for name, lists in found.items() if isinstance(lists, Jagged)}
 
     def _feature(self, number: int) -> Feature:
         if f"column_{number}" in self._buffers:

@@ -22,6 +22,7 @@ from recray.errors import ConfigError
 from recray.layers.embedding import Ids, Table
 from recray.layers.feature_encoder import ColumnTables, ItemFeatures, mean_pool
 from recray.loading.batch import Batch, Feature, ItemTable, Jagged
+from recray.loading.jagged import Padded
 from recray.records import DatasetRecord
 from recray.records import Feature as FeatureRecord
 
@@ -84,7 +85,7 @@ class ColumnEncoder(nn.Module):
 
     def forward(self, features: dict[str, Feature], row_ids: Tensor) -> Encoded:
         """row_ids: (N,), embedded where this encodes ids; else it gives the number of rows."""
-        nothing = torch.zeros(len(row_ids), 0, device=row_ids.device)
+        nothing = torch.zeros(row_ids.shape[0], 0, device=row_ids.device)
         embedded = [] if self.ids is None else [self.ids(row_ids)]
         embedded += [self.tables.embed(name, features[name]) for name in self.names]
         numbers = [_column(features[name]) for name in self.numbers]
@@ -127,14 +128,15 @@ class RankerInputs(nn.Module):
         """Candidates, and histories unless `with_history` is False; the history is empty then."""
         assert batch.target_Q is not None
         ids = torch.cat([batch.target_Q, batch.history.values]) if with_history else batch.target_Q
-        if self.num_items <= len(ids):  # embedding the whole catalogue costs less than finding the distinct items
+        if isinstance(batch.history, Padded):  # exported: how many distinct items there are depends on values
+            distinct, index = ids, torch.arange(ids.shape[0], device=ids.device)
+        elif self.num_items <= len(ids):  # embedding the whole catalogue costs less than finding the distinct items
             distinct, index = torch.arange(self.num_items, device=ids.device), ids
         else:
             distinct, index = torch.unique(ids, return_inverse=True)
-        num = len(batch.target_Q)
-        return BatchItems(
-            self.item(self.item_features(distinct), distinct), index[:num], Jagged(index[num:], batch.history.offsets)
-        )
+        num = batch.target_Q.shape[0]
+        encoded_U = self.item(self.item_features(distinct), distinct)
+        return BatchItems(encoded_U, index[:num], batch.history.with_values(index[num:]))
 
 
 class FlatInputs(RankerInputs):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recray.kernels.target_attention_cpu import Gates, Parameters, attend
 from recray.layers.dice import Dice
-from recray.loading.jagged import Jagged
+from recray.loading.jagged import Jagged, Padded
 
 
 class TargetAttention(nn.Module):
@@ -39,6 +39,8 @@ class TargetAttention(nn.Module):
 
     def forward(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
         """(B, I). v_UI: vectors of items. history: indices into v_UI, oldest first; an empty history gives zeros."""
+        if isinstance(history, Padded):
+            return self.padded(q_BI, v_UI, history)
         return self.chunked(q_BI, v_UI, history) if q_BI.device.type == "cpu" else self.plain(q_BI, v_UI, history)
 
     def plain(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
@@ -48,6 +50,14 @@ class TargetAttention(nn.Module):
         x_TC = self.query(q_BI)[row_T] + self.key(v_UI)[history.values] + self.product(q_BI[row_T] * k_TI)
         w_T1 = self.out(self.dice_2(self.second(self.dice_1(x_TC))))
         return torch.zeros_like(q_BI).index_add(0, row_T, (w_T1 * k_TI).to(q_BI.dtype))
+
+    def padded(self, q_BI: Tensor, v_UI: Tensor, history: Padded) -> Tensor:
+        """The same with an entry for every place of a row, for `torch.export`."""
+        k_BLI = v_UI[history.values].view(*history.real_BL.shape, -1)
+        x_BLC = self.query(q_BI)[:, None] + self.key(k_BLI) + self.product(q_BI[:, None] * k_BLI)
+        w_BL1 = self.out(self.dice_2(self.second(self.dice_1(x_BLC))))
+        out_BI: Tensor = (w_BL1 * history.real_BL[:, :, None] * k_BLI).sum(1)
+        return out_BI
 
     def chunked(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
         """The same by the CPU kernel, which also samples what the Dices learn their averages from."""

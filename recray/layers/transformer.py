@@ -38,6 +38,16 @@ class RowGroup:
             self.place_T = torch.repeat_interleave(gap_R, lengths_R, output_size=self.tokens)
             self.place_T += torch.arange(self.tokens, device=lengths_R.device)
 
+    @staticmethod
+    def masked(real_RL: Tensor) -> RowGroup:
+        """Rows that are padded already: a token for every place of a row, `real_RL` says which are real. For torch.export."""
+        group = RowGroup.__new__(RowGroup)
+        group.rows, group.length = real_RL.shape
+        group.tokens, group.padded = group.rows * group.length, False
+        # A row without any real token attends its first place: a softmax over nothing is NaN.
+        group.real_RL = real_RL | (torch.arange(group.length, device=real_RL.device) == 0)
+        return group
+
     def pad(self, x_TD: Tensor) -> Tensor:
         """(R, L, D): rows start at the left, so that a causal mask alone hides the padding from real tokens."""
         if self.padded:

@@ -47,7 +47,7 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        return len(self.user_B)
+        return self.user_B.shape[0]  # torch.export takes len() for a constant
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor replaced."""

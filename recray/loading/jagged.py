@@ -104,6 +104,10 @@ class Jagged:
         lengths = self.lengths()
         return _arange(len(lengths), lengths).repeat_interleave(lengths, output_size=len(self.values))
 
+    def with_values(self, values: Tensor) -> Jagged:
+        """Other values (T,) in lists of the same lengths."""
+        return Jagged(values, self.offsets)
+
     def each(self, function: Callable[[Tensor], Tensor]) -> Jagged:
         return Jagged(function(self.values), function(self.offsets))
 
@@ -125,6 +129,45 @@ class Jagged:
         entries = int(offsets[-1]) if entries is None else entries
         shift = (starts - offsets[:-1]).repeat_interleave(lengths, output_size=entries)
         return Jagged(self.values[shift + _arange(entries, lengths)], offsets)
+
+
+@dataclass(frozen=True)
+class Padded(Jagged):
+    """Lists as rows of one rectangle, for `torch.export`, which takes no sizes that depend on values.
+
+    Row b is values[b * L : b * L + lengths()[b]]; what follows it up to L is padding, any valid value. [5, 7], [] and [9]:
+
+        values [5, 7, 0, 0, 9, 0]    real_BL [[1, 1], [0, 0], [1, 0]]
+
+    Models take it in place of a Jagged. Only what reads `real_BL` may aggregate over entries.
+    """
+
+    real_BL: Tensor  # bool
+
+    @staticmethod
+    def of(values_BL: Tensor) -> Padded:
+        """Rows of ids that end in PAD, which is no id of an entry."""
+        return Padded._of(values_BL, values_BL != PAD)
+
+    @staticmethod
+    def taken(lists: Jagged, rows: Tensor, longest: int) -> Padded:
+        """These rows of lists with at most `longest` entries."""
+        start_B = lists.offsets[rows]
+        at_L = _arange(max(longest, 1), rows)
+        index_BL = (start_B[:, None] + at_L).clamp(max=max(len(lists.values) - 1, 0))
+        values = lists.values if len(lists.values) else lists.values.new_zeros(1)
+        return Padded._of(values[index_BL], at_L < (lists.offsets[rows + 1] - start_B)[:, None])
+
+    @staticmethod
+    def _of(values_BL: Tensor, real_BL: Tensor) -> Padded:
+        rows, length = values_BL.shape
+        return Padded(values_BL.reshape(-1), _arange(rows + 1, values_BL) * length, real_BL)
+
+    def lengths(self) -> Tensor:
+        return self.real_BL.sum(1)
+
+    def with_values(self, values: Tensor) -> Padded:
+        return Padded(values, self.offsets, self.real_BL)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from recray.layers.feature_encoder import Dropout, mean_pool
 from recray.layers.ranker_inputs import RankerInputs
 from recray.layers.target_attention import TargetAttention
 from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.loading.jagged import Padded
 from recray.models import Ranker
 from recray.records import DatasetRecord
 
@@ -54,6 +55,9 @@ class Din(Ranker):
     def _interest(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
         """(B, I)"""
         long_B = history.lengths() >= self.min_history
+        if isinstance(history, Padded):
+            found_BI: Tensor = self.attention(q_BI, v_UI, history)
+            return torch.where(long_B[:, None], found_BI, mean_pool(v_UI, history)) if self.min_history else found_BI
         if bool(long_B.all()):
             out_BI: Tensor = self.attention(q_BI, v_UI, history)
             return out_BI

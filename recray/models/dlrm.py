@@ -41,7 +41,7 @@ class Dlrm(Ranker):
         if self.bottom is not None:
             # Under autocast the MLP's output is narrower than the norm's.
             flat_BW = torch.cat([self.bottom(columns.numbers).to(flat_BW.dtype), flat_BW], dim=1)
-        e_BFD = flat_BW.view(len(flat_BW), -1, self.dim)
+        e_BFD = flat_BW.unflatten(1, (-1, self.dim))
         dots_BFF = e_BFD @ e_BFD.transpose(1, 2)
         out: Tensor = self.top(torch.cat([flat_BW, dots_BFF[:, self.pairs[0], self.pairs[1]]], dim=1))
         return out[:, 0]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from recray.config.models import SasrecOptions as Options
 from recray.kernels.dropout import dropout
 from recray.layers.embedding import Table
-from recray.layers.transformer import TransformerBlock, group_rows
+from recray.layers.transformer import RowGroup, TransformerBlock, group_rows
 from recray.loading.batch import Batch, ItemTable, Jagged
+from recray.loading.jagged import Padded
 from recray.models import Examples, Retriever
 from recray.records import DatasetRecord
 
@@ -43,6 +44,8 @@ class SASRec(Retriever):
         self.norm = nn.LayerNorm(options.dim)
 
     def query_vectors(self, batch: Batch) -> Tensor:
+        if isinstance(batch.history, Padded):
+            return self._padded_query_vectors(batch.history)
         # Rows in order of their lengths, so that a group of rows of similar lengths is a slice of the tokens.
         lengths_B, order_B = batch.history.lengths().sort()
         lengths, tokens = lengths_B.tolist(), len(batch.history.values)  # the only place that waits for a GPU
@@ -65,6 +68,21 @@ class SASRec(Retriever):
         row_Q = torch.bucketize(batch.position_Q, batch.history.offsets[1:], right=True)
         token_Q = batch.position_Q + (offset_B - batch.history.offsets[:-1])[row_Q]
         return self._normalize(self.norm(x_TD.index_select(0, token_Q)))
+
+    def _padded_query_vectors(self, history: Padded) -> Tensor:
+        """(B, D): one query after each row's last event. All rows are one group, whose padding is masked."""
+        rows, length = history.real_BL.shape
+        lengths_B = history.lengths()
+        from_end_T = (lengths_B[:, None] - 1 - torch.arange(length, device=lengths_B.device)).clamp(min=0).view(-1)
+        x_TD = self.item_table(history.values) * self.options.dim**0.5 + F.embedding(from_end_T, self.position)
+        groups = [RowGroup.masked(history.real_BL)]
+        *earlier, final = self.blocks
+        for block in earlier:
+            x_TD = block(x_TD, groups)
+        assert isinstance(final, TransformerBlock)
+        last_B = torch.arange(rows, device=lengths_B.device) * length + (lengths_B - 1).clamp(min=0)
+        x_BD = torch.where(lengths_B[:, None] > 0, final.last(x_TD, groups, last_B), 0.0)
+        return self._normalize(self.norm(x_BD))
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
         return self._normalize(self.item_table(item_ids))

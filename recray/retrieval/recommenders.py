@@ -61,7 +61,8 @@ class Reranked:
     ranker: Ranker
     candidates: int
     history_length: int  # of the ranker
-    known: DatasetRecord  # what the ranker was trained on: it may know fewer items than `search`, or more
+    # What the ranker was trained on: it may know fewer items than `search`, or more. None if it sees to that itself.
+    known: DatasetRecord | None
 
     @torch.inference_mode()
     def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -80,14 +81,14 @@ class Reranked:
         return F.pad(ids, short, value=PAD).numpy(), F.pad(best, short, value=-torch.inf).numpy()
 
 
-def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor, known: DatasetRecord) -> Batch:
+def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor, known: DatasetRecord | None) -> Batch:
     """One row per candidate: the row of its query, repeated, and the item; UNKNOWN in place of what is not `known`."""
 
     def clamped(ids: Tensor, size: int) -> Tensor:
         return torch.where(ids < size, ids, UNKNOWN)
 
     history, context = history.take(rows), {name: select(feature, rows) for name, feature in batch.context.items()}
-    for one in known.features:
+    for one in known.features if known is not None else ():
         if one.role == "context" and one.kind != "numeric":
             ids = context[one.name]
             context[one.name] = (
@@ -95,10 +96,12 @@ def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor, know
                 if isinstance(ids, Jagged)
                 else clamped(ids, one.cardinality)
             )
+    if known is not None:
+        history, items = history.with_values(clamped(history.values, known.num_items)), clamped(items, known.num_items)
     return Batch(
         user_B=batch.user_B[rows],
-        history=Jagged(clamped(history.values, known.num_items), history.offsets),
-        target_Q=clamped(items, known.num_items),
+        history=history,
+        target_Q=items,
         user_features={name: select(feature, rows) for name, feature in batch.user_features.items()},
         context=context,
     )

@@ -224,7 +224,7 @@ def test_a_history_gives_what_its_user_gets(run: Config, tmp_path: Path) -> None
 def test_a_loaded_ranker_scores_raw_rows(run: Config) -> None:
     retriever, ranker = recray.load(run.run_uri), recray.load(str(run.retrieval.ranker))
     assert isinstance(retriever, LoadedRetriever) and isinstance(ranker, LoadedRanker)
-    users = retriever._inputs._users[1].slice(0, 20)
+    users = retriever.inputs.users.keys.slice(0, 20)
     lists = retriever.recommend(users=users, k=4, context={"device": "phone", "hour": 3})
     names = ranker.config.data.columns
     rows = pa.table({names.user: lists["user"], names.item: lists["item"]})
@@ -267,7 +267,7 @@ def test_a_run_can_be_moved_and_similar_items_are_those_of_the_cosine(run: Confi
     shutil.copytree(run.run_uri, tmp_path / "else" / "where", symlinks=True)
     model = recray.load(str(tmp_path / "else" / "where"))
     assert isinstance(model, LoadedRetriever)
-    keys = model._inputs.items.to_pylist()[2:]
+    keys = model.inputs.items.to_pylist()[2:]
     vectors = model.item_vectors(keys).astype(np.float64)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosine = unit @ unit[3]

@@ -1,0 +1,162 @@
+"""A bundle scores without recray as the training code does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import recray
+from helpers.cli import recray_command
+from helpers.product_log import RANKERS, RETRIEVERS, make_product_runs, product_config
+from recray.data.hashing import hash_keys
+from recray.errors import LineageError, StorageError
+from recray.ids import SPLITS
+from recray.inference import LoadedRanker, LoadedRetriever, artifacts_of
+from recray.inference.export import export
+from recray.retrieval.recommenders import open_recommenders
+
+pytest.importorskip("faiss")
+
+# What a stranger does: the bundle's own scorer, with recray out of reach.
+_REPLAY = """
+import runpy, sys
+sys.modules["recray"] = None
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)
+    try:
+        runpy.run_path(folder + "/score.py", run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise SystemExit(f"{folder}: {end.code}")
+    sys.path.pop(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of every model, and their bundles; `both` is the two towers with a ranker behind them."""
+    folder = tmp_path_factory.mktemp("product")
+    make_product_runs(folder)
+    for name in (*RETRIEVERS, *RANKERS):
+        found = recray_command("export", str(folder / "runs" / name), str(folder / "bundles" / name))
+        assert found.code == 0, found.err
+    reranked = product_config(folder, "two_tower", f"retrieval.ranker={folder}/runs/din")
+    recray.evaluate(reranked)
+    export(str(folder / "runs" / "two_tower"), str(folder / "bundles" / "both"))
+    return folder
+
+
+def test_the_reference_scorer_answers_as_the_training_code_does(folder: Path, tmp_path: Path) -> None:
+    bundles = sorted(str(one) for one in (folder / "bundles").iterdir())
+    assert len(bundles) == 7
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _REPLAY, *bundles], cwd=tmp_path, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("10 requests, within ") == 7
+    assert len((folder / "bundles" / "both" / "score.py").read_text().splitlines()) <= 80
+
+
+def test_a_damaged_answer_is_noticed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bundles" / "din", tmp_path / "din")
+    cases = json.loads((tmp_path / "din" / "test.json").read_text())
+    cases[3]["scores"][0] += 1e-3
+    (tmp_path / "din" / "test.json").write_text(json.dumps(cases))
+    replay = [sys.executable, "-P", "-c", _REPLAY, str(tmp_path / "din")]
+    done = subprocess.run(replay, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode and "AssertionError: test.json is damaged" in done.stderr
+    with pytest.raises(StorageError, match=r"test\.json is damaged"):
+        recray.load(str(tmp_path / "din"))
+
+
+@pytest.mark.parametrize("name", [*RETRIEVERS, "both"])
+def test_a_loaded_bundle_makes_the_lists_of_the_run(folder: Path, name: str) -> None:
+    uri = str(folder / "runs" / ("two_tower" if name == "both" else name))
+    run = recray.load(uri)
+    if name == "two_tower":  # the run's last report has a ranker by now
+        artifacts, config = artifacts_of(uri)
+        retrieval = config.retrieval.model_copy(update={"ranker": None})
+        found = open_recommenders(
+            replace(artifacts, ranker=None),
+            config.model_copy(update={"retrieval": retrieval}),
+            SPLITS,
+            always_exact=True,
+        )
+        run = LoadedRetriever(
+            run.identity, config, run.inputs, found.final, found.exact, artifacts.dataset.item_counts()
+        )  # type: ignore[arg-type]
+    bundle = recray.load(str(folder / "bundles" / name))
+    assert isinstance(run, LoadedRetriever) and isinstance(bundle, LoadedRetriever)
+    assert run.identity == bundle.identity
+    users = [*(f"u{number}" for number in range(80)), "a stranger"]
+    mine, other = (one.recommend(users=users, k=5, exclude=[["i001", "i002"]] * 81) for one in (run, bundle))
+    assert mine.drop_columns(["score"]) == other.drop_columns(["score"])
+    assert not {"i001", "i002"} & set(mine["item"].to_pylist())
+    assert mine["score"].null_count == other["score"].null_count == 5
+    np.testing.assert_allclose(mine["score"].to_numpy(), other["score"].to_numpy(), rtol=1e-5, atol=1e-5)
+    context = {"device": "phone", "query": "query 7", "shop": -3, "minutes": 4.5, "price.usd": None}
+    own = {"country": "se", "tags": [["t1", "no such tag"]], "age": 33}
+    mine, other = (
+        one.recommend(history=[["i003", "i004"]], context=context, user_features=own) for one in (run, bundle)
+    )
+    assert mine["item"] == other["item"]
+    assert mine["score"].to_numpy() == pytest.approx(other["score"].to_numpy(), abs=1e-5)
+    assert run.similar_items("i005", 3)["item"] == bundle.similar_items("i005", 3)["item"]
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_a_loaded_bundle_scores_as_the_run(folder: Path, name: str) -> None:
+    run, bundle = (recray.load(str(folder / kind / name)) for kind in ("runs", "bundles"))
+    assert isinstance(run, LoadedRanker) and isinstance(bundle, LoadedRanker)
+    log = pq.read_table(folder / "clicks").slice(0, 500)
+    assert bundle.score(log) == pytest.approx(run.score(log), abs=1e-5)
+    strangers = pa.table({"item_id": ["i001", "i002"], "history": [["i003"], []]})
+    assert bundle.score(strangers) == pytest.approx(run.score(strangers), abs=1e-5)
+
+
+def test_the_manifest_says_what_is_in_the_bundle(folder: Path) -> None:
+    manifest = json.loads((folder / "bundles" / "both" / "manifest.json").read_text())
+    assert sorted(manifest["programs"]) == ["item", "query", "ranker"]
+    assert {"checkpoint", "dataset", "index", "ranker"} == manifest["lineage"].keys()
+    query = manifest["programs"]["query"]
+    assert query["history_length"] == 10 and query["output"] == {"type": "float32", "shape": ["rows", 8]}
+    assert query["inputs"]["features"]["user_tags"] == {"type": "int64", "shape": ["rows", "entries"]}
+    assert query["inputs"]["features"]["context_price.usd"] == {"type": "float32", "shape": ["rows"]}
+    assert {"name": "minutes", "role": "context", "type": "double"} in manifest["columns"]
+    assert {"name": "user_id", "role": "user key", "type": "string"} in manifest["columns"]
+    files = {one.name for one in (folder / "bundles" / "both").rglob("*") if one.is_file() and one.suffix != ".pyc"}
+    assert files - {"manifest.json"} == {name.rpartition("/")[2] for name in manifest["files"]}
+
+
+def test_a_folder_of_other_files_is_refused_and_an_earlier_bundle_replaced(folder: Path, tmp_path: Path) -> None:
+    run = str(folder / "runs" / "wide_deep")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "users.parquet").write_text("mine")
+    with pytest.raises(StorageError, match=r"holds users\.parquet, which recray did not write"):
+        export(run, str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "users.parquet").read_text() == "mine"
+    for _ in range(2):
+        assert export(run, str(tmp_path / "out"))["kind"] == "ranker"
+    with pytest.raises(LineageError, match="run `recray index` first"):
+        recray.train(product_config(folder, "sasrec", "run.name=bare"))
+        export(str(folder / "runs" / "bare"), str(tmp_path / "bare"))
+    assert not (tmp_path / "bare").exists()
+
+
+def test_hashes_of_the_scorer_are_those_of_prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(folder / "bundles" / "din"))
+    from encoding import hash64  # type: ignore[import-not-found]
+
+    texts = ["", "a", "hällo", "x" * 7, "y" * 8, "z" * 15, "a longer text than two words"]
+    assert [hash64(one) for one in texts] == hash_keys(pa.array(texts)).tolist()
+    numbers = [0, 1, -1, -(2**63), 2**63 - 1, 123_456_789]
+    assert [hash64(one) for one in numbers] == hash_keys(pa.array(numbers)).tolist()
