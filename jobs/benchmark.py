@@ -23,6 +23,7 @@ from benchmarks import (
     search,
     seeds,
     sequence,
+    serve,
     startup,
     table,
     tune,
@@ -47,6 +48,7 @@ for module in (
     peers,
     compare,
     busy,
+    serve,
 ):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 app.command("embedding-table")(embedding_table.run)

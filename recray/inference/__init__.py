@@ -8,7 +8,7 @@
     ranker.score([{"user_id": 1007, "article_id": "A-33", "device": "phone"}])
 
 Vocabularies, scaling and item ids are applied as in training. Lists for all users of a dataset: `recray.recommend`; a folder
-that needs no recray to score: `recray export` (recray.inference.export).
+that needs no recray to score: `recray export` (recray.inference.export); over HTTP: `recray serve` (recray.serving).
 """
 
 from __future__ import annotations

@@ -21,12 +21,13 @@ from recray.config import Config
 from recray.errors import DataError
 from recray.ids import FIRST_ITEM, PAD
 from recray.inference.rows import Inputs, Keys, Rows, as_list, as_table
+from recray.loading.batch import Batch
 from recray.loading.collate import EvalQuery
 from recray.loading.jagged import Jagged
 from recray.models import Ranker
 from recray.retrieval import Recommender
 from recray.retrieval.baselines.popularity import Popularity
-from recray.retrieval.exact import ExactSearch
+from recray.retrieval.exact import ExactSearch, query_vectors
 from recray.retrieval.recommenders import list_table
 
 _QUERIES, _ROWS = 512, 8192  # asked, and scored, at a time
@@ -98,21 +99,10 @@ class LoadedRetriever:
         exclude: Sequence[Keys] | None,
     ) -> tuple[list[Any], Lists]:
         """`recommend` as arrays of item ids; and the keys of the users, or the numbers of the histories."""
-        if (users is None) == (history is None):
-            raise DataError("recommend needs either users=[...] or history=[[...], ...]")
         if k < 1:
             raise DataError(f"k = {k}: at least one item is needed")
-        if users is not None:
-            keys = as_list(users)
-            rows, known_B = self.inputs.of_users(users)
-        else:
-            assert history is not None
-            keys = list(range(len(history)))
-            rows = self.inputs.with_history(self.inputs.of_strangers(len(history)), history)
-            known_B = np.ones(len(rows), bool)
-        rows = self.inputs.with_values(rows, context or {}, "context")
-        rows = self.inputs.with_values(rows, user_features or {}, "user")
-        known_B = known_B & (pc.list_value_length(rows.history).to_numpy() > 0)
+        keys, rows = self._people(users, history, context, user_features)
+        known_B = pc.list_value_length(rows.history).to_numpy() > 0
         seen = self.config.evaluation.filter_seen if exclude_seen is None else exclude_seen
         excluded = [self.inputs.item_ids(one) if len(one) else np.empty(0, np.int64) for one in exclude or ()]
         if excluded and len(excluded) != len(rows):
@@ -122,6 +112,68 @@ class LoadedRetriever:
         if excluded:
             ids_BK, scores_BK = _without(excluded, ids_BK, scores_BK, k)
         return keys, Lists(ids_BK, scores_BK, known_B)
+
+    def _people(
+        self,
+        users: Keys | None,
+        history: Sequence[Keys] | None,
+        context: Mapping[str, Any] | None,
+        user_features: Mapping[str, Any] | None,
+    ) -> tuple[list[Any], Rows]:
+        if (users is None) == (history is None):
+            raise DataError("recommend needs either users=[...] or history=[[...], ...]")
+        if users is not None:
+            keys, (rows, _) = as_list(users), self.inputs.of_users(users)
+        else:
+            assert history is not None
+            keys = list(range(len(history)))
+            rows = self.inputs.with_history(self.inputs.of_strangers(len(history)), history)
+        rows = self.inputs.with_values(rows, context or {}, "context")
+        return keys, self.inputs.with_values(rows, user_features or {}, "user")
+
+    def explain(
+        self,
+        user: Any = None,
+        history: Keys | None = None,
+        context: Mapping[str, Any] | None = None,
+        user_features: Mapping[str, Any] | None = None,
+        k: int = 10,
+    ) -> pa.Table:
+        """What carried the list of one user, or of a history: columns kind ("history", "user", "context"), name, effect.
+
+        effect: by how much the retrieval scores of the list's items are lower on average without it: without that item in
+        the history, with that feature missing, or without the user's own vector (kind "user", name null). Most helpful
+        first; a negative effect speaks against the list. Effects do not add up where inputs work together.
+
+        Raises DataError for someone without a history, whose list is that of popular items.
+        """
+        _, one = self._people(
+            None if user is None else [user], None if history is None else [history], context, user_features
+        )
+        items = one.history.values.to_numpy()[-self.config.model.history_length :]
+        if not len(items):
+            raise DataError("there is nothing to explain: someone without a history gets popular items")
+        nobody = self.inputs.of_strangers(1)
+        histories = [one.history[0].as_py(), *(np.delete(items, at).tolist() for at in range(len(items)))]
+        parts = [replace(one, history=pa.array([row], one.history.type)) for row in histories]
+        parts += [replace(one, user=nobody.user)]
+        parts += [replace(one, columns={**one.columns, name: nobody.columns[name]}) for name in one.columns]
+        batch, seen = self.inputs.batch(Rows.concat(parts))
+        query = _query(batch, seen)
+        ids, _ = self._lists(one, np.ones(1, bool), k, self.config.evaluation.filter_seen)
+        found = torch.from_numpy(ids[0][ids[0] >= FIRST_ITEM])
+        score_P = (query_vectors(self._exact.model, query) @ self._exact.vectors_ND[found].T).mean(1)
+        columns = [self.inputs.features[name] for name in one.columns]
+        names = [str(key) for key in self.inputs.items.take(pa.array(items)).to_pylist()]
+        kinds = ["history"] * len(items) + ["user"] + [feature.role for feature in columns]
+        table = pa.table(
+            {
+                "kind": kinds,
+                "name": pa.array([*names, None, *(feature.name for feature in columns)], pa.string()),
+                "effect": (score_P[0] - score_P[1:]).numpy(),
+            }
+        )
+        return table.sort_by([("effect", "descending")])
 
     def _lists(self, rows: Rows, known_B: np.ndarray, k: int, exclude: bool) -> tuple[np.ndarray, np.ndarray]:
         """(B, k) ids and scores; popular items where `known_B` is False."""
@@ -133,9 +185,7 @@ class LoadedRetriever:
             if not len(index):
                 continue
             batch, seen = self.inputs.batch(rows.take(index))
-            nothing = Jagged(torch.zeros(0, dtype=torch.int64), torch.zeros(len(index) + 1, dtype=torch.int64))
-            query = EvalQuery(batch, seen, nothing, torch.zeros(len(index), dtype=torch.int64))
-            ids_BK[index], scores_BK[index] = self._final.recommend(query, k, exclude)
+            ids_BK[index], scores_BK[index] = self._final.recommend(_query(batch, seen), k, exclude)
         return ids_BK, scores_BK
 
     @cached_property
@@ -198,6 +248,12 @@ class LoadedRanker:
             batch, _ = self.inputs.batch(known.slice(at, _ROWS))
             found.append(self._model.logits(replace(batch, target_Q=target[at : at + _ROWS])).float().sigmoid())
         return torch.cat(found).numpy()
+
+
+def _query(batch: Batch, seen: Jagged) -> EvalQuery:
+    """Without targets and times."""
+    zeros = torch.zeros(batch.num_rows + 1, dtype=torch.int64)
+    return EvalQuery(batch, seen, Jagged(zeros[:0], zeros), zeros[1:])
 
 
 def _without(

@@ -8,7 +8,7 @@ Shape legend: B rows, N items.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -229,14 +229,19 @@ class Inputs:
         ids = self.item_ids(flat).astype(np.int32) if flat else np.empty(0, np.int32)
         return replace(rows, history=pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)))
 
+    def check_names(self, names: Iterable[str], role: str) -> None:
+        """Raises DataError for a name that is no feature of this role, "user" or "context"."""
+        for name in names:
+            if f"{role}_{name}" not in self.features:
+                known = sorted(f.name for f in self.features.values() if f.role == role)
+                raise DataError(f"the model has no {role} feature {name!r}; it has: {', '.join(known) or 'none'}")
+
     def with_values(self, rows: Rows, values: Mapping[str, Any], role: str) -> Rows:
         """The rows with these raw values of features: name -> one per row, or one for all. Raises DataError."""
         columns = dict(rows.columns)
+        self.check_names(values, role)
         for name, value in values.items():
-            feature = self.features.get(f"{role}_{name}")
-            if feature is None:
-                known = sorted(f.name for f in self.features.values() if f.role == role)
-                raise DataError(f"the model has no {role} feature {name!r}; it has: {', '.join(known) or 'none'}")
+            feature = self.features[f"{role}_{name}"]
             many = isinstance(value, (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray))
             listed = as_list(value) if many else [value] * len(rows)
             if len(listed) != len(rows):
@@ -286,10 +291,17 @@ def as_table(rows: Any) -> pa.Table:
         return rows
     if isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows):
         names = list(dict.fromkeys(name for row in rows for name in row))
-        return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+        return pa.table({name: _column(name, [row.get(name) for row in rows]) for name in names})
     if hasattr(rows, "columns"):
         return pa.Table.from_pandas(rows, preserve_index=False)
     raise DataError(f"rows are {type(rows).__name__}: give a pyarrow table, a pandas frame or a list of dicts")
+
+
+def _column(name: str, values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except _NOT_OF_TYPE as error:
+        raise DataError(f"the values of {name!r} are not of one type: {error}") from None
 
 
 def as_list(keys: Any) -> list[Any]:

@@ -18,7 +18,7 @@ import recray
 from helpers.cli import recray_command
 from helpers.product_log import RANKERS, RETRIEVERS, make_product_runs, product_config
 from recray.data.hashing import hash_keys
-from recray.errors import LineageError, StorageError
+from recray.errors import DataError, LineageError, StorageError
 from recray.ids import SPLITS
 from recray.inference import LoadedRanker, LoadedRetriever, artifacts_of
 from recray.inference.export import export
@@ -160,3 +160,28 @@ def test_hashes_of_the_scorer_are_those_of_prepare(folder: Path, monkeypatch: py
     assert [hash64(one) for one in texts] == hash_keys(pa.array(texts)).tolist()
     numbers = [0, 1, -1, -(2**63), 2**63 - 1, 123_456_789]
     assert [hash64(one) for one in numbers] == hash_keys(pa.array(numbers)).tolist()
+
+
+@pytest.mark.parametrize("name", RETRIEVERS)
+def test_an_explanation_is_what_the_scores_are_without_it(folder: Path, name: str) -> None:
+    model = recray.load(str(folder / "bundles" / name))
+    assert isinstance(model, LoadedRetriever)
+    history, context = ["i003", "i017", "i004"], {"device": "phone", "minutes": 9.0}
+
+    def score(history: list[str], context: dict[str, object], items: list[str]) -> float:
+        found = model.recommend(history=[history], context=context, k=58, exclude_seen=False).to_pylist()  # type: ignore[union-attr]
+        return float(np.mean([one["score"] for one in found if one["item"] in items]))
+
+    found = {
+        (one["kind"], one["name"]): one["effect"]
+        for one in model.explain(history=history, context=context, k=5).to_pylist()
+    }
+    items = model.recommend(history=[history], context=context, k=5)["item"].to_pylist()
+    whole = score(history, context, items)
+    for at, item in enumerate(history):
+        left = history[:at] + history[at + 1 :]
+        assert found["history", item] == pytest.approx(whole - score(left, context, items), abs=1e-5)
+    assert found["context", "device"] == pytest.approx(whole - score(history, {"minutes": 9.0}, items), abs=1e-5)
+    assert found["user", None] == pytest.approx(0, abs=1e-6) and len(found) == 3 + 1 + 8
+    with pytest.raises(DataError, match="someone without a history gets popular items"):
+        model.explain(user="nobody")
