@@ -56,11 +56,29 @@ class Compared:
     gains: list[Gain]
     configuration: dict[str, list[Any]]  # keys that differ
     cost: dict[str, list[Any]]
+    headline: str  # metric of the verdict
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> list[str]:
+        """A sentence for each run but the first: the headline, and in how many metrics it is better or worse."""
+        said = []
+        for run in self.runs[1:]:
+            own = [one for one in self.gains if one.run == run and one.low is not None]
+            counts = [f"{sum(one.result == word for one in own)} {word}" for word in ("better", "worse")]
+            of = f"of {len(own)} metrics with an interval {' and '.join(counts)}"
+            main = next((one for one in own if one.metric == self.headline), None)
+            if main is None:
+                said.append(f"{run} against {self.runs[0]}: {of}")
+                continue
+            word = main.result if main.result == "no clear difference" else f"{main.result} than {self.runs[0]}"
+            interval = f"{main.gain:+.4f} ({main.low:+.4f} to {main.high:+.4f})"
+            said.append(f"{run}: {word} in {main.metric}, {interval}; {of}")
+        return said
 
     def as_json(self) -> dict[str, Any]:
         gains = [asdict(one) | {"result": one.result} for one in self.gains]
-        return asdict(self) | {"gains": gains}
+        return asdict(self) | {"gains": gains, "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,7 @@ def compare(uris: Sequence[str], split: str = "test") -> Compared:
         [gain for one in sides[1:] for gain in _gains(sides[0], one, names)],
         _differ([_keys(one.node) for one in sides]),
         {name: [one.get(name) for one in cost] for name in dict.fromkeys(key for one in cost for key in one)},
+        wanted if (wanted := str(sides[0].report.config["training"]["metric"])) in names else names[0],
         list(_notes(sides)),
     )
 
@@ -236,7 +255,8 @@ def _notes(sides: Sequence[_Side]) -> Iterator[str]:
 
 def render(found: Compared) -> str:
     """As text: metrics, differences from the first run, configuration, cost."""
-    lines = _table("metric", found.runs, {name: [_cell(one) for one in row] for name, row in found.metrics.items()})
+    lines = [*found.verdict, ""]
+    lines += _table("metric", found.runs, {name: [_cell(one) for one in row] for name, row in found.metrics.items()})
     lines += ["", f"differences from {found.runs[0]} (above 0 is better), with 95 % intervals"]
     wide = max((len(one.metric) for one in found.gains), default=0)
     for gain in found.gains:
@@ -276,17 +296,12 @@ def page(found: Compared) -> str:
 
     heads = ["", *found.runs]
     text = tuple(range(len(heads)))
-    clear = [one for one in found.gains if one.low is not None and one.result != "no clear difference"]
     return html.page(
         "compare.html",
         title=" against ".join(found.runs),
         notes=found.notes,
         reports=[html.link(f"{uri}/report.html", name) for name, uri in zip(found.runs, found.pages, strict=True)],
-        verdict=[
-            f"{one.run} is {one.result} in {one.metric}: {one.gain:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
-            for one in clear
-        ]
-        or ["no clear difference in any metric"],
+        verdict=found.verdict,
         gains=charts.gains(found.gains, found.runs[0]),
         metrics=html.table(["metric", *found.runs], [[name, *row] for name, row in found.metrics.items()]),
         differences=html.table(

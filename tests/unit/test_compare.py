@@ -58,6 +58,7 @@ def test_differences_are_paired_over_users(runs: tuple[Config, Config]) -> None:
     )
     coverage = next(one for one in found.gains if one.metric.startswith("coverage"))
     assert coverage.users == 0 and coverage.result == "no interval"  # no mean over users
+    assert found.verdict[0].startswith(f"b: {gain.result}") and f"in ndcg@10, {gain.gain:+.4f} (" in found.verdict[0]
     assert found.runs == ["a", "b"] and found.notes == []
     assert found.configuration["model.dim"] == [8, 16] and found.configuration["training.epochs"] == [2, 12]
     assert found.cost["epochs trained"] == [2, 12]
