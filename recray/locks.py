@@ -1,4 +1,7 @@
-"""A lock for a folder that one process at a time may write. The kernel releases it when the process ends, however it ends."""
+"""A lock for a folder that one process at a time may write.
+
+On a file system the kernel releases it when the process ends, however it ends. An object store has leases instead.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-from recray import log, storage
+from recray import leases, log, storage
 from recray.errors import StorageError
 
 # Workers of a driver that was killed live on for some seconds.
@@ -21,12 +24,13 @@ _POLL = 0.2
 
 @contextlib.contextmanager
 def exclusive(uri: str, wait: float = _WAIT) -> Iterator[None]:
-    """Let one process at a time into this block for a local folder; an object store has no locks.
+    """Let one process at a time into this block for a folder.
 
     Waits up to `wait` seconds for a process that is in it. Raises StorageError that names the process if it still is.
     """
-    if "://" in uri and not uri.startswith("file://"):
-        yield
+    if storage.is_remote(uri):
+        with leases.lease(uri, wait):
+            yield
         return
     path = f"{storage.resolve(uri)[1]}.lock"
     with _locked(uri, path, time.monotonic() + wait):

@@ -6,14 +6,15 @@ import hashlib
 import json
 from typing import Any
 
-from recray import storage, strict_json
+from recray import leases, storage, strict_json
 from recray.errors import LineageError
 
 _SEAL = "sha256"
 
 
 def write(uri: str, body: dict[str, Any]) -> None:
-    """Write an object, with its hash."""
+    """Write an object, with its hash. Raises StorageError if another process has taken over what this one writes."""
+    leases.check()
     storage.write_bytes(uri, dump(body))
 
 

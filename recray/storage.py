@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import os
 import re
+import socket
 import tempfile
+import time
+import urllib.request
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -29,6 +33,9 @@ from recray.errors import DataError, StorageError
 
 _PART_BYTES = 16 << 20  # copied at a time
 _THREADS = 16
+_S3_OPTIONS = ("region", "scheme", "endpoint_override")
+_CONNECT_SECONDS = 5.0
+_S3_ATTEMPTS = 11  # with waits of 25 ms and twice as long each time, 25 s in all
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,42 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         if scheme in ("", "file"):
             return pafs.LocalFileSystem(), local_path(uri)
         if scheme == "s3":
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-            if endpoint and "?" not in uri:
-                credentials.refuse(endpoint, "AWS_ENDPOINT_URL")
-                parts = urlsplit(endpoint)
-                region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-                system = pafs.S3FileSystem(endpoint_override=parts.netloc, scheme=parts.scheme, region=region)
-                return system, uri.removeprefix("s3://").rstrip("/")
-        if scheme in ("s3", "gs"):
+            return _s3(uri)
+        if scheme == "gs":
             return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     raise StorageError(f"cannot open {uri!r}: the scheme '{scheme}://' is not known; use a local path, s3:// or gs://")
+
+
+def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
+    """s3://BUCKET/KEY, with options such as ?region=eu-central-1 behind it that win over the environment's."""
+    place, _, query = uri.removeprefix("s3://").partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := options.keys() - _S3_OPTIONS:
+        raise StorageError(f"cannot open {uri!r}: unknown option {min(unknown)!r}; known are {', '.join(_S3_OPTIONS)}")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_override" not in options:
+        credentials.refuse(endpoint, "AWS_ENDPOINT_URL")
+        parts = urlsplit(endpoint)
+        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme} | options
+        _check_answers(parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))
+    region = options.pop("region", "") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if not region:
+        region = "us-east-1" if "endpoint_override" in options else pafs.resolve_s3_region(place.partition("/")[0])
+    # Of requests that fail three times in ten, two in a million fail in every attempt; with Arrow's three it is one in 37.
+    retries = pafs.AwsDefaultS3RetryStrategy(max_attempts=_S3_ATTEMPTS)
+    return pafs.S3FileSystem(region=region, retry_strategy=retries, **options), place.rstrip("/")
+
+
+@functools.cache
+def _check_answers(host: str, port: int) -> None:
+    """Raise OSError if nothing listens at a store of one's own: retries take almost a minute to say so."""
+    if not urllib.request.getproxies():
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+
+
+def is_remote(uri: str) -> bool:
+    """Whether this is a place in an object store."""
+    return "://" in uri and not uri.startswith("file://")
 
 
 def local_path(location: str) -> str:
@@ -126,8 +159,19 @@ def link(uri: str, target: str) -> None:
 
 def read_bytes(uri: str) -> bytes:
     system, path = resolve(uri)
-    with errors_at(uri, "read"), system.open_input_stream(path) as stream:
-        return bytes(stream.read())
+    with errors_at(uri, "read"):
+        attempt = 1
+        while True:
+            try:
+                with system.open_input_stream(path) as stream:
+                    return bytes(stream.read())
+            except OSError as error:
+                # Arrow gives the answer of a busy store as much room as the object. Where that is too little it does not
+                # understand the answer, and does not try again.
+                if "INTERNAL_FAILURE" not in str(error) or attempt == _S3_ATTEMPTS:
+                    raise
+            time.sleep(0.0125 * 2**attempt)
+            attempt += 1
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -213,15 +257,16 @@ def delete_empty_folder(uri: str) -> None:
 
 
 @contextlib.contextmanager
-def open_parquet(uri: str, data: bytes | None = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; the checksums of its pages are verified where it has them. data: its bytes, if they are read already.
+def open_parquet(uri: str, data: bytes | None = None, whole: bool = False) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; the checksums of its pages are verified where it has them.
 
+    data: its bytes, if they are read already. whole: it is read at once, so that few large requests to a store do.
     Raises DataError if the file is damaged, encrypted or no Parquet file, StorageError if it cannot be read.
     """
     system, path = resolve(uri)
     try:
         with system.open_input_file(path) if data is None else pa.BufferReader(data) as stream:
-            yield pq.ParquetFile(stream, page_checksum_verification=True)
+            yield pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=whole and is_remote(uri))
     except (pa.ArrowInvalid, OSError) as error:
         # Arrow reports damaged pages and footers as OSError without an errno.
         if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
@@ -250,7 +295,7 @@ def _begins_as_parquet(system: pafs.FileSystem, path: str) -> bool:
 
 def read_table(uri: str, columns: list[str] | None = None, data: bytes | None = None) -> pa.Table:
     """One Parquet file. Raises DataError naming the file when it is not whole."""
-    with open_parquet(uri, data) as file:
+    with open_parquet(uri, data, whole=True) as file:
         return file.read(columns=columns, use_threads=False)
 
 

@@ -160,7 +160,7 @@ def _start_local(num_cpus: int | None) -> None:
                 f"Ray did not start on this machine: {error} The machine is probably overloaded, or its disk or memory is "
                 "full: try again when it is less busy, or set scaling.num_workers = 0 to train without Ray"
             ) from error
-    _guard.watch()
+    _guard.watch(ray.get_runtime_context().get_session_name())
     _own = True
 
 

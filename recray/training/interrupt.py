@@ -2,7 +2,7 @@
 
     with interrupt.graceful():      # the command line does this
         recray.train(config)        # raises Interrupted once the state is on disk
-        recray.prepare(config)      # raises SystemExit or KeyboardInterrupt, as every stage but training does
+        recray.prepare(config)      # ends with SystemExit or KeyboardInterrupt, as every stage but training does
 
 A process that trains by itself looks for a signal after every step. Ray workers run on other machines, so the driver's
 signal handler writes a file into the checkpoint's folder, which worker 0 looks for every few seconds.
@@ -27,15 +27,17 @@ _graceful = False  # inside of `graceful`
 _training = False  # inside of `polled` or `forwarded`
 _folder: str | None = None  # of the training whose workers this process drives
 _received: signal.Signals | None = None
+_ends: signal.Signals | None = None  # the signal that ends this process without saving
 
 
 @contextlib.contextmanager
 def graceful() -> Iterator[None]:
     """Inside the block the first SIGTERM or SIGINT asks training to save and stop; a second one stops at once.
 
-    Outside of training the first one stops at once, and what is half written is deleted on the way out.
+    Outside of training the first one stops at once, and what is half written is deleted on the way out. The block then
+    raises KeyboardInterrupt for SIGINT and SystemExit(143) for SIGTERM, whatever exception the signal became on its way.
     """
-    global _graceful, _received
+    global _graceful, _received, _ends
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -44,8 +46,14 @@ def graceful() -> Iterator[None]:
     _handle()
     try:
         yield
+    except BaseException:
+        if _ends == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        if _ends == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        _graceful, _received = False, None
+        _graceful, _received, _ends = False, None, None
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -91,11 +99,11 @@ def _handle() -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _received
+    global _received, _ends
     if not _training or _received is not None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        _ends = signal.Signals(number)
+        # For SIGTERM, too: Ray passes on this exception from within its waits, and turns SystemExit into an error of its own.
+        raise KeyboardInterrupt
     _received = signal.Signals(number)
     log.warning("train", f"{_received.name}: saving, then stopping (once more: stops at once)", event="stopping")
     if _folder is not None:

@@ -52,8 +52,6 @@ def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_the_lock_of_one_folder_is_not_that_of_another(tmp_path: Path) -> None:
     with locks.exclusive(str(tmp_path / "run" / "a")), locks.exclusive(str(tmp_path / "run" / "b")):
         pass
-    with locks.exclusive("s3://bucket/a"), locks.exclusive("s3://bucket/a"):
-        pass  # nothing is asked of an object store
 
 
 def test_a_process_that_holds_it_is_refused_again(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """storage against an S3 server on loopback."""
 
+import os
+import random
 import re
+import socket
+import time
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
 import torch
 
-from recray import digests, folders, storage
+from recray import digests, folders, locks, storage
 from recray.config import DataConfig
 from recray.data.sources import files, parquet
 from recray.errors import StorageError
@@ -142,3 +146,54 @@ def test_an_upload_that_the_store_breaks_off_leaves_the_old_object(
     with pytest.raises(StorageError, match=r"large\.bin cannot be written"):
         storage.write_bytes(uri, b"x" * (25 << 20))
     assert sent and storage.read_bytes(uri) == b"good"
+
+
+@pytest.mark.parametrize("failing", [0.1, 0.3])
+def test_requests_that_fail_are_tried_again(bucket: str, monkeypatch: pytest.MonkeyPatch, failing: float) -> None:
+    import moto.s3.responses
+
+    real, failed, choose = moto.s3.responses.S3Response.key_response, [], random.Random(1)
+
+    def failing_response(self: object, request: object, full_url: str, headers: object) -> object:
+        if choose.random() < failing:
+            failed.append(full_url)
+            return 503, {}, "<Error><Code>SlowDown</Code></Error>"
+        return real(self, request, full_url, headers)
+
+    monkeypatch.setattr(moto.s3.responses.S3Response, "key_response", failing_response)
+    table = pa.table({"item": list(range(1000))})
+    for number in range(20):
+        storage.write_json(f"{bucket}/retried/{number}.json", number)
+        storage.write_table(f"{bucket}/retried/{number}.parquet", table)
+    for number in range(20):
+        assert storage.read_json(f"{bucket}/retried/{number}.json") == number
+        assert storage.read_table(f"{bucket}/retried/{number}.parquet").equals(table)
+    assert len(failed) > 80 * failing / 2
+
+
+def test_a_store_that_does_not_answer_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=r"s3://clicks/a cannot be opened: .*refused"):
+            storage.exists("s3://clicks/a")
+        assert time.monotonic() - began < 5
+
+
+def test_options_of_a_uri(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_json(f"{bucket}/options.json", 1)
+    endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    system, path = storage.resolve(f"{bucket}/options.json?endpoint_override={endpoint}&scheme=http&region=eu-west-1")
+    assert path == "clicks/options.json" and system.get_file_info(path).size and system.region == "eu-west-1"
+    with pytest.raises(StorageError, match="unknown option 'colour'; known are region, scheme, endpoint_override"):
+        storage.resolve(f"{bucket}/a?colour=red")
+
+
+def test_a_lease(bucket: str) -> None:
+    with locks.exclusive(f"{bucket}/run/a"):
+        holder = storage.read_json(f"{bucket}/run/a.lock")["holder"]
+        with pytest.raises(StorageError, match=f"being written by {holder}"), locks.exclusive(f"{bucket}/run/a"):
+            pass
+    assert not storage.exists(f"{bucket}/run/a.lock")
