@@ -52,6 +52,21 @@ def find_address() -> str | None:
         return None
 
 
+def draining_nodes() -> set[str]:
+    """Ids of nodes that a notice says will be taken away soon: of a spot market, or of an autoscaler that scales down.
+
+    Ray Train's `get_preemption_info` has to be called by all workers in every step, and tells no more than this. Empty where
+    Ray's version does not tell.
+    """
+    try:
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+    except Exception as error:  # also what Ray raises for a connection by ray://
+        log.debug("cluster", f"this Ray does not tell which nodes are being drained: {error!r}")
+        return set()
+
+
 def drop_placement_group_cleaner(trainer: Any) -> None:
     """Make a TorchTrainer on a private local Ray start without the actor that cleans up after a driver that dies.
 

@@ -31,7 +31,7 @@ def of_worker(scaling: ScalingConfig) -> dict[str, float]:
 def check(scaling: ScalingConfig) -> None:
     """Raise ResourceError if the workers can never be placed, neither on the current nodes nor by autoscaling."""
     nodes = _nodes()
-    if fits(of_worker(scaling), nodes) < scaling.num_workers and not autoscales():
+    if fits(of_worker(scaling), nodes) < (scaling.min_workers or scaling.num_workers) and not autoscales():
         raise ResourceError(_explain(scaling, nodes))
 
 
@@ -109,6 +109,14 @@ def short(bundles: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> 
 def fits(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
     """How many copies of `bundle` fit on the nodes; a copy does not span nodes."""
     return sum(int(min(node.get(name, 0.0) // amount for name, amount in bundle.items())) for node in nodes)
+
+
+def free(bundle: Mapping[str, float]) -> int:
+    """How many copies of `bundle` fit into what no one uses now, over all nodes together; a node may hold fewer."""
+    import ray
+
+    left = ray.available_resources()
+    return int(min(left.get(name, 0.0) // amount for name, amount in bundle.items()))
 
 
 def _amount(amount: float, name: str) -> str:

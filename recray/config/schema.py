@@ -172,6 +172,12 @@ class ScalingConfig(Section):
         ge=0,
         description="training workers; 1 without a cluster trains in this process; 0 trains in this process on a cluster, too",
     )
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="on a cluster: fewest training workers, which train on after others were lost, or where there are no nodes "
+        "for all within wait_seconds; unset: num_workers",
+    )
     use_gpu: bool = Field(False, description="one GPU per training worker")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs that Ray reserves per training worker")
     threads_per_worker: int = Field(
@@ -340,6 +346,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _arithmetic(self) -> Config:
         workers = max(1, self.scaling.num_workers)
+        least = self.scaling.min_workers
+        if least is not None and least > workers:
+            raise ValueError(f"scaling.min_workers = {least} exceeds scaling.num_workers = {workers}: lower it")
         parts = workers * self.training.accumulation_steps
         if self.training.global_batch_size % parts:
             size = self.training.global_batch_size

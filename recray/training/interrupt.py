@@ -107,7 +107,12 @@ def _note(number: int, frame: FrameType | None) -> None:
     _received = signal.Signals(number)
     log.warning("train", f"{_received.name}: saving, then stopping (once more: stops at once)", event="stopping")
     if _folder is not None:
-        storage.write_bytes(storage.join(_folder, _FILE), _received.name.encode())
+        request(_folder, _received.name)
+
+
+def request(folder: str, reason: str) -> None:
+    """Ask the Ray workers that train in `folder` to save and stop."""
+    storage.write_bytes(storage.join(folder, _FILE), reason.encode())
 
 
 def received() -> signal.Signals | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +16,9 @@ from recray.cluster import private_ray, resources, runtime
 from recray.cluster.errors import lost_worker, summary, unwrap
 from recray.config import Config, with_values
 from recray.data.dataset import PreparedDataset
-from recray.errors import ClusterError, LineageError, StorageError
+from recray.errors import ClusterError, Interrupted, LineageError, StorageError
 from recray.records import CheckpointRecord
-from recray.training import checkpoint, interrupt, warm_start, watchdog
+from recray.training import checkpoint, elastic, interrupt, warm_start, watchdog
 from recray.training.check import check_validation
 from recray.training.distributed import Context, LocalContext, RayContext, keep_memory, releasing_ddp, threads
 from recray.training.phase import Phase, Position
@@ -28,6 +28,7 @@ from recray.training.warm_start import WarmStart
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
+    from ray.train.torch import TorchTrainer
 
 _BACKOFF = (5.0, 20.0, 60.0)  # seconds before workers start again
 
@@ -281,13 +282,19 @@ def _in_this_process(config: Config, dataset_uri: str) -> bool:
 
 def _run_workers(work: Work, callback: UserCallback | None) -> None:
     """Train on Ray workers. A lost worker or node ends all of them, and they start again from the last saved state."""
-    failures, most = 0, work.config.scaling.max_failures
+    failures, most, starts = 0, work.config.scaling.max_failures, 0
     watchdog.stalled(work.folder)  # of an earlier start
     while True:
         before = _states(work)
         try:
-            return _run_workers_once(work, callback)
+            reason = _run_workers_once(work, callback, again=starts > 0)
+            if reason is None:
+                return
+            starts += 1
+            text = f"{reason}: training was saved, and goes on there"
+            log.info("train", text, event="resize", values={"reason": reason})
         except Exception as error:
+            starts += 1
             if not lost_worker(error):
                 raise
             reason = watchdog.stalled(work.folder) or summary(error)
@@ -316,17 +323,34 @@ def _states(work: Work) -> list[str]:
     return [storage.join(root, name) for root in roots for name in storage.list_folders(root)]
 
 
-def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
-    config = work.config
-    runtime.start(config.scaling, tasks=False)
-    if not runtime.is_own():
-        resources.wait_for_workers(config.scaling)
+def _run_workers_once(work: Work, callback: UserCallback | None, again: bool) -> str | None:
+    """Train on workers to the end. Returns why they have saved and stopped before, if their number should change.
+
+    again: this training had workers before.
+    """
+    wanted = work.config.scaling
+    runtime.start(wanted, tasks=False)
+    config = work.config if runtime.is_own() else elastic.wait_for_workers(work.config, again)
+    trainer = _ray_trainer(replace(work, config=config), callback)
+    missing = wanted.num_workers - config.scaling.num_workers
+    with interrupt.forwarded(work.folder), elastic.Watch(work.folder, wanted, missing) as watch:
+        try:
+            trainer.fit()
+        except Exception as error:
+            found = unwrap(error) or error
+            if isinstance(found, Interrupted) and watch.reason is not None and interrupt.received() is None:
+                return watch.reason
+            raise found from error
+    return None
+
+
+def _ray_trainer(work: Work, callback: UserCallback | None) -> TorchTrainer:
+    config, scaling = work.config, work.config.scaling
     # Read by Ray Train's controller, which asks every worker twice a second.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.collective_timeout)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.collective_timeout)
     from ray import train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    scaling = config.scaling
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -356,12 +380,7 @@ def _run_workers_once(work: Work, callback: UserCallback | None) -> None:
     if interrupt.is_graceful():
         private_ray.keep_ctrl_c(trainer)
     private_ray.keep_store_on_loopback(trainer)
-    try:
-        title = f"{scaling.num_workers} worker{'s' * (scaling.num_workers > 1)}"
-        with interrupt.forwarded(work.folder), progress.task("train", title, lines=False):
-            trainer.fit()
-    except Exception as error:
-        raise (unwrap(error) or error) from error
+    return trainer
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:

@@ -43,7 +43,14 @@ class Nodes:
         self.wait_for(self.port)
 
     def worker(self, *options: str) -> None:
+        """Returns when it runs. Of several nodes that start on one machine at once Ray finds only one."""
         self._start(f"--address=127.0.0.1:{self.port}", *options)
+        file, process = self.folder / f"node-{len(self._processes) - 1}.log", self._processes[-1]
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in file.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(file.read_text(errors="replace"))
+            time.sleep(0.1)
 
     def _start(self, *options: str, **env: str) -> None:
         ports = [
@@ -68,6 +75,13 @@ class Nodes:
                     preexec_fn=_end_with_parent,
                 )
             )
+
+    def kill(self, number: int) -> None:
+        """kill -9 of a node and everything on it, as when its machine is gone. number: in the order of their starts."""
+        process = self._processes[number]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=20)
 
     def wait_for(self, port: int) -> None:
         deadline = time.monotonic() + 300
