@@ -30,14 +30,14 @@ def of_worker(scaling: ScalingConfig) -> dict[str, float]:
 
 def check(scaling: ScalingConfig) -> None:
     """Raise ResourceError if the workers can never be placed, neither on the current nodes nor by autoscaling."""
-    nodes = _nodes()
+    nodes = of_nodes()
     if fits(of_worker(scaling), nodes) < (scaling.min_workers or scaling.num_workers) and not autoscales():
         raise ResourceError(_explain(scaling, nodes))
 
 
 def wait_for_workers(scaling: ScalingConfig) -> None:
     """Log the plan and wait until all workers can be placed together. Raises ResourceError after `wait_seconds`."""
-    wanted, nodes = of_worker(scaling), _nodes()
+    wanted, nodes = of_worker(scaling), of_nodes()
     workers = "1 training worker" if scaling.num_workers == 1 else f"{scaling.num_workers} training workers"
     left = max(0.0, _sum(nodes, "CPU") - scaling.num_workers * wanted["CPU"])
     log.info(
@@ -52,7 +52,7 @@ def wait_for_workers(scaling: ScalingConfig) -> None:
 
 def wait_for_data(scaling: ScalingConfig) -> None:
     """Wait for the first CPU of a cluster that starts with no worker nodes."""
-    if not _sum(_nodes(), "CPU"):
+    if not _sum(of_nodes(), "CPU"):
         if not autoscales():
             raise ResourceError(
                 "this Ray cluster has no CPU, and data tasks need one: add a node, or start one with `ray start --num-cpus`"
@@ -124,7 +124,8 @@ def _amount(amount: float, name: str) -> str:
     return f"{amount:g} {name}{'s' if name in ('CPU', 'GPU') and amount != 1 else ''}"
 
 
-def _nodes() -> list[dict[str, float]]:
+def of_nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recray import locks, storage, tracking
 from recray.artifacts import Run, in_use, report_stage
+from recray.cluster.stage_task import on_cluster
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.evaluation.clicks import evaluate_clicks
@@ -18,6 +19,10 @@ def evaluate(config: Config, split: str = "test") -> ReportRecord:
     split: "test" to report, "valid" to compare configurations by. Raises LineageError if there is no checkpoint of this
     configuration, and ConfigError for the validation split of a refitted checkpoint.
     """
+    return on_cluster("evaluate", config.scaling, _evaluate, config, split)
+
+
+def _evaluate(config: Config, split: str) -> ReportRecord:
     with locks.exclusive(storage.join(config.run_uri, report_stage(split).name)):
         report = evaluate_clicks(config, split) if config.model.family == "ranker" else evaluate_lists(config, split)
         folder = in_use(config.run_uri, report_stage(split)).uri

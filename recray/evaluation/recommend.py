@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from recray import digests, layout, log, storage
 from recray.artifacts import Run
+from recray.cluster.stage_task import on_cluster
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.sources import base, files, tables
@@ -47,6 +48,10 @@ def recommend(config: Config, output: str, users: str | None = None, k: int = 10
     users: Parquet file or folder whose column `data.columns.user` holds the keys. Raises DataError if that column is missing
     or of another type than the dataset's users, StorageError if `output` holds anything but earlier lists.
     """
+    return on_cluster("recommend", config.scaling, _recommend, config, output, users, k)
+
+
+def _recommend(config: Config, output: str, users: str | None, k: int) -> ListsRecord:
     started = time.perf_counter()
     artifacts = RunArtifacts.of(Run(config))
     dataset = artifacts.dataset

@@ -15,6 +15,7 @@ import numpy as np
 
 from recray import digests, log, progress, storage
 from recray.artifacts import Artifact, Run
+from recray.cluster.stage_task import on_cluster
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
@@ -30,14 +31,17 @@ FILES = ("index.faiss", "ids.parquet", "vectors.parquet")
 
 def index(config: Config) -> IndexRecord:
     """Index the item vectors of the run's checkpoint. Raises ConfigError for a ranker, which has no vectors."""
-    started = time.perf_counter()
     if config.model.family == "ranker":
         raise ConfigError(
             f"model.name = '{config.model.name}' is a ranker and has no item vectors to index: index a retriever "
             f"(two_tower, sasrec), and let the ranker reorder what it finds (retrieval.ranker)"
         )
-    run = Run(config)
     faiss_index.check(config.retrieval.index)
+    return on_cluster("index", config.scaling, _index, config)
+
+
+def _index(config: Config) -> IndexRecord:
+    started, run = time.perf_counter(), Run(config)
     source, artifact = run.checkpoint(), run.index_artifact()
     with run.making(artifact) as needed:
         return _build(run, source, artifact, started) if needed else artifact.record

@@ -93,10 +93,9 @@ def test_fewer_workers_train_on_and_more_join(nodes: Nodes, tmp_path: Path) -> N
             events.append(message.get("event"))
             if events.count("epoch") == 2 and message["event"] == "epoch":
                 nodes.kill(1)
-            if events[-1] == "epoch" and "fewer_workers" in events and "resize" not in events:
-                if "node" not in events:
-                    events.append("node")
-                    nodes.worker("--num-cpus=1")
+            if events[-1] == "epoch" and "fewer_workers" in events and "node" not in events:
+                events.append("node")
+                nodes.worker("--num-cpus=1")
     story = [event for event in events if event in ("restart", "fewer_workers", "node", "resize", "result")]
     assert story[0] == "restart" and [event for event in story if event != "restart"] == [
         "fewer_workers",
