@@ -50,10 +50,11 @@ _own = False
 _guard: Guard | None = None
 
 
-def start(scaling: ScalingConfig, tasks: bool = True) -> None:
+def start(scaling: ScalingConfig, tasks: bool = True, again: bool = False) -> None:
     """Connect to Ray and check that it can provide what `scaling` asks for. Later calls reuse the connection.
 
     `tasks`: Ray tasks follow at once, so a local Ray starts worker processes ahead. Training does not use those.
+    `again`: the cluster has provided it before. A node that it has lost may come back, so it is not refused.
 
     Raises ResourceError when the training workers need more than this cluster can ever have, ClusterError when Ray
     cannot be joined or started.
@@ -62,7 +63,7 @@ def start(scaling: ScalingConfig, tasks: bool = True) -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Data tasks need CPUs in addition to those of the training workers; without them reading and training deadlock.
     connect(max(cpus.available(), scaling.num_workers * scaling.cpus_per_worker + 2))
-    if scaling.num_workers:
+    if scaling.num_workers and not again:
         resources.check(scaling)
     if tasks:
         resources.wait_for_data(scaling)

@@ -329,7 +329,7 @@ def _run_workers_once(work: Work, callback: UserCallback | None, again: bool) ->
     again: this training had workers before.
     """
     wanted = work.config.scaling
-    runtime.start(wanted, tasks=False)
+    runtime.start(wanted, tasks=False, again=again)
     config = work.config if runtime.is_own() else elastic.wait_for_workers(work.config, again)
     trainer = _ray_trainer(replace(work, config=config), callback)
     missing = wanted.num_workers - config.scaling.num_workers

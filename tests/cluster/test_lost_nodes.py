@@ -65,26 +65,27 @@ def test_nodes_that_are_lost_and_replaced(nodes: Nodes, tmp_path: Path) -> None:
     inline_prepare(undisturbed)
     with _training(undisturbed, nodes, tmp_path) as messages:
         assert [message["event"] for message in messages][-1] == "result"
-    killed, epochs, events = 0, [], []
+    # A line may come from each node of this machine, since their folders of logs are the same.
+    killed, epochs, events = 0, set[float](), []
     with _training(lost, nodes, tmp_path) as messages:
         for message in messages:
             events.append(message.get("event"))
             if message.get("event") != "epoch":
                 continue
-            epochs.append(message["values"]["epoch"])
+            epochs.add(message["values"]["epoch"])
             if killed < KILLS and len(epochs) >= every * (killed + 1):
                 nodes.kill(1 + killed)  # the oldest that is left
                 nodes.worker("--num-cpus=1")
                 killed += 1
     assert killed == KILLS and events.count("restart") >= KILLS
-    assert sorted(set(epochs)) == list(range(1, every * (KILLS + 1) + 1))  # each is validated
+    assert sorted(epochs) == list(range(1, every * (KILLS + 1) + 1))  # each is validated
     one, other = (CheckpointRecord.read(f"{config.run_uri}/checkpoint/current") for config in (undisturbed, lost))
     assert one.value == other.value and one.best_epoch == other.best_epoch  # two workers all the time: bit for bit
 
 
 def test_fewer_workers_train_on_and_more_join(nodes: Nodes, tmp_path: Path) -> None:
     _two_nodes(nodes)
-    options = ("training.epochs=60", "scaling.min_workers=1", "scaling.wait_seconds=5")
+    options = ("training.epochs=120", "scaling.min_workers=1", "scaling.wait_seconds=30")
     config = config_of(tmp_path, "elastic", *options)
     inline_prepare(config)
     events: list[object] = []
@@ -92,7 +93,7 @@ def test_fewer_workers_train_on_and_more_join(nodes: Nodes, tmp_path: Path) -> N
         for message in messages:
             events.append(message.get("event"))
             if events.count("epoch") == 2 and message["event"] == "epoch":
-                nodes.kill(1)
+                nodes.kill(1)  # once: "epoch" is counted
             if events[-1] == "epoch" and "fewer_workers" in events and "node" not in events:
                 events.append("node")
                 nodes.worker("--num-cpus=1")
@@ -103,4 +104,4 @@ def test_fewer_workers_train_on_and_more_join(nodes: Nodes, tmp_path: Path) -> N
         "resize",
         "result",
     ], story
-    assert CheckpointRecord.read(f"{config.run_uri}/checkpoint/current").epoch <= 60
+    assert CheckpointRecord.read(f"{config.run_uri}/checkpoint/current").epoch <= 120
