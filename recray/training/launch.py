@@ -332,10 +332,12 @@ def _run_workers_once(work: Work, callback: UserCallback | None, again: bool) ->
     runtime.start(wanted, tasks=False, again=again)
     config = work.config if runtime.is_own() else elastic.wait_for_workers(work.config, again)
     trainer = _ray_trainer(replace(work, config=config), callback)
-    missing = wanted.num_workers - config.scaling.num_workers
+    workers = config.scaling.num_workers
+    title, missing = f"{workers} worker{'s' * (workers > 1)}", wanted.num_workers - workers
     with interrupt.forwarded(work.folder), elastic.Watch(work.folder, wanted, missing) as watch:
         try:
-            trainer.fit()
+            with progress.task("train", title, lines=False):
+                trainer.fit()
         except Exception as error:
             found = unwrap(error) or error
             if isinstance(found, Interrupted) and watch.reason is not None and interrupt.received() is None:
