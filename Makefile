@@ -57,7 +57,7 @@ test-slow: venv
 	$(BIN)/python tests/run.py --slow
 
 faults: venv
-	$(BIN)/python -m pytest tests/faults -m slow -v
+	$(BIN)/python -m pytest tests/faults tests/cluster/test_lost_nodes.py -m slow -v
 
 # Everything else is as in the lock, so a failure comes from Ray.
 RAY_ENV = build/ray-$(VERSION)

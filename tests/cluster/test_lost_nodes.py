@@ -78,8 +78,9 @@ def test_nodes_that_are_lost_and_replaced(nodes: Nodes, tmp_path: Path) -> None:
                 nodes.worker("--num-cpus=1")
                 killed += 1
     assert killed == KILLS and events.count("restart") >= KILLS
-    assert sorted(epochs) == list(range(1, every * (KILLS + 1) + 1))  # each is validated
     one, other = (CheckpointRecord.read(f"{config.run_uri}/checkpoint/current") for config in (undisturbed, lost))
+    # What a node said last may be lost with it; the history is not.
+    assert [entry["epoch"] for entry in other.history] == list(range(1, every * (KILLS + 1) + 1))
     assert one.value == other.value and one.best_epoch == other.best_epoch  # two workers all the time: bit for bit
 
 
