@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(calls))
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
-    monkeypatch.setattr(resources, "_nodes", lambda: [{"CPU": float(calls[0].get("num_cpus", 2))}])
+    monkeypatch.setattr(
+        ray, "get_runtime_context", lambda: SimpleNamespace(get_session_name=lambda: "session_of_a_test")
+    )
+    monkeypatch.setattr(resources, "of_nodes", lambda: [{"CPU": float(calls[0].get("num_cpus", 2))}])
     monkeypatch.setattr(resources, "autoscales", lambda: False)
     monkeypatch.setattr(runtime, "quieten_data", lambda: None)
     monkeypatch.setattr(runtime, "_own", False)
@@ -244,7 +248,7 @@ def test_a_local_ray_that_starts_slowly_is_tried_again(
 def test_a_gpu_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match=r"scaling\.use_gpu = true.*no GPU"):
         runtime.start(ScalingConfig(use_gpu=True))
-    monkeypatch.setattr(resources, "_nodes", lambda: [{"CPU": 2.0, "GPU": 1.0}])
+    monkeypatch.setattr(resources, "of_nodes", lambda: [{"CPU": 2.0, "GPU": 1.0}])
     runtime.start(ScalingConfig(use_gpu=True))
     with pytest.raises(ResourceError, match=r"num_workers = 2 with 1 GPU and 1 CPU each, but only 1 of them"):
         runtime.start(ScalingConfig(use_gpu=True, num_workers=2))
@@ -261,7 +265,7 @@ def test_more_workers_than_a_cluster_has_cpus_are_refused() -> None:
 
 @pytest.mark.usefixtures("started")
 def test_workers_that_fit_on_no_node_are_refused_unless_the_cluster_autoscales(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_nodes", lambda: [{"CPU": 3.0}, {"CPU": 3.0}])
+    monkeypatch.setattr(resources, "of_nodes", lambda: [{"CPU": 3.0}, {"CPU": 3.0}])
     runtime.start(ScalingConfig(num_workers=2, cpus_per_worker=3))
     with pytest.raises(
         ResourceError, match=r"num_workers = 3 with 2 CPUs each, but only 2 of them .*6 CPUs, 0 GPUs, 2 nodes;"
@@ -273,7 +277,7 @@ def test_workers_that_fit_on_no_node_are_refused_unless_the_cluster_autoscales(m
 
 @pytest.mark.usefixtures("started")
 def test_a_cluster_without_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_nodes", lambda: [{"GPU": 1.0}])
+    monkeypatch.setattr(resources, "of_nodes", lambda: [{"GPU": 1.0}])
     with pytest.raises(ResourceError, match=r"no CPU, and data tasks need one"):
         runtime.start(ScalingConfig(num_workers=0))
 
@@ -336,7 +340,7 @@ def test_waiting_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     monkeypatch.setattr(module, "remove_placement_group", removed.append)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(resources, "autoscales", lambda: False)
-    monkeypatch.setattr(resources, "_nodes", lambda: [{"CPU": 8.0, "GPU": 2.0, "object_store_memory": 2.0**30}] * 2)
+    monkeypatch.setattr(resources, "of_nodes", lambda: [{"CPU": 8.0, "GPU": 2.0, "object_store_memory": 2.0**30}] * 2)
     with caplog.at_level(logging.INFO, "recray"):
         resources.wait_for_workers(ScalingConfig(num_workers=2, cpus_per_worker=4, use_gpu=True))
     plan, waiting, available = (record.getMessage() for record in caplog.records)

@@ -301,14 +301,28 @@ def test_a_signal_saves_and_a_second_one_stops_at_once(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             return super().__call__()
 
-    with interrupt.graceful():
+    with pytest.raises(SystemExit) as stopped, interrupt.graceful():
         with interrupt.polled(), pytest.raises(Interrupted, match="step 1 of epoch 1 is saved"):
             _fit(config, phase, Terminate(None))
         assert interrupt.received() == signal.SIGTERM
-        with interrupt.polled(), pytest.raises(SystemExit) as stopped:
+        with interrupt.polled():
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stopped.value.code == 143
+    assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before and phase.saved() == [Position(0, 1)]
+
+
+@pytest.mark.parametrize("became", [None, RuntimeError("the wait was broken off"), SystemExit(1)], ids=str)
+def test_a_signal_ends_a_stage_with_its_code_whatever_it_became(became: BaseException | None) -> None:
+    """Ray turns what a handler raises during its waits into errors of its own."""
+    for number, ends in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        with pytest.raises(ends) as stopped, interrupt.graceful():
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:
+                if became is None:
+                    raise
+                raise became from None
+        assert number == signal.SIGINT or stopped.value.code == 143
 
 
 def test_the_file_of_a_driver_stops_its_workers(tmp_path: Path) -> None:
