@@ -20,7 +20,7 @@ from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord
 from recray.retrieval.faiss_index import ItemIndex
-from recray.training import checkpoint, launch
+from recray.training import checkpoint, ray_workers
 
 pytest.importorskip("faiss")
 
@@ -121,7 +121,7 @@ def test_a_single_worker_without_a_cluster_is_this_process(
     def workers(*_: object) -> None:
         raise Asked
 
-    monkeypatch.setattr(launch, "_run_workers", workers)
+    monkeypatch.setattr(ray_workers, "run", workers)
     config = _with_dataset(run, tmp_path, "training.epochs=1", "scaling.threads_per_worker=1", *keys)
     with pytest.raises(Asked):  # the Ray of these tests is a cluster that was joined
         recray.train(config)
