@@ -100,8 +100,11 @@ class _Side:
         return next((one.record for one in self.node.chain() if isinstance(one.record, kind)), None)
 
     def scores(self) -> pa.Table | None:
+        """Each user's share of the metrics; None if the report has none. Raises StorageError if the file is damaged."""
         uri = storage.join(self.node.uri, SCORES)
-        return storage.read_table(uri) if SCORES in self.report.files and storage.exists(uri) else None
+        if SCORES not in self.report.files or not storage.exists(uri):
+            return None
+        return storage.read_table(uri, data=self.report.files[SCORES].read(uri))
 
 
 def compare(uris: Sequence[str], split: str = "test") -> Compared:

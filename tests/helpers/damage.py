@@ -24,6 +24,7 @@ from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import RecrayError
 from recray.ids import SPLITS
+from recray.report.compare import compare
 from recray.report.text import render
 from recray.retrieval import embed
 from recray.retrieval.faiss_index import ItemIndex
@@ -68,7 +69,8 @@ def _index(config: Config) -> str:
 
 
 def _report(config: Config) -> str:
-    return _hash(render(in_use(config.run_uri, REPORT).record))
+    compared = compare([config.run_uri, config.run_uri])
+    return _hash(render(in_use(config.run_uri, REPORT).record), compared)
 
 
 def _run(config: Config) -> str:
