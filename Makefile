@@ -44,7 +44,7 @@ test: venv
 	$(BIN)/python tests/run.py
 
 test-unit: venv
-	$(BIN)/python -m pytest tests/unit -m "not slow" -n 2
+	$(BIN)/python -m pytest tests/unit -m "not slow" -n 2 --dist loadfile
 
 cases: venv
 	$(BIN)/python -m pytest tests/unit/test_cases.py -vv

@@ -99,9 +99,9 @@ def _summary(record: Record) -> str:
 def prunable(run_uri: str, keep: int) -> list[Entry]:
     """Artefacts that `prune` would delete.
 
-    Kept are those in use, what is served and what a rollback returns to, the `keep` newest complete ones of each stage, and what any kept one, or any artefact of another
-    run in the same output folder, was made from. An artefact
-    that is not complete is deleted only where a complete one of its stage is newer: it may still be resumed otherwise.
+    Kept are those in use, what is served and what a rollback returns to, the `keep` newest complete ones of each stage, and
+    what any kept one, or any artefact of another run in the same output folder, was made from. An artefact that is not
+    complete is deleted only where a complete one of its stage is newer: it may still be resumed otherwise.
     """
     named, artifacts = current_of(run_uri), list(_artifacts(run_uri))
     standing = served.kept_of(run_uri)
@@ -109,6 +109,8 @@ def prunable(run_uri: str, keep: int) -> list[Entry]:
     for stage in STAGES:
         own = [one for one in artifacts if one.stage is stage]
         complete = [one for one in own if one.complete()]
+        # Times are in seconds: of several of one second the one in use is the newest.
+        complete.sort(key=lambda one: (one.record.created, named.get(one.stage.name) == one.identity), reverse=True)
         kept += complete[:keep]
         kept += [one for one in complete[keep:] if named.get(stage.name) == one.identity]
         kept += [one for one in complete[keep:] if (stage.name, one.identity) in standing]

@@ -56,7 +56,8 @@ def run(name: str, slow: bool) -> Part:
         command = [sys.executable, "-m", "pytest", str(TESTS / name), "-m", "slow" if slow else "not slow"]
         environment = dict(os.environ)
         if name == "unit" and not slow:
-            command += ["-n", str(len(os.sched_getaffinity(0)))]
+            # Tests of a file stay together, since most files share something that takes seconds to make.
+            command += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "loadfile"]
             environment.setdefault("OMP_NUM_THREADS", "1")  # their models are small, and each process has one CPU
         start = time.monotonic()
         command.append(f"--junitxml={report}")
