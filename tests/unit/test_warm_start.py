@@ -152,7 +152,7 @@ def _two_ranks(rank: int, world_size: int, work: Work) -> None:
         launch.fit(work, RankContext(rank, world_size))
 
 
-@pytest.mark.parametrize("mode", ["row_sharded", "sparse_replicated"])
+@pytest.mark.parametrize("mode", ["row_sharded", pytest.param("sparse_replicated", marks=pytest.mark.slow)])
 def test_two_workers_and_sharded_tables(
     mode: str, nights: tuple[Config, list[CheckpointRecord]], tmp_path: Path
 ) -> None:
