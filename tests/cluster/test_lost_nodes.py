@@ -59,7 +59,7 @@ def _two_nodes(nodes: Nodes) -> None:
 
 def test_nodes_that_are_lost_and_replaced(nodes: Nodes, tmp_path: Path) -> None:
     _two_nodes(nodes)
-    every = 4  # epochs between two losses
+    every = 12  # epochs between two losses; what a worker says comes a second or two late
     options = (f"training.epochs={every * (KILLS + 1)}", "training.save_every=5 steps", "scaling.wait_seconds=300")
     undisturbed, lost = (config_of(tmp_path, name, *options) for name in ("undisturbed", "lost"))
     inline_prepare(undisturbed)
