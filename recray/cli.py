@@ -559,7 +559,7 @@ def _stoppable() -> Iterator[None]:
     is 128 + the signal's number, as in a shell."""
     from recray.training import interrupt
 
-    # Ray and torch take seconds to start, between and before what shows progress of its own.
+    # Loading torch and starting Ray take seconds, in which nothing else shows progress.
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     with interrupt.graceful(), progress.scope():
         try:

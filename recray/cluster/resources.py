@@ -111,14 +111,6 @@ def fits(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> i
     return sum(int(min(node.get(name, 0.0) // amount for name, amount in bundle.items())) for node in nodes)
 
 
-def free(bundle: Mapping[str, float]) -> int:
-    """How many copies of `bundle` fit into what no one uses now, over all nodes together; a node may hold fewer."""
-    import ray
-
-    left = ray.available_resources()
-    return int(min(left.get(name, 0.0) // amount for name, amount in bundle.items()))
-
-
 def _amount(amount: float, name: str) -> str:
     """2, "GPU" -> "2 GPUs"; custom resources keep their name."""
     return f"{amount:g} {name}{'s' if name in ('CPU', 'GPU') and amount != 1 else ''}"

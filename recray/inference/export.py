@@ -137,7 +137,10 @@ class _Writer:
         """Requests in raw keys and values, and what the training code answers."""
         requests = [self._request(number) for number in range(_CASES)]
         if not self.retrieves:
-            return [{"request": one, "scores": [self._probability(one)]} for one in requests]
+            ranker, _ = checkpoint.load_model(self.artifacts.checkpoint.uri)
+            assert isinstance(ranker, Ranker)
+            loaded = LoadedRanker("", self.config, self.inputs, ranker)
+            return [{"request": one, "scores": [self._probability(loaded, one)]} for one in requests]
         found = open_recommenders(self.artifacts, self.config, SPLITS, always_exact=True)
         assert found.exact is not None
         counts = self.artifacts.dataset.item_counts()
@@ -169,13 +172,11 @@ class _Writer:
             request["item"] = items[FIRST_ITEM + number % (len(items) - FIRST_ITEM)].as_py()
         return request
 
-    def _probability(self, request: dict[str, Any]) -> float:
+    def _probability(self, ranker: LoadedRanker, request: dict[str, Any]) -> float:
         names = self.config.data.columns
         row = {names.item: request["item"], **request["context"], **request["user_features"]}
         row |= {names.user: request["user"]} if "user" in request else {"history": request["history"]}
-        model, _ = checkpoint.load_model(self.artifacts.checkpoint.uri)
-        assert isinstance(model, Ranker)
-        return float(LoadedRanker("", self.config, self.inputs, model).score([row])[0])
+        return float(ranker.score([row])[0])
 
     def manifest(self, programs: dict[str, Any]) -> dict[str, Any]:
         artifacts, dataset = self.artifacts, self.artifacts.dataset.record

@@ -72,7 +72,9 @@ class _Session:
             self._dropped += 1
 
     def close(self, status: Status) -> None:
-        self.send("close", status)
+        # Not dropped where the queue is full: the thread ends by it, and trackers write what they hold.
+        with contextlib.suppress(queue.Full):
+            self._queue.put(("close", (status,)), timeout=_CLOSE_SECONDS)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive() or self._dropped:
             log.warning(

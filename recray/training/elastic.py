@@ -3,7 +3,7 @@
     sizes(config)                          # [4, 3, 2]: with num_workers = 4, min_workers = 2
     with Watch(folder, missing=1) as watch:
         trainer.fit()                      # raises Interrupted once the state is on disk
-    watch.reason                           # "1 more training worker fits on this cluster"
+    watch.reason                           # "there are nodes for all 4 training workers now"
 
 Training resumes exactly on any number of workers, so a change of their number is a save and a start.
 """
@@ -89,16 +89,19 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
+        # What nodes have in all, not what is free: workers that are about to start have not taken theirs yet. Only more than
+        # before counts, so that nodes which others use are not tried again and again.
+        least = self._fit()
         while not self._ended.wait(_LOOK_EVERY):
-            reason = self._why()
-            if reason is not None:
-                self.reason = reason
-                interrupt.request(self._folder, reason)
+            leaving, fit = private_ray.draining_nodes() - self._draining, self._fit()
+            if leaving:
+                self.reason = f"{len(leaving)} node{'s are' if len(leaving) > 1 else ' is'} about to be taken away"
+            elif self._missing and fit >= self._scaling.num_workers and fit > least:
+                self.reason = f"there are nodes for all {self._scaling.num_workers} training workers now"
+            if self.reason is not None:
+                interrupt.request(self._folder, self.reason)
                 return
+            least = min(least, fit)
 
-    def _why(self) -> str | None:
-        if leaving := private_ray.draining_nodes() - self._draining:
-            return f"{len(leaving)} node{'s are' if len(leaving) > 1 else ' is'} about to be taken away"
-        if self._missing and resources.free(resources.of_worker(self._scaling)) >= self._missing:
-            return f"all {self._scaling.num_workers} training workers fit on this cluster now"
-        return None
+    def _fit(self) -> int:
+        return resources.fits(resources.of_worker(self._scaling), resources.of_nodes())
