@@ -203,7 +203,7 @@ def test_doctor_names_the_machines_parts(ray_local: None) -> None:
 
 def test_the_installed_command_ends_with_the_same_codes(config: str) -> None:
     """Once as a process: nothing but the message on stderr, nothing from Ray."""
-    command = [sys.executable, "-m", "recray.cli", "train", config, "--set", "training.epochs=0"]
+    command = [sys.executable, "-m", "recray", "train", config, "--set", "training.epochs=0"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "")

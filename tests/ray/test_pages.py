@@ -74,7 +74,7 @@ def _reader(folder: Path) -> dict[str, str]:
     (folder / "clicks").mkdir()
     pq.write_table(pa.table(log), folder / "clicks" / "part-0.parquet")
     (folder / "bin").mkdir()
-    for name, command in (("recray", f"{sys.executable} -m recray.cli"), ("python", sys.executable)):
+    for name, command in (("recray", f"{sys.executable} -m recray"), ("python", sys.executable)):
         script = folder / "bin" / name
         script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         script.chmod(0o755)
