@@ -87,7 +87,7 @@ def test_folders(bucket: str, tmp_path: object) -> None:
 
 
 def test_pieces_are_read_from_a_copy_that_need_not_stay(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 100)
+    monkeypatch.setattr(storage.files, "_PART_BYTES", 100)
     whole = torch.randn(50, 3)
     for piece in range(2):
         sharded_tables.write(f"{bucket}/run", "tables", piece, 2, {"a": whole[piece::2]})
@@ -121,7 +121,7 @@ def test_a_write_that_fails_leaves_the_old_object(bucket: str, monkeypatch: pyte
             fail()
     with pytest.raises(StorageError, match=r"absent.* cannot be read"):
         storage.copy_file(f"{bucket}/absent", uri)
-    with pytest.raises(StorageError), storage._atomic(uri) as path:
+    with pytest.raises(StorageError), storage.files.atomic(uri) as path:
         open(path, "wb").close()
         raise pa.ArrowInvalid("a table that cannot be written")
     assert storage.read_bytes(uri) == b"good" * 1000
