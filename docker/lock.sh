@@ -7,7 +7,8 @@ cd "$here/.."
 for device in cpu gpu; do
     constraints=$(mktemp)
     grep -v '^faiss-' requirements.lock > "$constraints"
-    uv pip compile pyproject.toml --extra cluster --extra aws --extra gcp --extra tune --extra notebook --extra "$device" \
+    uv pip compile pyproject.toml --extra cluster --extra aws --extra gcp --extra tune --extra report \
+        --extra serve --extra tensorboard --extra mlflow --extra notebook --extra "$device" \
         --constraint "$constraints" \
         --python-version 3.11.14 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate \
         --quiet --output-file "$here/$device.lock" > /dev/null
