@@ -15,6 +15,7 @@ from recray.errors import RecrayError
 _IN_TRACEBACK = re.compile(
     r"^recray\.errors\.(\w+): (.*?)(?=\n\s*\n|\nFailed to apply |\nTo change retry |\Z)", re.MULTILINE | re.DOTALL
 )
+_ADVICE = re.compile(r"\n(Failed to apply |To change retry ).*", re.DOTALL)  # also appended to the error itself
 # What the workers that are left say when another one is gone.
 _LOST = re.compile(
     r"gloo|nccl|processgroup|connection (closed|reset|refused)|timed out waiting|broken pipe|worker health check",
@@ -28,13 +29,13 @@ _DEPTH = 8  # of wrappers; a chain of causes may be a ring
 def unwrap(error: BaseException) -> RecrayError | None:
     """The error that recray raised in a Ray task, actor or training worker; None if Ray or other code raised it.
 
-    A RecrayError is returned as it is; a wrapped one is copied, so that it prints without Ray's frames.
+    A RecrayError is returned as it is; a wrapped one is copied, so that it prints without Ray's frames and advice.
     """
-    if _is_plain(error):
+    if _is_plain(error) and not _ADVICE.search(str(error)):
         return error
     for cause in _causes(error, _DEPTH):
         if _is_plain(cause):
-            return type(cause)(str(cause))
+            return type(cause)(_ADVICE.sub("", str(cause)))
     found = _IN_TRACEBACK.search(str(error))
     kind = getattr(errors, found[1], None) if found else None
     return kind(found[2]) if found and kind else None

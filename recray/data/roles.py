@@ -197,12 +197,13 @@ def _find_time(roles: Roles) -> None:
         column = roles.sample.columns[roles.columns["timestamp"]]
         roles.unit = _unit(column) or ("order" if column.is_number else None)
         _check_time(roles, column)
+        _check_position(roles, column)
         return
     found = [(kind, c) for c in roles.free() for kind in [_time_kind(c)] if kind is not None]
     if not found:
         return
     finest = max(c.distinct for _, c in found)
-    kind, best = min(found, key=lambda pair: _time_order(pair[0], pair[1], finest))
+    _, best = min(found, key=lambda pair: _time_order(pair[0], pair[1], finest))
     others = [c.name for k, c in found if c is not best and k < 3]
     roles.columns["timestamp"] = best.name
     roles.unit = _unit(best) or ("order" if best.is_number else None)
@@ -211,12 +212,26 @@ def _find_time(roles: Roles) -> None:
             f"{shown(best.name)} is taken for the time, not {describe(others)}; --time COLUMN chooses another"
         )
     _check_time(roles, best)
-    if kind == 4:
-        low, high = best.range
-        roles.notes.append(
-            f"{shown(best.name)} runs from {low:.0f} to {high:.0f}, which is no time in s, ms, us or ns: "
-            f"it is taken for a position (data.timestamp_unit = 'order')"
+    _check_position(roles, best)
+
+
+def _check_position(roles: Roles, column: Column) -> None:
+    """Say why numbers are taken for positions, or ask about those that are times of several units."""
+    if roles.unit != "order":
+        return
+    units = _units(column)
+    if len(units) > 1:
+        there = ", ".join(f"{unit} in {share:.0%} of the rows" for unit, share in units.items())
+        roles.questions.append(
+            f"{shown(column.name)} holds times of several units ({there}); write them in one, "
+            f"or set data.timestamp_unit = 'order' if they are positions"
         )
+        return
+    low, high = column.range
+    roles.notes.append(
+        f"{shown(column.name)} runs from {low:.0f} to {high:.0f}, which is no time in s, ms, us or ns: "
+        f"it is taken for a position (data.timestamp_unit = 'order')"
+    )
 
 
 def _time_kind(column: Column) -> int | None:
@@ -265,6 +280,12 @@ def _unit(column: Column) -> str | None:
     if not column.is_number:
         return "auto"
     return unit if _share_within(column, unit, base.FIRST_YEAR, base.LAST_YEAR) > 0.9 else None
+
+
+def _units(column: Column) -> dict[str, float]:
+    """Shares of the rows that are times in each unit, if that explains nearly all of them; else empty."""
+    found = {unit: _share_within(column, unit, base.FIRST_YEAR, base.LAST_YEAR) for unit in base._PER_SECOND}
+    return {unit: share for unit, share in found.items() if share} if sum(found.values()) > 0.95 else {}
 
 
 def _share_within(column: Column, unit: str, first: int, last: int) -> float:

@@ -294,12 +294,28 @@ def test_broken_times_and_ids_are_questions(tmp_path: Path) -> None:
         ({"ts": sentinel}, "ts holds 8589934592"),
         ({"ts": pa.array([None, *seconds[1:].tolist()])}, "1 null timestamps in 600 rows"),
         ({"user_id": null}, "user_id looks like the user, but it has 1 null ids in 600 rows"),
+        (
+            {"user_id": np.where(np.arange(600) == 7, np.nan, 1.0)},
+            "user_id looks like the user, but it has 1 NaN ids in 600",
+        ),
         ({"user_id": np.arange(600) / 2}, "user_id looks like the user, but it holds values that are not int64"),
     ):
         found = inferred(_log(tmp_path / "e.parquet", **columns))
         assert said in "".join(found.questions)
         with pytest.raises(DataError):
             _prepared(found, tmp_path)
+
+
+@pytest.mark.parametrize("given", [{}, {"timestamp": "ts"}])
+def test_times_of_several_units_are_a_question(tmp_path: Path, given: dict[str, str]) -> None:
+    seconds = np.arange(600) * 1_000 + 1_600_000_000
+    found = inferred(
+        _log(tmp_path / "e.parquet", ts=np.where(np.arange(600) % 2, seconds, seconds * 1000)), roles=given
+    )
+    assert found.questions == [
+        "ts holds times of several units (s in 50% of the rows, ms in 50% of the rows); write them in one, "
+        "or set data.timestamp_unit = 'order' if they are positions"
+    ]
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:

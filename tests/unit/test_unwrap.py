@@ -37,11 +37,12 @@ The above exception was the direct cause of the following exception:
 """
 
 
-# What Ray Data 2.60 makes of an error in map_batches.
-_RAY_DATA = """ray::MapBatches(read)() (pid=2, ip=10.0.0.1)
-recray.errors.DataError: column 'item' has 3 nulls; fill them
-Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).
+# What Ray Data 2.60 makes of an error in map_batches: it is wrapped, or has the advice in its own text.
+_ADVICE = """Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).
 To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext.get_current()`."""
+_RAY_DATA = f"""ray::MapBatches(read)() (pid=2, ip=10.0.0.1)
+recray.errors.DataError: column 'item' has 3 nulls; fill them
+{_ADVICE}"""
 
 
 def _caused(error: Exception, cause: BaseException) -> Exception:
@@ -58,6 +59,8 @@ def _caused(error: Exception, cause: BaseException) -> Exception:
         (_WorkerGroupError({1: _TaskError(ConfigError("bad key"))}), ConfigError, "bad key"),
         (_caused(RuntimeError("outer"), _TaskError(DataError("inner"))), DataError, "inner"),
         (_TaskError(None, _TRACEBACK), DataError, "column 'item' has 3 nulls;\nfill them"),
+        (_TaskError(DataError(f"bad column\n{_ADVICE}")), DataError, "bad column"),
+        (DataError(f"bad column\n{_ADVICE}"), DataError, "bad column"),
         (_TaskError(None, _RAY_DATA), DataError, "column 'item' has 3 nulls; fill them"),
     ],
 )

@@ -135,6 +135,10 @@ def ids(column: pa.ChunkedArray, where: str, kind: pa.DataType | None = None) ->
     own = standard_type(column.type)
     if own not in (pa.int64(), pa.float64(), pa.string()):
         raise DataError(f"{where} is {column.type}: ids must be integers or strings; convert the column")
+    # pandas makes floats of integers with missing values, and NaN of these.
+    missing = int(pc.sum(pc.is_nan(column)).as_py() or 0) if pa.types.is_floating(column.type) else 0
+    if missing:
+        raise DataError(f"{where} has {missing} NaN ids in {len(column)} rows; drop or fill these rows")
     if pa.types.is_floating(column.type) and len(column) and max(map(abs, low_high(column))) > 2**53:
         raise DataError(f"{where} is {column.type}, which rounds integers above 2^53; write ids as integers or strings")
     return standardised(column, kind or (pa.string() if own == pa.string() else pa.int64()), where)
