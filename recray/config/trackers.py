@@ -44,15 +44,25 @@ class MlflowOptions(TrackerOptions):
         return start + os.path.abspath(value.removeprefix(start)) if value and value.startswith(start) else value
 
 
+class RayMetricsOptions(TrackerOptions):
+    pass
+
+
 # Tracker name -> options. The tracker itself is recray/tracking/<name>.py.
-SHIPPED: dict[str, type[TrackerOptions]] = {"tensorboard": TensorboardOptions, "mlflow": MlflowOptions}
+SHIPPED: dict[str, type[TrackerOptions]] = {
+    "tensorboard": TensorboardOptions,
+    "mlflow": MlflowOptions,
+    "ray_metrics": RayMetricsOptions,
+}
 BASE = TrackerOptions
 
 
 class TrackingConfig(Section):
     """Where a training's parameters, metrics and reports are sent (recray/tracking/README.md)."""
 
-    trackers: list[str] = Field([], description="tensorboard, mlflow, or trackers of your own; empty: none")
+    trackers: list[str] = Field(
+        [], description="tensorboard, mlflow, ray_metrics, or trackers of your own; empty: none"
+    )
     options: dict[str, SerializeAsAny[TrackerOptions]] = Field(
         {}, description="options of trackers, a table per name, e.g. [tracking.options.mlflow]"
     )

@@ -104,9 +104,9 @@ class Progress:
 
     def _tracked(self, entry: dict[str, float]) -> dict[str, float]:
         """An epoch's entry by the names that trackers show."""
-        own = ("events_per_second", "waiting_share", "seconds")
+        own = ("events_per_second", "waiting_share", "seconds", "validation_seconds", "saving_seconds")
         values = {f"{self._name}/epoch_loss": entry["loss"], "epoch": entry["epoch"]}
-        values |= {f"{self._name}/{name}": entry[name] for name in own}
+        values |= {f"{self._name}/{name}": entry[name] for name in own if name in entry}
         return values | {f"validation/{name}": value for name, value in entry.items() if name not in _TIMES}
 
     def _advise(self, waiting: float, took: dict[str, float]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import recray
+from helpers.configs import REPOSITORY
 from helpers.inline_tasks import inline_prepare
 from helpers.small_run import small_config
 from recray import tracking
@@ -17,6 +19,7 @@ from recray.artifacts import Run
 from recray.config import Config, parse_config
 from recray.errors import ConfigError
 from recray.records import CheckpointRecord, ReportRecord
+from recray.tracking.ray_metrics import gauge_name
 
 TRACKER = """
 import json, time
@@ -90,6 +93,10 @@ def test_a_tracker_gets_everything_and_changes_nothing(tmp_path: Path, caplog: p
     assert step == tracked.step
     assert values["test/model/ndcg@10"] == report.metrics["model"]["ndcg@10"].value
     assert not [one for one in caplog.records if one.levelno >= logging.WARNING and "tracking" in one.name]
+    # The dashboard draws values that are sent.
+    gauges = {gauge_name(name) for _, values in sent for name in values} | {"recray_step"}
+    drawn = set(re.findall(r"ray_(recray_\w+)", (REPOSITORY / "cluster/grafana.json").read_text()))
+    assert drawn - {"recray_validation_"} <= gauges and "recray_validation_ndcg_at_10" in gauges
 
 
 @pytest.mark.parametrize("fails", ["start", "metrics", "close", "slow metrics"])
