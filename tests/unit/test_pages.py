@@ -31,3 +31,12 @@ def test_a_page_is_short_lists_every_shipped_plugin_and_links_to_files(kind: Kin
 def test_an_error_points_to_a_page_that_exists(kind: Kind) -> None:
     with pytest.raises(Exception, match=re.escape(PAGES[kind])):
         registry.load(kind, "nothing_like_it")
+
+
+def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 160
+    assert any(line.startswith("    make demo") for line in lines[:25])
+    for page in (ROOT / "README.md", *ROOT.glob("*/**/README.md")):
+        links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+        assert [link for link in links if link and not (page.parent / link).exists()] == [], page
