@@ -5,8 +5,9 @@ A baseline outside the package keeps its `Options` and its `build` in one file (
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from recray.config.data import check_duration
 from recray.config.section import Section
 
 
@@ -36,11 +37,37 @@ class RollingPopularityOptions(BaselineOptions):
         return self
 
 
+class RecentCountsOptions(BaselineOptions):
+    """What recray.retrieval.recent_counts counts."""
+
+    window: str = Field(
+        "1h",
+        description="length of the period before each query in which choices after the user's last items are counted",
+    )
+    popularity_window: str = Field(
+        "10m", description="length of the period before each query in which events of each item are counted"
+    )
+    last_items: int = Field(
+        3, ge=0, le=20, description="how many of the user's last items count; each has half the weight of the next one"
+    )
+    smoothing: float = Field(
+        50, gt=0, description="events of the popular items that are added to the choices after an item"
+    )
+
+    @field_validator("window", "popularity_window")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        checked = check_duration(value)
+        assert checked is not None
+        return checked
+
+
 # Baseline name -> options.
 SHIPPED: dict[str, type[BaselineOptions]] = {
     "popularity": BaselineOptions,
     "recent_popularity": RecentPopularityOptions,
     "rolling_popularity": RollingPopularityOptions,
+    "transitions": RecentCountsOptions,
     "hindsight": BaselineOptions,
     "item_knn": BaselineOptions,
     "oracle": BaselineOptions,

@@ -34,7 +34,7 @@ class EvaluationConfig(Section):
     )
     baselines: Baselines = Field(
         ["popularity", "item_knn", "oracle"],
-        description="baselines in the report: shipped ones (popularity, recent_popularity, rolling_popularity, item_knn, hindsight, oracle) or your own",
+        description="baselines in the report: shipped ones (popularity, recent_popularity, rolling_popularity, transitions, item_knn, hindsight, oracle) or your own",
     )
     baseline_options: dict[str, SerializeAsAny[BaselineOptions]] = Field(
         {}, description="options of baselines, a table per name, e.g. [evaluation.baseline_options.recent_popularity]"

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from recray.data.dataset import PreparedDataset
-from recray.ids import UNKNOWN
+from recray.ids import PAD, UNKNOWN
 from recray.loading.jagged import Column
 
 
@@ -29,6 +29,14 @@ class Events(NamedTuple):
     time: np.ndarray  # (E,) int64 microseconds, or positions
 
 
+class Steps(NamedTuple):
+    """Some events, each with the one before it of the same user."""
+
+    time: np.ndarray  # (E,) int64 microseconds
+    item: np.ndarray  # (E,) int64
+    previous: np.ndarray  # (E,) int64; PAD where the user had chosen nothing
+
+
 def iter_events(dataset: PreparedDataset, splits: Iterable[str]) -> Iterator[Events]:
     """All positive events of these splits, one shard at a time."""
     for split in splits:
@@ -36,6 +44,25 @@ def iter_events(dataset: PreparedDataset, splits: Iterable[str]) -> Iterator[Eve
             found = _new_events(table)
             # Files may hold items that this model does not know, behind those that it knows.
             yield found._replace(item=np.where(found.item < dataset.record.num_items, found.item, UNKNOWN))
+
+
+def read_steps(dataset: PreparedDataset, splits: Iterable[str], since: int | None = None) -> Steps:
+    """All positive events of these splits, in any order; those at or after `since` if it is given."""
+    none = np.zeros(0, np.int64)
+    found = [Steps(none, none, none)]
+    for split in splits:
+        for table in itertools.chain(dataset.iter_tables(split), dataset.iter_early(split)):
+            item, time, new = *_lists(table), _is_new(table)
+            assert item.offsets is not None
+            if since is not None:
+                new &= time.values >= since
+            at = np.flatnonzero(new)
+            previous = item.values[np.maximum(at - 1, 0)].astype(np.int64)
+            previous[np.isin(at, item.offsets)] = PAD
+            known = dataset.record.num_items
+            ids = (np.where(one < known, one, UNKNOWN) for one in (item.values[at].astype(np.int64), previous))
+            found.append(Steps(time.values[at].astype(np.int64), *ids))
+    return Steps(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 def event_counts(
@@ -55,14 +82,25 @@ def num_events(dataset: PreparedDataset, splits: Iterable[str]) -> int:
     return sum(dataset.record.counts[f"events_{split}"] for split in splits)
 
 
-def _new_events(table: pa.Table) -> Events:
-    """The positive targets of user rows: the last `num_targets` entries of their lists, without those of label 0."""
-    item, time = Column.of(table["item"]), Column.of(table["time"])
-    assert item.offsets is not None
-    lengths = np.diff(item.offsets)
-    from_end = np.repeat(item.offsets[1:], lengths) - np.arange(len(item.values))
+def _lists(table: pa.Table) -> tuple[Column, Column]:
+    return Column.of(table["item"]), Column.of(table["time"])
+
+
+def _is_new(table: pa.Table) -> np.ndarray:
+    """Which entries of the lists are positive targets: the last `num_targets` of a row, without those of label 0."""
+    offsets = Column.of(table["item"]).offsets
+    assert offsets is not None
+    lengths = np.diff(offsets)
+    from_end = np.repeat(offsets[1:], lengths) - np.arange(offsets[-1])
     new = from_end <= np.repeat(table["num_targets"].to_numpy(), lengths)
     if "label" in table.column_names:
         new &= Column.of(table["label"]).values > 0
-    user = np.repeat(table["user"].to_numpy(), lengths)
+    return np.asarray(new)
+
+
+def _new_events(table: pa.Table) -> Events:
+    """The positive targets of user rows."""
+    (item, time), new = _lists(table), _is_new(table)
+    assert item.offsets is not None
+    user = np.repeat(table["user"].to_numpy(), np.diff(item.offsets))
     return Events(*(x[new].astype(np.int64) for x in (user, item.values, time.values)))

@@ -21,7 +21,7 @@ from recray.retrieval import Recommender, embed
 from recray.retrieval.baselines import hindsight, item_knn, open_baselines, recent_popularity, rolling_popularity
 from recray.retrieval.baselines.popularity import Popularity
 from recray.retrieval.blend import Blended
-from recray.retrieval.events import event_counts
+from recray.retrieval.events import event_counts, read_steps
 from recray.retrieval.exact import ExactSearch
 from recray.retrieval.recommenders import Reranked
 
@@ -157,6 +157,18 @@ def test_rolling_popularity_counts_events_of_the_split_before_the_query(
         assert found == [_brute(row, had, 4) for row, had in zip(scores, without, strict=True)]
 
 
+def test_steps_are_all_events_each_with_the_one_before_it(dataset: PreparedDataset) -> None:
+    rows = [(2, [2, 3, 4, 11, 10]), (3, [3, 2, 10]), (4, [5, 2, 6, 7]), (5, [8, 6]), (6, [4, 9, 10, 2, 3])]
+    wanted = {(time, item, ([PAD, *items])[time]) for _, items in rows for time, item in enumerate(items)}
+    wanted |= {(3, 5, 4)}  # the first user has another fourth event in test than in validation
+    steps = read_steps(dataset, ("train", "valid", "test"))
+    assert {(t // S, i, p) for t, i, p in zip(*(one.tolist() for one in steps), strict=True)} == wanted
+    later = read_steps(dataset, ("train", "valid", "test"), since=3 * S)
+    assert sorted(later.item.tolist()) == sorted(i for t, i, _ in wanted if t >= 3)
+    known = PreparedDataset(dataset.uri, dataset.record.model_copy(update={"num_items": 10}))
+    assert sorted(read_steps(known, ("valid",)).item.tolist()) == [UNKNOWN] * 3
+
+
 def test_rolling_popularity_needs_times_and_one_option(dataset: PreparedDataset) -> None:
     record = dataset.record.model_copy(update={"has_time": False})
     with pytest.raises(NotApplicableError, match="the log has no times: it needs"):
@@ -188,7 +200,7 @@ def test_shipped_baselines_are_built_like_others(dataset: PreparedDataset) -> No
     assert sorted(found) == sorted(set(names) - {"oracle"}) and not left_out
     record = dataset.record.model_copy(update={"has_time": False, "counts": {"events_train": 10**8, "events_valid": 0}})
     found, left_out = open_baselines(config, PreparedDataset(dataset.uri, record), "test", {})
-    assert sorted(left_out) == ["item_knn", "recent_popularity", "rolling_popularity"]
+    assert sorted(left_out) == ["item_knn", "recent_popularity", "rolling_popularity", "transitions"]
     assert "100,000,000 events before the split, which are more than 50,000,000" in left_out["item_knn"]
 
 

@@ -3,6 +3,7 @@
     popularity           by the events that the model was trained on
     recent_popularity    by events in a window before the split
     rolling_popularity   by events in a window before each query, other users' events in the split among them
+    transitions          by choices right after the user's last items in a window before each query, and by popularity
     item_knn             items that users of the same items chose
     hindsight            by events of the split itself: about the best that one fixed list for all users can reach
     oracle               the simulator's own probabilities: the upper bound of simulated data
