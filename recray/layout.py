@@ -59,7 +59,7 @@ BUNDLE = _pattern(
     r"(query|item|ranker)\.pt2",
     r"(items|users)\.parquet",
     r"(score|encoding)\.py",
-    _below("index", r"index\.faiss", r"(ids|vectors)\.parquet", r"index\.json"),
+    _below("index", r"index\.faiss", r"(ids|vectors|recent)\.parquet", r"index\.json"),
     _below("__pycache__", r"(score|encoding)\..*\.pyc"),  # left by running score.py
 )
 WRITTEN = {
@@ -70,7 +70,7 @@ WRITTEN = {
         _below("(_sorted|events)", r"bucket-\d+\.parquet"),
     ),
     "checkpoint": _pattern(_CHECKPOINT),
-    "index": _pattern(r"index\.faiss", r"(ids|vectors)\.parquet", r"index\.json"),
+    "index": _pattern(r"index\.faiss", r"(ids|vectors|recent)\.parquet", r"index\.json"),
     "report": _pattern(r"report\.(json|html)", r"scores\.parquet"),
     "report-valid": _pattern(r"report\.(json|html)", r"scores\.parquet"),
     "tune": _pattern(

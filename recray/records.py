@@ -223,6 +223,14 @@ class SweepPoint(Part):
     missing_share: float  # results the index could not fill (-1)
 
 
+class RecencyFit(Part):
+    """How `retrieval.recency` orders the lists of a checkpoint."""
+
+    weight: float  # of the model's part of the score
+    targets: int = 0  # of the validation split that it was learned from; 0: given in the configuration
+    mean_query: list[float]  # (D,) mean query vector of the latest users
+
+
 class IndexRecord(Record):
     """A faiss index over a checkpoint's item vectors."""
 
@@ -237,6 +245,7 @@ class IndexRecord(Record):
     build_seconds: float
     bytes: int
     curve: list[SweepPoint]
+    recency: RecencyFit | None = None  # with retrieval.recency
     dataset_uri: str
     checkpoint_uri: str
 
@@ -301,6 +310,7 @@ class ReportRecord(Record):
     counts: dict[str, int]  # queries and targets, those that cannot be answered or hit by reason, short lists
     reachable: dict[str, Number] = {}  # lists: metric -> value of lists that hit every target that can be hit
     comparisons: list[Comparison] = []
+    new_users: dict[str, dict[str, Number]] = {}  # lists: as `metrics`, of the queries of users without a history
     left_out: dict[str, str] = {}  # baseline -> why this log does not allow it
     verdict: list[str] = []  # what the figures say, in words
     index: dict[str, Number] = {}  # what the index loses against exact search

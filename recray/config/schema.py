@@ -20,6 +20,7 @@ from pydantic import (
 
 from recray import credentials, metrics, registry
 from recray.config import losses
+from recray.config.baselines import RecentCountsOptions
 from recray.config.data import DataConfig, check_duration
 from recray.config.evaluation import EvaluationConfig, PromotionConfig, ReportConfig
 from recray.config.losses import LossOptions
@@ -206,6 +207,20 @@ class ScalingConfig(Section):
     )
 
 
+class RecencyConfig(RecentCountsOptions):
+    """Order the lists by what is chosen right now, too (recray.retrieval.recency)."""
+
+    enabled: bool = Field(
+        False,
+        description="order candidates by recent counts as of each query's time and by the model; adds popular items and latest choices after the user's last ones to the candidates; needs timestamps",
+    )
+    model_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the model's score next to the log of the recent counts; unset: learned on the validation split by the index stage",
+    )
+
+
 class RetrievalConfig(Section):
     index: str = Field("auto", description="faiss factory string, or auto: chosen by the number of items")
     k: int = Field(100, ge=1, description="number of items retrieved per query")
@@ -218,6 +233,7 @@ class RetrievalConfig(Section):
         ge=0,
         description="blend with the item-item baseline: weight of the log of its share, added to the model's score / loss.temperature; 0 = model only; choose on `recray evaluate --split valid`",
     )
+    recency: RecencyConfig = Field(RecencyConfig(), description="order lists by recent counts, too")
     recall_target: float = Field(
         0.95, gt=0, le=1, description="recall@k against exact search that the index must reach"
     )

@@ -43,7 +43,9 @@ from recray.retrieval.baselines import open_baselines
 from recray.retrieval.blend import check_blend
 from recray.retrieval.recommenders import RunArtifacts, open_recommenders
 
-_STAGES = ("model", "index", "blended", "reranked")  # recommenders of the run; the others are baselines
+_STAGES = ("model", "index", "blended", "recency", "reranked")  # recommenders of the run; the others are baselines
+# Users without a history get no list of these: their vectors are those of nobody, their items none.
+_NEED_HISTORY = ("model", "index", "blended", "reranked", "item_knn")
 
 
 @dataclass
@@ -53,6 +55,7 @@ class _Scores:
     lists: ListCounts
     values: list[np.ndarray] = field(default_factory=list)  # (B, M), columns in order of _names
     found: list[np.ndarray] = field(default_factory=list)  # (T,) whether each target is among the first K items
+    new_users: list[np.ndarray] = field(default_factory=list)  # (B', M) as values, of queries without a history
     short_lists: int = 0
     seconds: float = 0.0  # of "reranked": without the search for candidates
     candidate_recall: float = 0.0  # of "reranked": sum over queries of the share of targets among the candidates
@@ -62,6 +65,7 @@ class _Scores:
             self.lists + other.lists,
             self.values + other.values,
             self.found + other.found,
+            self.new_users + other.new_users,
             self.short_lists + other.short_lists,
             self.seconds + other.seconds,
             self.candidate_recall + other.candidate_recall,
@@ -135,6 +139,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         counts=_counts(found, users, dataset),
         reachable=dict(zip(_names(config), np.concatenate(found.reachable).mean(axis=0).tolist(), strict=True)),
         comparisons=_comparisons(found.scores, users, config),
+        new_users=_new_users(found.scores, config),
         left_out=found.left_out,
         slices=_slices(found, users, config, dataset, before(split)),
         examples=examples.choose(found.examples),
@@ -211,7 +216,8 @@ class _Scorer:
         ks, exclude_seen = self.config.evaluation.k, self.config.evaluation.filter_seen
         rows = (query.seen.lengths() > 0).numpy()
         values, offsets = query.targets.values.numpy(), query.targets.offsets.numpy()
-        wanted = ranking.num_distinct(values, offsets)[rows]
+        number = ranking.num_distinct(values, offsets)
+        wanted = number[rows]
         self._count(query, rows, wanted, part)
         asked, lists = np.repeat(rows, np.diff(offsets)), {}
         for name, recommender in self.recommenders.items():
@@ -220,7 +226,10 @@ class _Scorer:
             lists[name] = ids = recommender.recommend(query, max(ks), exclude_seen)[0]
             scores.seconds += time.perf_counter() - started
             scores.found.append(ranking.found(ids[:, : _headline_k(self.config)], values, offsets)[asked])
-            scores.values.append(self._metrics(ranking.hits(ids, values, offsets)[rows], wanted))
+            hits_BK = ranking.hits(ids, values, offsets)
+            scores.values.append(self._metrics(hits_BK[rows], wanted))
+            if name not in _NEED_HISTORY:
+                scores.new_users.append(self._metrics(hits_BK[~rows], number[~rows]))
             scores.lists.add(ids[rows], self.vectors_ND)
             scores.short_lists += int((ids[rows] == PAD).any(axis=1).sum())
         if self.candidates is not None:
@@ -273,6 +282,16 @@ def _summary(scores: _Scores, users: np.ndarray, config: Config, dataset: Prepar
     return out | {name: Interval(value=value) for name, value in lists.items()}
 
 
+def _new_users(scores: dict[str, _Scores], config: Config) -> dict[str, dict[str, float]]:
+    """Means over the queries without a history, by recommender that answers them; empty if there are no such queries."""
+    values = {name: np.concatenate(one.new_users) for name, one in scores.items() if one.new_users}
+    return {
+        name: dict(zip(_names(config), one.mean(axis=0).tolist(), strict=True))
+        for name, one in values.items()
+        if len(one)
+    }
+
+
 def _write_scores(folder: str, found: _Part, users: np.ndarray, config: Config, dataset: PreparedDataset) -> None:
     """What each user adds to the metrics of the run's own recommenders."""
     values = {name: np.concatenate(one.values) for name, one in found.scores.items() if name in _STAGES}
@@ -320,7 +339,7 @@ def _comparisons(scores: dict[str, _Scores], users: np.ndarray, config: Config) 
     sign = 1 if higher_is_better(metric, config.run.plugins) else -1
     column = {name: np.concatenate(one.values)[:, names.index(metric)] for name, one in scores.items()}
     stages = [name for name in _STAGES if name in scores]
-    pairs = [(stage, stages[at - 1]) for at, stage in enumerate(stages) if stage in ("blended", "reranked")]
+    pairs = [(stage, stages[at - 1]) for at, stage in enumerate(stages) if stage in ("blended", "recency", "reranked")]
     pairs += [(stage, name) for stage in stages if stage != "index" for name in scores if name not in _STAGES]
     if not pairs:
         return []
@@ -341,7 +360,7 @@ def _rerank(
     scores: dict[str, _Scores], metrics: dict[str, dict[str, Interval]], config: Config, queries: int
 ) -> dict[str, float]:
     """What re-ranking adds at each K; the share of targets among its candidates; milliseconds per query."""
-    first = next(name for name in ("blended", "index", "model") if name in scores)
+    first = next(name for name in ("recency", "blended", "index", "model") if name in scores)
     out = {f"recall@{config.retrieval.k}_of_candidates": scores["reranked"].candidate_recall / queries}
     for k in config.evaluation.k:
         for name in ("recall", "ndcg"):

@@ -24,6 +24,7 @@ import numpy as np
 from recray import log, served, storage
 from recray.artifacts import CHECKPOINT, Run, in_use
 from recray.config import Config
+from recray.data import id_maps
 from recray.data.split import before
 from recray.errors import ConfigError, DataError, LineageError
 from recray.evaluation.parallel import map_shards
@@ -33,6 +34,8 @@ from recray.loading.collate import eval_queries
 from recray.metrics import find, higher_is_better, parse, ranking
 from recray.retrieval import Recommender
 from recray.retrieval.baselines import open_baselines
+from recray.retrieval.events import Steps
+from recray.retrieval.recent_counts import RecentCounts
 from recray.retrieval.recommenders import RunArtifacts, open_recommenders
 from recray.retrieval.translate import translated
 from recray.served import Served
@@ -258,5 +261,10 @@ def _served(config: Config, candidate: RunArtifacts, standing: Served) -> Recomm
             )
         if other.split["last"] < mine.starts(_SPLIT):
             splits = SPLITS
-    recommender = open_recommenders(artifacts, own, splits).final
+    steps = None
+    if own.retrieval.recency.enabled:  # a counter goes on when the model stays: both see the same events
+        ids = id_maps.items(candidate.dataset, artifacts.dataset)
+        seen = RecentCounts.steps_of(own.retrieval.recency, candidate.dataset, SPLITS)
+        steps = Steps(seen.time, ids[seen.item], ids[seen.previous])
+    recommender = open_recommenders(artifacts, own, splits, steps=steps).final
     return translated(recommender, own.model.history_length, candidate.dataset, artifacts.dataset)

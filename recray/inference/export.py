@@ -47,6 +47,11 @@ def export(uri: str, output: str, current: bool = False) -> dict[str, Any]:
             config = config.model_copy(
                 update={"retrieval": config.retrieval.model_copy(update={"item_knn_weight": 0.0})}
             )
+        if config.retrieval.recency.enabled:
+            left_out.append("retrieval.recency: its counts move with the log")
+            log.warning("export", "the bundle's lists are those without recent counts, which move with the log")
+            off = config.retrieval.recency.model_copy(update={"enabled": False})
+            config = config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"recency": off})})
     _clear(output)
     writer = _Writer(artifacts, config, output)
     programs = writer.programs()

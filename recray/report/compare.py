@@ -26,7 +26,7 @@ from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Interva
 from recray.report.text import TITLES
 
 _RESAMPLES = 500
-_STAGES = ("reranked", "blended", "index", "model")  # the first of them in a report is what is served
+_STAGES = ("reranked", "recency", "blended", "index", "model")  # the first of them in a report is what is served
 
 
 @dataclass(frozen=True)

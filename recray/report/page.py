@@ -68,7 +68,7 @@ class _Page:
         model_metrics = self.report.metrics["model"]
         wanted = self.config.training.metric
         self.metric = compared.metric if compared else wanted if wanted in model_metrics else next(iter(model_metrics))
-        runs = [name for name in ("reranked", "blended", "index", "model") if name in self.report.metrics]
+        runs = [name for name in ("reranked", "recency", "blended", "index", "model") if name in self.report.metrics]
         self.final = runs[0]
         self.baselines = [name for name in self.report.metrics if name not in runs]
 
@@ -180,6 +180,10 @@ class _Page:
         if report.reachable:
             rows.append(["all targets that can be hit", *(report.reachable.get(n) for n in names)])
         yield html.table(["system", *names], rows, label="All metrics of every system")
+        if report.new_users:
+            yield html.paragraph("Of the queries of users without a history, which are not in the table above:")
+            new = [[title_of(name), *one.values()] for name, one in report.new_users.items()]
+            yield html.table(["system", *next(iter(report.new_users.values()))], new, label="New users")
         compared = [
             [
                 title_of(c.system, report),

@@ -12,10 +12,12 @@ TITLES = {
     "model": "model (exact search)",
     "index": "model (index)",
     "blended": "model + item-item baseline",
+    "recency": "model + recent counts",
     "reranked": "reranked",
     "popularity": "popularity",
     "recent_popularity": "recent popularity",
     "rolling_popularity": "rolling popularity",
+    "transitions": "recent transitions",
     "hindsight": "popularity of the split",
     "item_knn": "item-item baseline",
     "oracle": "oracle (upper bound)",
@@ -85,7 +87,23 @@ def _lists(report: ReportRecord) -> str:
     lines += _table(report, [f"{name}@{ks[-1]}" for name in _BEYOND])
     if own := [name for name in report.metrics["model"] if name.partition("@")[0] not in (*LIST_METRICS, *_BEYOND)]:
         lines += _table(report, own)
-    return "\n".join([*lines, "", *_stages(report), *_verdict(report)])
+    return "\n".join([*lines, *_new_users(report), "", *_stages(report), *_verdict(report)])
+
+
+def _new_users(report: ReportRecord) -> list[str]:
+    """The queries without a history, by what answers them; at the first K only."""
+    if not report.new_users:
+        return []
+    k = next(iter(report.metrics["model"])).partition("@")[2]
+    names = [f"{name}@{k}" for name in ("recall", "hr", "ndcg", "mrr", "map")]
+    lines = [
+        "",
+        f"{report.counts['queries_without_history']:,} queries of users without a history, not in the table above",
+    ]
+    lines.append(f"{'':27}" + "".join(f"{name:>13}" for name in names))
+    for row, values in report.new_users.items():
+        lines.append(f"{TITLES.get(row, row):27}" + "".join(_cell(values[n]) for n in names))
+    return lines
 
 
 def _asked(report: ReportRecord) -> list[str]:
@@ -99,7 +117,7 @@ def _asked(report: ReportRecord) -> list[str]:
         f"{counts['users']:,} users, {counts['targets']:,} targets",
         f"at most {1 - missed / asked:.1%} of the targets can be hit: {counts['unknown_targets'] / asked:.1%} are unknown items, "
         f"{seen}" + (" (evaluation.filter_seen)" if filters else ", which may be recommended again"),
-        f"not asked, since their users have no history: {counts['queries_without_history']:,} queries with {new:,} targets "
+        f"apart, since their users have no history: {counts['queries_without_history']:,} queries with {new:,} targets "
         f"({new / max(asked + new, 1):.1%} of all)",
     ]
 

@@ -16,6 +16,7 @@ _NAMES = TITLES | {
     "model": "the model",
     "index": "the index",
     "blended": "the blend",
+    "recency": "the model with recent counts",
     "reranked": "the re-ranked list",
     "hindsight": "popularity of the split itself",
 }
@@ -75,7 +76,7 @@ def _targets(report: ReportRecord, config: Config) -> Iterator[str]:
         reasons += [f"{seen:.1%} are items that the user has chosen before"] if seen >= _SHOWN else []
         yield f"{unknown + seen:.1%} of the targets cannot be hit: {', '.join(reasons)}"
     if new >= _SHOWN:
-        yield f"{new:.1%} of all targets are of users without a history, who were not asked"
+        yield f"{new:.1%} of all targets are of users without a history, who are asked apart"
 
 
 def shares(report: ReportRecord, config: Config) -> tuple[float, float, float]:
@@ -151,7 +152,7 @@ def _list_advice(report: ReportRecord, config: Config) -> Iterator[str]:
 
 
 def _final(report: ReportRecord) -> str:
-    return next(one for one in ("reranked", "blended", "model") if one in report.metrics)
+    return next(one for one in ("reranked", "recency", "blended", "model") if one in report.metrics)
 
 
 def _clicks(report: ReportRecord) -> Iterator[str]:

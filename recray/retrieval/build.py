@@ -3,6 +3,7 @@
 index.faiss       the index, row i = item id i
 ids.parquet       original item keys by item id
 vectors.parquet   the vectors, which evaluation and the blend score with
+recent.parquet    with retrieval.recency: the events at the end of the log
 index.json        IndexRecord, written last
 """
 
@@ -22,7 +23,7 @@ from recray.errors import ConfigError
 from recray.ids import NUM_RESERVED
 from recray.models import Retriever
 from recray.records import CheckpointRecord, IndexRecord, SweepPoint
-from recray.retrieval import embed, faiss_index
+from recray.retrieval import embed, faiss_index, recency
 from recray.retrieval.recall_sweep import sweep
 from recray.training import checkpoint
 
@@ -52,6 +53,7 @@ def _build(
 ) -> IndexRecord:
     config = run.config
     dataset, options = PreparedDataset.of(run).known_to(source.record), config.retrieval
+    recency.check_recency(config, dataset)
     model, _ = checkpoint.load_model(source.uri)
     assert isinstance(model, Retriever)
     scaling = config.scaling if config.scaling.num_workers > 0 else None
@@ -66,6 +68,10 @@ def _build(
         raise
     building = time.perf_counter() - building
     queries_QD = embed.sample_queries(model, dataset, config)
+    recent, fitted = options.recency.enabled, None
+    if recent:
+        fitted = recency.fit(source, model, vectors_ND, dataset, config)
+        recency.save_steps(artifact.uri, dataset, config)
     chosen, recall, curve = sweep(built, vectors_ND, queries_QD, options.k, options.recall_target)
     size = _write(artifact, dataset, built, vectors_ND)
     record = IndexRecord(
@@ -82,9 +88,10 @@ def _build(
         build_seconds=building,
         bytes=size,
         curve=curve,
+        recency=fitted,
         dataset_uri=dataset.uri,
         checkpoint_uri=source.uri,
-        files=digests.of_files(artifact.uri, FILES),
+        files=digests.of_files(artifact.uri, (*FILES, recency.FILE) if recent else FILES),
         seconds=time.perf_counter() - started,
     ).write(artifact.uri)
     run.publish(artifact)

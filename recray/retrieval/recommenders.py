@@ -2,7 +2,7 @@
 
 Each stage takes what the stage before it finds and orders it again:
 
-    exact search ("model")  or  index  ->  blended with the item-item baseline  ->  reranked by a ranker
+    exact search ("model")  or  index  ->  blended with the item-item baseline, or ordered by recent counts, too  ->  reranked
 
 The last stage that is configured is what a run recommends with (`Recommenders.final`). Baselines are in
 recray.retrieval.baselines, the blend is in recray.retrieval.blend.
@@ -24,8 +24,9 @@ from torch import Tensor
 from recray.artifacts import CHECKPOINT, INDEX, Artifact, Run, in_use
 from recray.config import Config, RetrievalLossOptions
 from recray.data.dataset import PreparedDataset
+from recray.data.split import before
 from recray.errors import ConfigError
-from recray.ids import FIRST_ITEM, PAD, UNKNOWN
+from recray.ids import FIRST_ITEM, PAD, SPLITS, UNKNOWN
 from recray.loading.batch import Batch, select
 from recray.loading.collate import EvalQuery
 from recray.loading.jagged import Jagged
@@ -34,8 +35,11 @@ from recray.records import CheckpointRecord, DatasetRecord, IndexRecord
 from recray.retrieval import Recommender, embed
 from recray.retrieval.baselines.item_knn import ItemKNN
 from recray.retrieval.blend import Blended, check_blend
+from recray.retrieval.events import Steps
 from recray.retrieval.exact import ExactSearch, query_vectors
 from recray.retrieval.faiss_index import ItemIndex
+from recray.retrieval.recency import WithRecency, check_recency, open_recency
+from recray.retrieval.recent_counts import RecentCounts
 from recray.training import checkpoint
 
 _ROWS = 8192  # candidates that a ranker scores at a time
@@ -167,11 +171,18 @@ class Recommenders:
     exact: ExactSearch | None
     index: IndexSearch | None
     blended: Blended | None = None
+    recency: WithRecency | None = None
     reranked: Reranked | None = None
 
     def by_name(self) -> dict[str, Recommender]:
         """Name in a report -> recommender, in order of the stages."""
-        stages = (("model", self.exact), ("index", self.index), ("blended", self.blended), ("reranked", self.reranked))
+        stages = (
+            ("model", self.exact),
+            ("index", self.index),
+            ("blended", self.blended),
+            ("recency", self.recency),
+            ("reranked", self.reranked),
+        )
         return {name: stage for name, stage in stages if stage is not None}
 
     @property
@@ -181,18 +192,25 @@ class Recommenders:
 
 
 def open_recommenders(
-    artifacts: RunArtifacts, config: Config, splits: Sequence[str], always_exact: bool = False
+    artifacts: RunArtifacts,
+    config: Config,
+    splits: Sequence[str],
+    always_exact: bool = False,
+    steps: Steps | None = None,
 ) -> Recommenders:
     """Load the model, the index and the ranker of a run. The item-item baseline is built from the events of `splits`.
 
+    steps: events that retrieval.recency counts, each query those before it; without them those of the split after `splits`, and
+    after all splits those of the index.
     always_exact: exact search even if there is an index, which without a blend needs no item vectors in memory.
     """
     options, dataset = config.retrieval, artifacts.dataset
     check_blend(config, dataset, splits)
+    check_recency(config, dataset)
     model, _ = checkpoint.load_model(artifacts.checkpoint.uri)
     assert isinstance(model, Retriever)
     exact, index = None, None
-    if always_exact or artifacts.index is None or options.item_knn_weight:
+    if always_exact or artifacts.index is None or options.item_knn_weight or options.recency.enabled:
         exact = ExactSearch(model, torch.from_numpy(_item_vectors(artifacts, model)))
     if artifacts.index is not None:
         index = IndexSearch(model, ItemIndex.open(artifacts.index.uri))
@@ -202,6 +220,12 @@ def open_recommenders(
         item_knn, weight = ItemKNN(dataset, splits), options.item_knn_weight
         blended = Blended(found.final, exact, item_knn, weight, config.loss.temperature, options.k)
         found = replace(found, blended=blended)
+    if options.recency.enabled:
+        assert exact is not None
+        asked = next((one for one in SPLITS if before(one) == tuple(splits)), None)
+        if steps is None and asked is not None:
+            steps = RecentCounts.steps_of(options.recency, dataset, (*splits, asked))
+        found = replace(found, recency=open_recency(config, artifacts.index, found.final, exact, steps))
     if artifacts.ranker is not None:
         ranker, record = checkpoint.load_model(artifacts.ranker.uri)
         assert isinstance(ranker, Ranker)
