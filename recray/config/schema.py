@@ -240,6 +240,14 @@ class RetrievalConfig(Section):
     sweep_users: int = Field(2_000, ge=2, description="real queries for tuning the index: half to tune, half to report")
     use_gpu: Literal["auto", "never", "always"] = Field("auto", description="build and search the index on a GPU")
 
+    @model_validator(mode="after")
+    def _one_order(self) -> RetrievalConfig:
+        if self.recency.enabled and self.item_knn_weight:
+            raise ValueError(
+                "recency.enabled and item_knn_weight order the same lists: set item_knn_weight = 0, or disable recency"
+            )
+        return self
+
 
 class Config(Section):
     """The whole configuration of a run; every stage takes one."""

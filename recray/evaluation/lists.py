@@ -41,6 +41,7 @@ from recray.report.verdict import verdict
 from recray.retrieval import Recommender
 from recray.retrieval.baselines import open_baselines
 from recray.retrieval.blend import check_blend
+from recray.retrieval.recency import check_recency
 from recray.retrieval.recommenders import RunArtifacts, open_recommenders
 
 _STAGES = ("model", "index", "blended", "recency", "reranked")  # recommenders of the run; the others are baselines
@@ -113,6 +114,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     dataset = artifacts.dataset
     check_refit(artifacts.models, split)
     check_blend(config, dataset, before(split))
+    check_recency(config, dataset)
     artifact = run.artifact(report_stage(split), artifacts.inputs)
     if not run.begin(artifact):
         return artifact.record

@@ -80,16 +80,10 @@ class WithRecency:
 
 def check_recency(config: Config, dataset: PreparedDataset) -> None:
     """Raise ConfigError if `retrieval.recency` cannot be used."""
-    if not config.retrieval.recency.enabled:
-        return
-    if not dataset.record.has_time:
+    if config.retrieval.recency.enabled and not dataset.record.has_time:
         raise ConfigError(
             "retrieval.recency counts by time, and the log has none: name data.columns.timestamp, or set "
             "retrieval.recency.enabled = false"
-        )
-    if config.retrieval.item_knn_weight:
-        raise ConfigError(
-            "retrieval.recency.enabled and retrieval.item_knn_weight order the same lists: set one of them (0 is none)"
         )
 
 

@@ -14,8 +14,7 @@ import recray
 from helpers.inline_tasks import inline_prepare
 from helpers.small_run import small_config
 from recray.artifacts import INDEX, REPORT, Run, in_use
-from recray.config import Config
-from recray.config.baselines import RecentCountsOptions
+from recray.config import Config, parse_config
 from recray.data.dataset import PreparedDataset
 from recray.errors import ConfigError
 from recray.ids import SPLITS
@@ -60,6 +59,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     inline_prepare(found)
     recray.train(found)
     recray.index(found)
+    with pytest.raises(ConfigError, match="counts by time, and the log has none"):
+        dataset = PreparedDataset.of(Run(found))
+        timeless = dataset.record.model_copy(update={"has_time": False})
+        recency.check_recency(found, PreparedDataset(dataset.uri, timeless))
     recray.evaluate(found)
     return found
 
@@ -120,8 +123,7 @@ def test_a_given_weight_is_not_learned_and_wrong_settings_are_refused(config: Co
         recray.evaluate(set_)
     record = recray.index(set_)
     assert record.recency is not None and (record.recency.weight, record.recency.targets) == (0.25, 0)
-    both = set_.model_copy(update={"retrieval": set_.retrieval.model_copy(update={"item_knn_weight": 1.0})})
-    with pytest.raises(ConfigError, match="item_knn_weight order the same lists: set one of them"):
-        recray.index(both)
+    with pytest.raises(ConfigError, match="order the same lists: set item_knn_weight = 0"):
+        parse_config({"retrieval": {"item_knn_weight": 1.0, "recency": {"enabled": True}}})
     with pytest.raises(ConfigError, match="not a duration"):
-        RecentCountsOptions(window="soon")
+        parse_config({"retrieval": {"recency": {"window": "soon"}}})
