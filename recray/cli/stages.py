@@ -1,8 +1,9 @@
-"""Verbs of the stages: run, prepare, train, tune, index, evaluate, report."""
+"""Verbs of the stages: run, prepare, train, tune, index, evaluate, report, replay."""
 
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -132,3 +133,26 @@ def report(
     if written is None:
         raise typer.Exit(2)
     result("report", "page", written, {"uri": written})
+
+
+@app.command()
+def replay(
+    config: ConfigPath,
+    step: Annotated[str, typer.Option(help="length of a step: 1h, 1d")],
+    begin: Annotated[datetime, typer.Option("--from", help="start of the first step, UTC: 2017-10-02T00:00:00")],
+    end: Annotated[datetime, typer.Option("--to", help="end of the last step, UTC")],
+    overrides: Overrides = None,
+) -> None:
+    """Walk the log forward: at each step train on what came before it, and ask a frozen, a continued and a retrained model,
+    rolling popularity and transitions what comes next.
+
+    Writes replay.json, replay.html (a curve of each metric over time) and a record of every step, which is not done again, to
+    <output>/<name>-replay/replay/.
+    """
+    settings = load(config, overrides, starts_ray=True)
+    from recray.evaluation.replay import render
+    from recray.evaluation.replay import replay as walk  # loads torch
+
+    with stoppable():
+        found = walk(settings, step, begin, end)
+    result("replay", "result", render(found), found.as_json())

@@ -25,6 +25,7 @@ from recray import log, served, storage
 from recray.artifacts import CHECKPOINT, Run, in_use
 from recray.config import Config
 from recray.data import id_maps
+from recray.data.dataset import PreparedDataset
 from recray.data.split import before
 from recray.errors import ConfigError, DataError, LineageError
 from recray.evaluation.parallel import map_shards
@@ -261,10 +262,15 @@ def _served(config: Config, candidate: RunArtifacts, standing: Served) -> Recomm
             )
         if other.split["last"] < mine.starts(_SPLIT):
             splits = SPLITS
+    return older(own, artifacts, candidate.dataset, splits)
+
+
+def older(config: Config, artifacts: RunArtifacts, asked: PreparedDataset, splits: tuple[str, ...]) -> Recommender:
+    """A model of an older dataset, for queries of the test split of the dataset `asked`. Recent counts see its events."""
     steps = None
-    if own.retrieval.recency.enabled:  # a counter goes on when the model stays: both see the same events
-        ids = id_maps.items(candidate.dataset, artifacts.dataset)
-        seen = RecentCounts.steps_of(own.retrieval.recency, candidate.dataset, SPLITS)
+    if config.retrieval.recency.enabled:  # a counter goes on when the model stays
+        ids = id_maps.items(asked, artifacts.dataset)
+        seen = RecentCounts.steps_of(config.retrieval.recency, asked, (*before(_SPLIT), _SPLIT))
         steps = Steps(seen.time, ids[seen.item], ids[seen.previous])
-    recommender = open_recommenders(artifacts, own, splits, steps=steps).final
-    return translated(recommender, own.model.history_length, candidate.dataset, artifacts.dataset)
+    recommender = open_recommenders(artifacts, config, splits, steps=steps).final
+    return translated(recommender, config.model.history_length, asked, artifacts.dataset)

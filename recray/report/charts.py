@@ -83,10 +83,10 @@ def curves(model: CheckpointRecord) -> list[Any]:
         if len(entries) == 1:  # a point has no curve, and its axes would say nothing
             plots.append(paragraph(f"{what} {y[0]:.4f} after epoch {x[0]}, the only one."))
             continue
-        traces = [_line(x, y, what, colour, "circle")]
+        traces = [line(x, y, what, colour, "circle")]
         chosen = f" Epoch {best} was chosen." if best in x and key == model.metric else ""
         if chosen:
-            traces.append(_line([best], [y[x.index(best)]], "chosen", COLOURS[4], "diamond", 13))
+            traces.append(line([best], [y[x.index(best)]], "chosen", COLOURS[4], "diamond", 13))
         plots.append(
             figure(
                 traces,
@@ -99,7 +99,7 @@ def curves(model: CheckpointRecord) -> list[Any]:
     return plots
 
 
-def _line(x: Sequence[Any], y: Sequence[Any], name: str, colour: str, symbol: str, size: int = 8) -> dict[str, Any]:
+def line(x: Sequence[Any], y: Sequence[Any], name: str, colour: str, symbol: str, size: int = 8) -> dict[str, Any]:
     return {
         **{"type": "scatter", "mode": "lines+markers", "x": list(x), "y": list(y)},
         **{"line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": size, "symbol": symbol}},
@@ -113,7 +113,7 @@ def by_k(report: ReportRecord) -> list[Any]:
     looks, plots = look_of(list(report.metrics)), []
     for metric in ("recall", "ndcg") if len(ks) > 1 else ():
         traces = [
-            _line(ks, [values[f"{metric}@{k}"].value for k in ks], title_of(name), *looks[name])
+            line(ks, [values[f"{metric}@{k}"].value for k in ks], title_of(name), *looks[name])
             for name, values in report.metrics.items()
         ]
         legend = [(title_of(name), looks[name][0]) for name in report.metrics]
@@ -135,7 +135,7 @@ def sliced(report: ReportRecord, slices: Sequence[Slice], what: str, systems: Se
     traces = []
     for name in systems:
         values = [one.values[name] for one in slices]
-        trace = _line(x, [one.value for one in values], title_of(name, report), *looks[name])
+        trace = line(x, [one.value for one in values], title_of(name, report), *looks[name])
         error = _error(values)
         traces.append({**trace, **({"error_y": error | {"color": looks[name][0], "thickness": 1.2}} if error else {})})
     caption = f"{metric} by {what}, with 95 % intervals over users."
@@ -164,7 +164,7 @@ def calibration(report: ReportRecord) -> Any:
         f"right; below it clicks are rarer than predicted.{known}"
     )
     return figure(
-        [ideal, _line(x, y, "observed", COLOURS[0], "circle")],
+        [ideal, line(x, y, "observed", COLOURS[0], "circle")],
         caption,
         "predicted probability of a click",
         "observed share of clicks",
@@ -175,10 +175,10 @@ def index_curve(index: IndexRecord) -> Any:
     """Recall against time of every setting that was tried; the chosen one marked."""
     curve = sorted(index.curve, key=lambda one: one.milliseconds)
     names = [", ".join(f"{key} = {value}" for key, value in one.setting.items()) or "exact" for one in curve]
-    trace = _line([one.milliseconds for one in curve], [one.recall for one in curve], "recall", COLOURS[0], "circle")
+    trace = line([one.milliseconds for one in curve], [one.recall for one in curve], "recall", COLOURS[0], "circle")
     trace |= {"text": names, "hovertemplate": "%{text}: recall %{y:.4f} in %{x:.3f} ms<extra></extra>"}
     chosen = [one for one in curve if one.setting == index.setting]
-    marks = [_line([one.milliseconds], [one.recall], "chosen", COLOURS[4], "diamond", 14) for one in chosen]
+    marks = [line([one.milliseconds], [one.recall], "chosen", COLOURS[4], "diamond", 14) for one in chosen]
     target = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": index.recall_target, "y1": index.recall_target}
     setting = ", ".join(f"{key} = {value}" for key, value in index.setting.items()) or "no setting"
     caption = (
