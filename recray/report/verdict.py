@@ -131,7 +131,10 @@ def _list_advice(report: ReportRecord, config: Config) -> Iterator[str]:
     """What the figures suggest, the largest gain first."""
     beaten = {one.other for one in report.comparisons if result(one) == "better" and one.system == _final(report)}
     rivals = [one for one in report.metrics if one not in beaten]
-    if "rolling_popularity" in rivals or "recent_popularity" in rivals:
+    counters = {"rolling_popularity", "transitions"} & set(rivals)
+    if counters and not config.retrieval.recency.enabled:
+        yield "recent counts next to the model: retrieval.recency.enabled = true"
+    if counters or "recent_popularity" in rivals:
         yield (
             "newer training data: what users choose changes faster than the model; train more often, "
             "sample recent events more often (training.half_life), or let the log begin later (data.split.start)"

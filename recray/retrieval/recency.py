@@ -109,8 +109,11 @@ def open_recency(
 
 def save_steps(folder: str, dataset: PreparedDataset, config: Config) -> None:
     """Write the events that counts after the end of the log need."""
-    steps = read_steps(dataset, SPLITS)
-    first = int(steps.time.max(initial=0)) - RecentCounts.longest(config.retrieval.recency)
+    split, longest = dataset.record.split, RecentCounts.longest(config.retrieval.recency)
+    # Events behind the end of a split by time were dropped.
+    last = min(split["last"], split["end"] - 1) if "end" in split else None
+    steps = read_steps(dataset, SPLITS, None if last is None else last - longest)
+    first = int(steps.time.max(initial=0)) - longest
     kept = {name: pa.array(one[steps.time >= first]) for name, one in steps._asdict().items()}
     storage.write_table(storage.join(folder, FILE), pa.table(kept))
 
