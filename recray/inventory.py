@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from typing import Any
 
 from recray import folders, layout, log, served, storage
 from recray.artifacts import STAGES, Artifact, artifacts_of, current_of
+from recray.errors import LineageError
 from recray.records import CheckpointRecord, DatasetRecord, IndexRecord, Record, ReportRecord, TuneRecord
 
 
@@ -139,9 +141,17 @@ def _needed(kept: list[Artifact[Record]]) -> set[str]:
 
 
 def prune(run_uri: str, keep: int) -> list[Entry]:
-    """Delete what `prunable` names, and only what recray wrote there. Returns what was deleted."""
+    """Delete what `prunable` names, and only what recray wrote there. Returns what was deleted.
+
+    Records stay in <run>/pruned/<id>, so that lineage still leads from what was made of them to the raw files.
+    """
     deleted = prunable(run_uri, keep)
+    kinds = {stage.name: stage.record for stage in STAGES}
     for entry in deleted:
+        with contextlib.suppress(LineageError):  # of an artefact that is not complete, or is damaged
+            record = kinds[entry.stage].read(entry.uri)
+            name = record.file_name()
+            storage.copy_file(storage.join(entry.uri, name), storage.join(run_uri, layout.PRUNED, record.id, name))
         layout.clear(entry.uri, layout.WRITTEN[entry.stage])
         log.info("prune", f"deleted {entry.uri}", event="deleted", values=entry.as_json())
     return deleted

@@ -11,6 +11,7 @@ from recray import folders, log, storage
 from recray.errors import StorageError
 
 SCORES = "scores.parquet"  # of a report: recray.evaluation.scores
+PRUNED = "pruned"  # below a run: records of what was deleted
 _SHARD = r"part-\d+\.parquet"
 _SAVED = (
     r"(checkpoint|dataset|digests-\d+)\.json|(model|items)\.safetensors|state\.pt"

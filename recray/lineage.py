@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from recray import storage
+from recray import layout, storage
 from recray.artifacts import (
     CHECKPOINT,
     DATASET,
@@ -30,12 +31,20 @@ _ORDER = (REPORT, REPORT_VALID, TUNE, INDEX, CHECKPOINT, DATASET)
 
 @dataclass(frozen=True)
 class Node:
-    """A record and what it was made from; without a record, a parent that is no longer where its child was made."""
+    """A record and what it was made from; without a record, a parent that is no longer where its child was made.
+
+    Of an artefact that `recray prune` deleted, the record is left, in <run>/pruned.
+    """
 
     id: str
     uri: str = ""
     record: Record | None = None
     parents: list[Node] = field(default_factory=list)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether only the record is left."""
+        return f"/{layout.PRUNED}/" in self.uri
 
     def chain(self) -> Iterator[Node]:
         """This node and all that it was made from, each once."""
@@ -54,7 +63,7 @@ class Node:
         return all(node.record is not None for node in self.chain())
 
     def as_json(self) -> dict[str, Any]:
-        body: dict[str, Any] = {"id": self.id, "uri": self.uri, "found": self.record is not None}
+        body: dict[str, Any] = {"id": self.id, "uri": self.uri, "found": self.record is not None, "pruned": self.pruned}
         if self.record is not None:
             body |= {"created": self.record.created, "made_by": self.record.made_by.model_dump(mode="json")}
         if isinstance(self.record, DatasetRecord):
@@ -89,9 +98,9 @@ class _Finder:
 
     def __init__(self, folder: str) -> None:
         self._known: dict[str, tuple[str, Record]] = {}
-        run = folder.rstrip("/").rpartition("/")[0].rpartition("/")[0]
-        for stage in STAGES if run else ():
-            for artifact in artifacts_of(storage.join(run, stage.name), stage):
+        self._run = folder.rstrip("/").rpartition("/")[0].rpartition("/")[0]
+        for stage in STAGES if self._run else ():
+            for artifact in artifacts_of(storage.join(self._run, stage.name), stage):
                 if artifact.complete():
                     self._known[artifact.record.id] = (artifact.uri, artifact.record)
 
@@ -103,7 +112,16 @@ class _Finder:
                 if storage.exists(storage.join(uri, kind.file_name())):
                     record = kind.read(uri)
                     self._known[record.id] = (uri, record)
-        return self._known.get(id_)
+        return self._known.get(id_) or self._pruned(id_)
+
+    def _pruned(self, id_: str) -> tuple[str, Record] | None:
+        if not self._run or not re.fullmatch(r"[a-z]+-[0-9a-f]{12}", id_):
+            return None
+        uri = storage.join(self._run, layout.PRUNED, id_)
+        for kind in _KINDS:
+            if storage.exists(storage.join(uri, kind.file_name())):
+                return uri, kind.read(uri)
+        return None
 
 
 def _node(uri: str, record: Record, finder: _Finder) -> Node:
@@ -129,7 +147,9 @@ def render(node: Node) -> str:
         if one.record is None:
             lines.append(f"{indent}{one.id}  not found: deleted, or in another run")
             return
-        lines.append(f"{indent}{one.id}  {one.record.created}  {_code(one.record)}  {one.uri}")
+        lines.append(
+            f"{indent}{one.id}  {one.record.created}  {_code(one.record)}  {'pruned' if one.pruned else one.uri}"
+        )
         for parent in one.parents:
             add(parent, depth + 1)
         if isinstance(one.record, DatasetRecord):

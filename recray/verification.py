@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from recray import folders, sealed, storage
+from recray import folders, layout, sealed, storage
 from recray.errors import LineageError, StorageError
 from recray.records import (
     CheckpointRecord,
@@ -68,7 +68,8 @@ def verify(uri: str) -> list[Verified]:
         # A checkpoint keeps a copy of its dataset's record.
         if kind is None or (kind is DatasetRecord and _inside(folder, CheckpointRecord.file_name()) in known):
             continue
-        result, own = _compare(storage.join(uri, folder) if folder else uri, kind)
+        pruned = folder.startswith(f"{layout.PRUNED}/")
+        result, own = _compare(storage.join(uri, folder) if folder else uri, kind, files=not pruned)
         seen |= {name, *(_inside(folder, one) for one in own)}
         found.append(result)
     if not found:
@@ -88,13 +89,15 @@ def _inside(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _compare(folder: str, kind: type[Record]) -> tuple[Verified, Iterable[str]]:
-    """One record and its files; last their names."""
+def _compare(folder: str, kind: type[Record], files: bool) -> tuple[Verified, Iterable[str]]:
+    """One record and its files; last their names. files: whether there are any: of what was pruned only the record is left."""
     name = kind.file_name().removesuffix(".json").lstrip("_")
     try:
         record = kind.read(folder)
     except (LineageError, StorageError) as error:
         return Verified(folder, name, 1, 0, [str(error)]), ()
+    if not files:
+        return Verified(folder, name, 1, 0, []), ()
     present = folders.contents(folder, record.files)
 
     def problem(file: str) -> str | None:

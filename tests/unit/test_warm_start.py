@@ -34,6 +34,7 @@ from recray.training import checkpoint, embedding_plan, launch, trainer, warm_st
 from recray.training.launch import Work
 from recray.training.sharded_tables import ShardedTables
 from recray.training.warm_start import WarmStart
+from recray.verification import verify
 
 _NIGHTLY = ("training.start_from=previous", "training.start_epochs=1", "optim.warmup_steps=20")
 
@@ -67,6 +68,11 @@ def test_nights_follow_one_another(nights: tuple[Config, list[CheckpointRecord]]
     shutil.copytree(config.run_uri, copied.run_uri, symlinks=True)
     pruned = {entry.identity for entry in inventory.prune(copied.run_uri, 1)}
     assert {first.identity, second.identity} <= pruned
+    # Their records are left, and so is the chain to the raw files.
+    left = lineage(Run(copied).checkpoint().uri)
+    assert left.complete and {one.id for one in left.chain()} == {one.id for one in node.chain()}
+    assert {one.id for one in left.chain() if one.pruned} >= {first.id, second.id}
+    assert not any(one.problems for one in verify(copied.run_uri))
     assert recray.train(copied).id == Run(copied).checkpoint().record.id == third.id
 
 
