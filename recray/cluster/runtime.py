@@ -259,9 +259,9 @@ def within_seconds(ask: Callable[[], None], where: str) -> None:
     asking = threading.Thread(target=call, daemon=True)
     asking.start()
     asking.join(_CONNECT_SECONDS)
-    if failed:
+    if failed and not isinstance(failed[0], TimeoutError):
         raise failed[0]
-    if asking.is_alive():
+    if failed or asking.is_alive():
         raise TimeoutError(f"{where} does not answer within {_CONNECT_SECONDS:g} s")
 
 
