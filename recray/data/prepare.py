@@ -56,10 +56,9 @@ from recray.errors import ConfigError, DataError
 from recray.ids import NUM_RESERVED, SPLITS
 from recray.records import DatasetRecord, Feature, Shard, feature_column
 
-# A log this small is not shuffled: each bucket's task selects its events from all blocks (shared memory, no copy).
+# A log this small is not shuffled: each bucket's task takes its events from all blocks (shared memory, no copy).
 # A shuffle starts more processes, seconds each, before the first row moves.
-_SCANNED_EVENTS = 4_194_304
-_SCANNED_BUCKETS = 16
+_SCANNED_EVENTS = 16_777_216
 _PARTITION_BUCKETS = 16  # buckets in one partition of the shuffle, at most
 
 
@@ -325,18 +324,18 @@ class _Work:
         events, num_events = self.source.events, self.source.num_events
         if base is not None and self.source.since is not None:
             events, num_events = self.source.since(len(base.record.log_files))
+        # What each bucket's task takes its events from: all blocks, in the memory that processes of a node share.
+        scanned = num_buckets == 1 or num_events <= _SCANNED_EVENTS
         if num_buckets > 1 and events is not None:
             events = events.map_batches(
-                partition.add_bucket,
+                partition.by_bucket if scanned else partition.add_bucket,
                 batch_format="pyarrow",
                 batch_size=None,
                 zero_copy_batch=True,
                 fn_kwargs={"num_buckets": num_buckets},
             )
-        # What each bucket's task selects its events from, which is cheap for few events however many buckets there are.
-        most = _SCANNED_BUCKETS if base is None else _SCANNED_BUCKETS * _SCANNED_EVENTS // max(num_events, 1)
         task = ray.remote(partition.sort_blocks)
-        if num_buckets == 1 or (num_buckets <= most and num_events <= _SCANNED_EVENTS):
+        if scanned:
             refs = [] if events is None else events.to_arrow_refs()
             stats = buckets.get(
                 [task.remote(sorting, number if num_buckets > 1 else None, *refs) for number in range(num_buckets)],

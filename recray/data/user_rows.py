@@ -56,23 +56,53 @@ def _sorted(table: pa.Table, config: DataConfig, has_time: bool) -> tuple[pa.Tab
     user_E = _ranks(table["user"])
     code_E = _given_codes(table, config)
     time_E, order_E = table["time"].to_numpy(), table["order"].to_numpy()
-    sort = np.lexsort((order_E, time_E, code_E, user_E))
+    sort = _argsort(user_E, code_E, time_E, order_E)
     keep_E = np.ones(len(sort), bool)
     dropped = {"events_before_start": early} | dict.fromkeys(DUPLICATES, 0)
-    if config.drop_duplicates and len(sort):
+    if config.drop_duplicates and len(table):
         item_E = table["item"].combine_chunks().dictionary_encode().indices.to_numpy()
         moment_E = time_E if has_time or config.columns.timestamp else np.zeros(len(sort), np.int64)
         strength = [table[name].to_numpy() for name in ("weight", "label") if name in table.column_names]
-        around = np.lexsort((order_E, code_E, *(-x for x in strength), moment_E, item_E, user_E))
-        same = np.zeros(len(sort), bool)
+        around = _with_a_twin(user_E, moment_E)
+        weaker = [-x[around] for x in strength]
+        around = around[
+            np.lexsort((order_E[around], code_E[around], *weaker, moment_E[around], item_E[around], user_E[around]))
+        ]
+        same = np.zeros(len(around), bool)
         same[1:] = True
         for column in (user_E, item_E, moment_E):
             same[1:] &= column[around[1:]] == column[around[:-1]]
-        kept = np.maximum.accumulate(np.where(same, 0, np.arange(len(sort))))  # place of the event that is kept
+        kept = np.maximum.accumulate(np.where(same, 0, np.arange(len(around))))  # place of the event that is kept
         keep_E[around[same]] = False
         dropped |= _kinds_of_duplicates(table, around[same], around[kept[same]])
     ordered = table.append_column("code", pa.array(code_E)).take(pa.array(sort[keep_E[sort]]))
     return ordered.drop_columns([c for c in ("split", "bucket") if c in ordered.column_names]), dropped
+
+
+def _argsort(user_E: np.ndarray, code_E: np.ndarray, time_E: np.ndarray, order_E: np.ndarray) -> np.ndarray:
+    """np.lexsort((order_E, time_E, code_E, user_E)), a third of the time where the first three fit in one integer."""
+    first, last = (int(time_E.min()), int(time_E.max())) if len(time_E) else (0, 0)
+    bits = [int(high).bit_length() for high in (user_E.max(initial=0), len(SPLITS), last - first)]
+    if sum(bits) > 63:
+        return np.lexsort((order_E, time_E, code_E, user_E))
+    key_E = (((user_E << bits[1]) | (code_E.astype(np.int64) + 1)) << bits[2]) | (time_E - first)
+    if (order_E[1:] > order_E[:-1]).all():
+        return np.argsort(key_E, kind="stable")
+    by_order = np.argsort(order_E, kind="stable")
+    return np.asarray(by_order[np.argsort(key_E[by_order], kind="stable")])
+
+
+def _with_a_twin(user_E: np.ndarray, moment_E: np.ndarray) -> np.ndarray:
+    """Indices, in order, of the events that share user and moment with another one: only they can be duplicates."""
+    first = int(moment_E.min())
+    if int(user_E.max()).bit_length() + (int(moment_E.max()) - first).bit_length() > 63:
+        return np.arange(len(user_E))
+    key_E = user_E * (int(moment_E.max()) - first + 1) + (moment_E - first)
+    ordered = np.sort(key_E)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(shared):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(shared.take(np.searchsorted(shared, key_E), mode="clip") == key_E)
 
 
 def _kinds_of_duplicates(table: pa.Table, gone: np.ndarray, kept: np.ndarray) -> dict[str, int]:

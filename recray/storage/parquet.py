@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -63,7 +64,9 @@ def read_schema(uri: str) -> tuple[pa.Schema, int]:
         return file.schema_arrow, file.metadata.num_rows
 
 
-def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None:
+def write_table(
+    uri: str, table: pa.Table, row_group_rows: int = 65_536, compression: Literal["zstd", "none"] = "zstd"
+) -> None:
     # Measurements seldom repeat: a dictionary of them costs space, and a tenth of the time of reading.
     repeated = [
         field.name + (".list.element" if pa.types.is_list(field.type) else "")
@@ -74,8 +77,8 @@ def write_table(uri: str, table: pa.Table, row_group_rows: int = 65_536) -> None
         pq.write_table(
             table,
             path,
-            compression="zstd",
-            use_dictionary=repeated,
+            compression=compression,
+            use_dictionary=repeated if compression == "zstd" else False,
             row_group_size=max(1, row_group_rows),
             write_page_checksum=True,
         )

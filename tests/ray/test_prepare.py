@@ -72,7 +72,7 @@ def test_same_bytes_whatever_the_blocks_and_the_shuffle(run, monkeypatch: pytest
     assert len(few.record.shards["train"]) == 3
     assert digests(few) == digests(many)
     if keys == "int":
-        monkeypatch.setattr(stage, "_SCANNED_BUCKETS", 1)
+        monkeypatch.setattr(stage, "_SCANNED_EVENTS", 1)
         shuffled = run(log(keys=keys), 4, name="shuffled", source={"items": ITEMS}, **options)
         assert digests(shuffled) == digests(few)
         assert shuffled.record.counts == few.record.counts

@@ -1,12 +1,15 @@
 """Sorted events of a bucket, and their rows."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recray.config import ColumnsConfig, DataConfig, SplitConfig
-from recray.data import user_rows
+from recray.data import partition, user_rows
 from recray.data.hashing import hash_keys
 from recray.data.split import Boundaries, Draw
 from recray.ids import SPLITS
@@ -79,6 +82,38 @@ def test_the_strongest_of_duplicates_is_kept_whatever_the_order_of_rows(kind: st
         assert ordered["order"].to_pylist() == best.sort_values(["user", "code", "time", "order"])["order"].tolist()
         assert [dropped[name] for name in user_rows.DUPLICATES] == [len(gone), weaker.sum(), lighter.sum()]
     assert len(gone) > 500 and (not columns or weaker.any() or lighter.any())
+
+
+def _plain_order(*columns: np.ndarray) -> list[int]:
+    return sorted(range(len(columns[0])), key=lambda row: tuple(int(column[row]) for column in columns))
+
+
+@pytest.mark.parametrize("span", [50, 2**40, 2**62])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_packed_sort_key_is_the_plain_order(span: int, shuffled: bool) -> None:
+    rng, n = np.random.default_rng(0), 300
+    user, code, time = rng.integers(0, 9, n), rng.integers(-1, 3, n).astype(np.int8), rng.integers(-span, span, n)
+    time[::2] = time[0]
+    order = rng.permutation(n) if shuffled else np.arange(n)
+    found = user_rows._argsort(user, code, time, order)
+    assert found.tolist() == _plain_order(user, code, time, order)
+    twins = pd.DataFrame({"user": user, "time": time}).duplicated(keep=False).to_numpy()
+    assert set(np.flatnonzero(twins)) <= set(user_rows._with_a_twin(user, time).tolist())
+
+
+@pytest.mark.parametrize("first", [0, 1_700_000_000_000_000, 2**60])
+@pytest.mark.parametrize("span", [1, 10, 70_000_001, 2**55])
+def test_times_are_counted_in_the_bins_that_their_edges_say(tmp_path: Path, first: int, span: int) -> None:
+    times = first + np.random.default_rng(0).integers(0, span, 3_000)
+    times[:2] = first, first + span - 1
+    pq.write_table(pa.table({"time": times}), tmp_path / "b.parquet")
+    edges = partition.edges(first, first + span - 1)
+    found = partition.histogram(str(tmp_path / "b.parquet"), 0, first, first + span - 1)
+    counts = np.zeros(len(edges) - 1, int)
+    counts[found["value"].to_numpy()] = found["n"].to_numpy()
+    assert counts.tolist() == [
+        int(n) for n in np.diff(np.searchsorted(np.sort(times), edges, side="left"))
+    ] and counts.sum() == len(times)
 
 
 @pytest.mark.parametrize("kind", ["temporal", "leave_last"])
