@@ -13,6 +13,7 @@ from benchmarks import (
     compare,
     compiling,
     embedding_table,
+    evaluating,
     ingest,
     loader,
     memory,
@@ -52,6 +53,7 @@ for module in (
 ):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 app.command("embedding-table")(embedding_table.run)
+app.command("evaluate")(evaluating.run)
 app.command("compile")(compiling.run)
 app.command("tune")(tune.overhead)
 app.command("tune-grid")(tune.against_grid)

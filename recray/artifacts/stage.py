@@ -22,6 +22,10 @@ R = TypeVar("R", bound=Record, covariant=True)
 Split = Literal["test", "valid"]
 
 
+# Keys that came later: unset, they leave identities as they were.
+_ADDED = ("evaluation.max_queries", "training.max_valid_queries")
+
+
 @dataclass(frozen=True)
 class Stage(Generic[R]):
     """What a stage is called and which configuration keys decide its result.
@@ -46,6 +50,7 @@ class Stage(Generic[R]):
         if self.name in ("checkpoint", "tune") and config.model.family == "ranker":
             # They define how lists are ranked, and a ranker is selected by how it predicts clicks.
             kept = {key: value for key, value in kept.items() if not is_below(key, ("evaluation",))}
+        kept = {key: value for key, value in kept.items() if key not in _ADDED or value is not None}
         return kept | _plugin_files(config, kept)
 
 

@@ -62,6 +62,14 @@ class RecentCountsOptions(BaselineOptions):
         return checked
 
 
+class ItemKNNOptions(BaselineOptions):
+    neighbours: int = Field(
+        1000,
+        ge=0,
+        description="most similar items kept of each item, here and in the blend (retrieval.item_knn_weight); 0 = all",
+    )
+
+
 # Baseline name -> options.
 SHIPPED: dict[str, type[BaselineOptions]] = {
     "popularity": BaselineOptions,
@@ -69,7 +77,7 @@ SHIPPED: dict[str, type[BaselineOptions]] = {
     "rolling_popularity": RollingPopularityOptions,
     "transitions": RecentCountsOptions,
     "hindsight": BaselineOptions,
-    "item_knn": BaselineOptions,
+    "item_knn": ItemKNNOptions,
     "oracle": BaselineOptions,
 }
 BASE = BaselineOptions

@@ -26,6 +26,11 @@ class EvaluationConfig(Section):
         "user",
         description="user: one query per user at the start of the split, targets are all later items; event: one query per later event",
     )
+    max_queries: int | None = Field(
+        None,
+        ge=1,
+        description="evaluate lists on about so many queries, of users drawn once by run.seed; intervals are those of the drawn users; unset: all queries (training.max_valid_queries is for validation)",
+    )
     filter_seen: bool = Field(True, description="do not recommend items of the user's history again")
     batch_size: int = Field(512, ge=1, description="queries scored at a time")
     bootstrap: int = Field(500, ge=0, description="resamples for the 95 % intervals; 0 = no intervals")

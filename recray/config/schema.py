@@ -136,6 +136,11 @@ class TrainingConfig(Section):
     )
     patience: int = Field(0, ge=0, description="validations without improvement before training stops; 0 = never stop")
     validate_every: int = Field(1, ge=1, description="epochs between validations")
+    max_valid_queries: int | None = Field(
+        None,
+        ge=1,
+        description="validate a retriever on about so many queries, of users drawn once by run.seed; unset: all queries",
+    )
     save_every: str = Field(
         "10m",
         pattern=r"^(\d+(\.\d+)?[dhms]|[1-9]\d* steps|)$",

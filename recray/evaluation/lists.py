@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 
 from recray import digests, log, progress
 from recray.artifacts import Run, report_stage
@@ -28,11 +29,13 @@ from recray.data.dataset import PreparedDataset
 from recray.data.split import before
 from recray.errors import DataError
 from recray.evaluation import examples, scores, slices
+from recray.evaluation.measured import Measured
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import NUM_RESERVED, PAD, UNKNOWN
 from recray.layout import SCORES
 from recray.loading.collate import EvalQuery, eval_queries
+from recray.loading.drawn import drawn_rows
 from recray.loading.jagged import offsets_from_lengths
 from recray.metrics import higher_is_better, list_metrics, ranking
 from recray.metrics.beyond_accuracy import ListCounts
@@ -129,8 +132,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     for name, why in found.left_out.items():
         log.warning("evaluate", f"baseline {name} is left out: {why}")
     users = np.concatenate(found.users)
-    systems = progress.track(found.scores.items(), "evaluate", "metrics and intervals")
-    metrics = {name: _summary(one, users, config, dataset) for name, one in systems}
+    metrics = _metrics(found.scores, users, config, dataset)
     index = artifacts.index.record if artifacts.index else None
     _write_scores(artifact.uri, found, users, config, dataset)
     report = ReportRecord(
@@ -151,9 +153,19 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
         seconds=time.perf_counter() - started,
     )
     words = verdict(report, artifacts.checkpoint.record, config)
-    report = report.model_copy(update={"verdict": words}).write(artifact.uri)
+    report = report.model_copy(update={"verdict": [*words, *_drawn(report, config, dataset)]}).write(artifact.uri)
     run.publish(artifact)
     return report
+
+
+def _drawn(report: ReportRecord, config: Config, dataset: PreparedDataset) -> list[str]:
+    shards = dataset.record.shards[report.split]
+    if drawn_rows(shards, config.evaluation.max_queries, config.evaluation.queries, config.run.seed) is None:
+        return []
+    return [
+        f"{report.counts['users']:,} users with a history were drawn from {sum(shard.rows for shard in shards):,} "
+        f"(evaluation.max_queries = {config.evaluation.max_queries}): intervals are those of the drawn users"
+    ]
 
 
 def _counts(found: _Part, users: np.ndarray, dataset: PreparedDataset) -> dict[str, int]:
@@ -172,46 +184,47 @@ def _score_shards(config: Config, artifacts: RunArtifacts, split: str, numbers: 
     vectors_ND = opened.exact.vectors_ND.numpy()
     recommenders, candidates = opened.by_name(), None
     if opened.reranked is not None:
-        candidates = _Measured(opened.reranked.search)
+        candidates = Measured(opened.reranked.search)
         recommenders["reranked"] = replace(opened.reranked, search=candidates)
     built: dict[str, Recommender] = {"item_knn": opened.blended.item_knn} if opened.blended is not None else {}
     baselines, left_out = open_baselines(config, dataset, split, built)
     scorer = _Scorer(recommenders | baselines, candidates, vectors_ND, config)
-    options = config.evaluation
+    options, shards = config.evaluation, dataset.record.shards[split]
+    drawn = drawn_rows(shards, options.max_queries, options.queries, config.run.seed)
     for number in numbers:
-        table = dataset.read(dataset.record.shards[split][number].file)
-        none = {name: _Scores(ListCounts(np.zeros(len(vectors_ND), np.int64))) for name in scorer.recommenders}
-        part = _Part(none, left_out)
+        table = dataset.read(shards[number].file)
+        table = table if drawn is None else table.take(pa.array(drawn[number]))
+        part = _Part(scorer.no_scores(), left_out)
         for query in eval_queries(table, options.batch_size, config.model.history_length, options.queries):
             lists = scorer.score(query, part)
             if examples.wanted(number) and not part.examples:
                 hits_BK = ranking.hits(lists["model"], query.targets.values.numpy(), query.targets.offsets.numpy())
-                shard = dataset.record.shards[split][number].file
-                part.examples = examples.take(dataset, shard, query, lists, hits_BK)
+                part.examples = examples.take(dataset, shards[number].file, query, lists, hits_BK)
         yield part
-
-
-class _Measured:
-    """A recommender that keeps its last answer and its time: what a ranker was given, and what it waited for."""
-
-    def __init__(self, recommender: Recommender) -> None:
-        self._recommender = recommender
-        self.ids = np.zeros((0, 0), np.int64)
-        self.seconds = 0.0
-
-    def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        started = time.perf_counter()
-        self.ids, scores = self._recommender.recommend(query, k, exclude_seen)
-        self.seconds = time.perf_counter() - started
-        return self.ids, scores
 
 
 @dataclass(frozen=True)
 class _Scorer:
     recommenders: dict[str, Recommender]
-    candidates: _Measured | None  # what "reranked" reorders
+    candidates: Measured | None  # what "reranked" reorders
     vectors_ND: np.ndarray
     config: Config
+
+    def no_scores(self) -> dict[str, _Scores]:
+        size, found = len(self.vectors_ND), dict[str, _Scores]()
+        for name in self.recommenders:
+            twin = self._twin(name)
+            found[name] = _Scores(ListCounts(np.zeros(size, np.int64))) if twin is None else found[twin]
+        return found
+
+    def _twin(self, name: str) -> str | None:
+        """The recommender before this one that is the same: an index that is exact search."""
+        for other, recommender in self.recommenders.items():
+            if other == name:
+                return None
+            if recommender is self.recommenders[name]:
+                return other
+        raise KeyError(name)
 
     def score(self, query: EvalQuery, part: _Part) -> dict[str, np.ndarray]:
         """Rank one batch of queries by every recommender, and add to their results; the lists by recommender."""
@@ -221,8 +234,11 @@ class _Scorer:
         number = ranking.num_distinct(values, offsets)
         wanted = number[rows]
         self._count(query, rows, wanted, part)
-        asked, lists = np.repeat(rows, np.diff(offsets)), {}
+        asked, lists = np.repeat(rows, np.diff(offsets)), dict[str, np.ndarray]()
         for name, recommender in self.recommenders.items():
+            if (twin := self._twin(name)) is not None:
+                lists[name] = lists[twin]
+                continue
             scores = part.scores[name]
             started = time.perf_counter()
             lists[name] = ids = recommender.recommend(query, max(ks), exclude_seen)[0]
@@ -274,14 +290,23 @@ def _names(config: Config) -> list[str]:
     return [f"{name}@{k}" for k in config.evaluation.k for name in list_metrics(config)]
 
 
-def _summary(scores: _Scores, users: np.ndarray, config: Config, dataset: PreparedDataset) -> dict[str, Interval]:
-    values = np.concatenate(scores.values)
-    means = values.mean(axis=0).tolist()
-    bounds = _bounds(values, users, config)
-    out = {n: Interval(value=m, low=a, high=b) for n, m, (a, b) in zip(_names(config), means, bounds, strict=True)}
-    k, users_train = max(config.evaluation.k), dataset.record.counts["users_train"]
-    lists = scores.lists.metrics(k, dataset.item_counts(), users_train)
-    return out | {name: Interval(value=value) for name, value in lists.items()}
+def _metrics(
+    scores: dict[str, _Scores], users: np.ndarray, config: Config, dataset: PreparedDataset
+) -> dict[str, dict[str, Interval]]:
+    """All metrics of every recommender, with intervals of the same resampled users."""
+    names = [(system, name) for system in scores for name in _names(config)]
+    values = [np.concatenate(one.values) for one in scores.values()]
+    means = [mean for one in values for mean in one.mean(axis=0).tolist()]
+    out: dict[str, dict[str, Interval]] = {system: {} for system in scores}
+    with progress.task("evaluate", "metrics and intervals"):
+        bounds = _bounds(np.concatenate(values, axis=1), users, config)
+    for (system, name), mean, (low, high) in zip(names, means, bounds, strict=True):
+        out[system][name] = Interval(value=mean, low=low, high=high)
+    k, users_train, counts_N = max(config.evaluation.k), dataset.record.counts["users_train"], dataset.item_counts()
+    for system, one in scores.items():
+        lists = one.lists.metrics(k, counts_N, users_train)
+        out[system] |= {name: Interval(value=value) for name, value in lists.items()}
+    return out
 
 
 def _new_users(scores: dict[str, _Scores], config: Config) -> dict[str, dict[str, float]]:

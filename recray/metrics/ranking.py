@@ -21,6 +21,8 @@ import numpy as np
 
 from recray.ids import FIRST_ITEM, UNKNOWN
 
+_TIMES = 1 << 22  # how often users are drawn, in memory at a time (32 MB)
+
 
 @dataclass(frozen=True)
 class ListMetric:
@@ -43,7 +45,15 @@ def hits(ranked_BK: np.ndarray, target_values: np.ndarray, target_offsets: np.nd
     row_B = np.arange(len(ranked_BK), dtype=np.int64)
     target = np.repeat(row_B, np.diff(target_offsets)) * span + target_values
     keys = row_B[:, None] * span + ranked_BK
-    return np.asarray(np.isin(keys, target) & (ranked_BK >= FIRST_ITEM))
+    return _isin(keys, target) & (ranked_BK >= FIRST_ITEM)
+
+
+def _isin(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """np.isin for few `wanted`, without sorting the keys."""
+    if not len(wanted):
+        return np.zeros(keys.shape, bool)
+    ordered = np.sort(wanted)
+    return np.asarray(ordered.take(np.searchsorted(ordered, keys), mode="clip") == keys)
 
 
 def num_distinct(target_values: np.ndarray, target_offsets: np.ndarray) -> np.ndarray:
@@ -61,7 +71,7 @@ def shared(values: np.ndarray, offsets: np.ndarray, others: np.ndarray, other_of
     span = np.int64(max(values.max(initial=0), others.max(initial=0)) + 1)
     row_B = np.arange(len(offsets) - 1, dtype=np.int64) * span
     keys, other_keys = (np.repeat(row_B, np.diff(at)) + v for v, at in ((values, offsets), (others, other_offsets)))
-    return np.asarray(np.isin(keys, other_keys))
+    return _isin(keys, other_keys)
 
 
 def found(ranked_BK: np.ndarray, target_values: np.ndarray, target_offsets: np.ndarray) -> np.ndarray:
@@ -147,8 +157,15 @@ def bootstrap_sums(sum_UM: np.ndarray, size_U: np.ndarray, resamples: int, seed:
     """The same from the sums of each user's rows and their numbers."""
     rng = np.random.default_rng(seed)
     n = len(sum_UM)
+    both_UM = np.column_stack([sum_UM, size_U])
     means_RM = np.empty((resamples, sum_UM.shape[1]))
-    for r in range(resamples):
-        times_U = np.bincount(rng.integers(0, n, n), minlength=n)
-        means_RM[r] = times_U @ sum_UM / (times_U @ size_U)
+    at_once = max(1, min(resamples, _TIMES // max(n, 1)))
+    for first in range(0, resamples, at_once):
+        # A product with the sums for several resamples at once: they are read from memory once.
+        means = means_RM[first : first + at_once]
+        times_RU = np.empty((len(means), n))
+        for times_U in times_RU:
+            times_U[:] = np.bincount(rng.integers(0, n, n), minlength=n)
+        sums_RM = times_RU @ both_UM
+        np.divide(sums_RM[:, :-1], sums_RM[:, -1:], out=means)
     return np.quantile(means_RM, 0.025, axis=0), np.quantile(means_RM, 0.975, axis=0)

@@ -45,9 +45,10 @@ class Blended:
         wanted = max(k, self.candidates)
         found_BC = torch.from_numpy(self.search.recommend(query, wanted, exclude_seen)[0])
         q_BD = query_vectors(self.exact.model, query) / self.temperature
+        sum_B = self.item_knn.sums(query).clamp(min=1e-12)
         ids, scores = [], []
         for rows, knn_BN in self.item_knn.blocks(query):
-            share_BN = knn_BN / knn_BN.sum(1, keepdim=True).clamp(min=1e-12)
+            share_BN = knn_BN / sum_B[rows, None]
             own_BC, _ = best_of(mask_excluded(knn_BN, query, rows, exclude_seen), wanted)
             # Sorted by id, so that equal scores stay in order of id and an item that both found is next to its duplicate.
             item_BC, _ = torch.cat([found_BC[rows], own_BC], dim=1).sort(dim=1)
@@ -66,6 +67,6 @@ def check_blend(config: Config, dataset: PreparedDataset, splits: Sequence[str])
     events = num_events(dataset, splits)
     if config.retrieval.item_knn_weight and events > MAX_EVENTS:
         raise ConfigError(
-            f"retrieval.item_knn_weight = {config.retrieval.item_knn_weight}: every query of the item-item baseline reads all "
-            f"events, and {events:,} are more than {MAX_EVENTS:,}: set retrieval.item_knn_weight = 0"
+            f"retrieval.item_knn_weight = {config.retrieval.item_knn_weight}: the item-item baseline counts all pairs of "
+            f"items of a user, and {events:,} events are more than {MAX_EVENTS:,}: set retrieval.item_knn_weight = 0"
         )

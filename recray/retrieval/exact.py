@@ -25,6 +25,7 @@ from recray.models import Retriever
 # all item vectors, so it takes at least 32 queries as long as their scores fit in 128 MB.
 _SCORES, _ROWS, _MOST_SCORES = 7 << 20, 32, 1 << 25
 _SCORES_ON_GPU = 1 << 27  # 512 MB: on a GPU launching kernels costs more than reading the items
+_HEAD = 4096  # columns that are first searched for ties
 _TILE = 32  # columns that are first compared by their maximum only
 
 
@@ -92,7 +93,7 @@ def best_of(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best, found = best[:, :wanted], found[:, :wanted]
         if bool(tied.any()):
             for row in torch.split(tied.nonzero()[:, 0], max(1, _SCORES // scores_BN.shape[1])):
-                found[row] = _lowest_of_ties(scores_BN[row], best[row, -1:], wanted)
+                found[row] = _lowest_of_ties(scores_BN, row, best[row], found[row])
             best = scores_BN.gather(1, found)
     # Sorted by id, then stably by score: equal scores are in order of id.
     found, _ = found.sort(dim=1)
@@ -121,8 +122,21 @@ def _largest(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, candidates.gather(1, place)
 
 
-def _lowest_of_ties(scores_RN: Tensor, last_R1: Tensor, k: int) -> Tensor:
-    """(R, k) columns with scores above the k-th best, then the lowest columns with that score."""
-    above, equal = scores_RN > last_R1, scores_RN == last_R1
-    kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    return kept.nonzero()[:, 1].view(-1, k)
+def _lowest_of_ties(scores_BN: Tensor, row_R: Tensor, best_RK: Tensor, found_RK: Tensor) -> Tensor:
+    """(R, K) columns of the K best scores of these rows: those above the last one, and the lowest columns that equal it.
+
+    best_RK, found_RK: the K best scores, best first, and any columns that have them.
+    """
+    columns, left = found_RK.clone(), torch.arange(len(row_R), device=row_R.device)
+    tied_RK = best_RK == best_RK[:, -1:]
+    wanted_R = tied_RK.sum(1, keepdim=True)
+    width = min(_HEAD, scores_BN.shape[1])  # the lowest of many ties are usually here
+    while len(left):
+        equal = scores_BN[row_R[left], :width] == best_RK[left, -1:]
+        place = equal.cumsum(1, dtype=torch.int32)
+        complete = place[:, -1] >= wanted_R[left, 0]
+        done = left[complete]
+        kept = equal[complete] & (place[complete] <= wanted_R[done])
+        columns[done] = columns[done].masked_scatter(tied_RK[done], kept.nonzero()[:, 1])
+        left, width = left[~complete], scores_BN.shape[1]
+    return columns

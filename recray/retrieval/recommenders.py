@@ -23,6 +23,7 @@ from torch import Tensor
 
 from recray.artifacts import CHECKPOINT, INDEX, Artifact, Run, in_use
 from recray.config import Config, RetrievalLossOptions
+from recray.config.baselines import ItemKNNOptions
 from recray.data.dataset import PreparedDataset
 from recray.data.split import before
 from recray.errors import ConfigError
@@ -169,7 +170,7 @@ class Recommenders:
     """The stages of a run's recommendations that are configured."""
 
     exact: ExactSearch | None
-    index: IndexSearch | None
+    index: IndexSearch | ExactSearch | None
     blended: Blended | None = None
     recency: WithRecency | None = None
     reranked: Reranked | None = None
@@ -209,15 +210,20 @@ def open_recommenders(
     check_recency(config, dataset)
     model, _ = checkpoint.load_model(artifacts.checkpoint.uri)
     assert isinstance(model, Retriever)
-    exact, index = None, None
-    if always_exact or artifacts.index is None or options.item_knn_weight or options.recency.enabled:
+    exact: ExactSearch | None = None
+    index: IndexSearch | ExactSearch | None = None
+    flat = artifacts.index is not None and artifacts.index.record.factory == "Flat"
+    if always_exact or flat or artifacts.index is None or options.item_knn_weight or options.recency.enabled:
         exact = ExactSearch(model, torch.from_numpy(_item_vectors(artifacts, model)))
     if artifacts.index is not None:
-        index = IndexSearch(model, ItemIndex.open(artifacts.index.uri))
+        # faiss's Flat is exact search, too, at a third of the speed.
+        index = exact if flat else IndexSearch(model, ItemIndex.open(artifacts.index.uri))
     found = Recommenders(exact, index)
     if options.item_knn_weight:
         assert exact is not None and isinstance(config.loss, RetrievalLossOptions)
-        item_knn, weight = ItemKNN(dataset, splits), options.item_knn_weight
+        kept = config.evaluation.baseline_options.get("item_knn") or ItemKNNOptions()
+        assert isinstance(kept, ItemKNNOptions)
+        item_knn, weight = ItemKNN(dataset, splits, kept.neighbours), options.item_knn_weight
         blended = Blended(found.final, exact, item_knn, weight, config.loss.temperature, options.k)
         found = replace(found, blended=blended)
     if options.recency.enabled:

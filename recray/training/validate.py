@@ -22,6 +22,7 @@ from recray.errors import RecrayError
 from recray.layers import embedding
 from recray.loading.batch import Batch, Jagged
 from recray.loading.collate import EvalQuery, eval_queries, impressions
+from recray.loading.drawn import drawn_rows
 from recray.metrics import ranking
 from recray.metrics.clicks import Clicks
 from recray.models import Ranker, Retriever
@@ -86,7 +87,9 @@ def _queries(
     """This worker's validation queries; False marks one that only keeps the workers in step."""
     size = _QUERIES_ON_CPU if context.device.type == "cpu" else _QUERIES
     length, kind = config.model.history_length, config.evaluation.queries
-    for table in _tables(dataset, context):
+    drawn = drawn_rows(dataset.record.shards["valid"], config.training.max_valid_queries, kind, config.run.seed)
+    for number, whole in enumerate(_tables(dataset, context)):
+        table = whole if drawn is None else whole.take(pa.array(drawn[number]))
         mine = _own_rows(table, context)
         found = eval_queries(mine, size, length, kind) if len(mine) else iter(())
         yield from _in_step(found, eval_queries(table, 1, length, kind), context, exchanges)

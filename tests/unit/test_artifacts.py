@@ -25,6 +25,7 @@ from recray.artifacts import (
     identity_of,
     in_use,
 )
+from recray.artifacts.stage import _ADDED
 from recray.config import Config, parse_config, with_values
 from recray.errors import ConfigError, LineageError
 from recray.records import CheckpointRecord, DatasetRecord, Record
@@ -72,7 +73,11 @@ TABLE = {
     "tune.top": "-",
     "tune.seeds": "-",
 }
-RANKER = {"evaluation.filter_seen": _EVALUATION, "evaluation.queries": f"index {_EVALUATION}"}
+RANKER = {
+    "evaluation.filter_seen": _EVALUATION,
+    "evaluation.max_queries": _EVALUATION,
+    "evaluation.queries": f"index {_EVALUATION}",
+}
 
 CONFIGS = {
     "two_tower": {"model": {"name": "two_tower"}},
@@ -175,7 +180,7 @@ def test_another_model_or_loss_moves_training() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_is_claimed_by_a_stage_or_declared_without_result(name: str) -> None:
-    config = parse_config(CONFIGS[name])
+    config = with_values(parse_config(CONFIGS[name]), dict.fromkeys(_ADDED, 100))  # claimed where they are set
     claimed = set().union(*(stage.values(config) for stage in STAGES))
     declared = {
         key for key in flatten(config.model_dump(mode="json")) for no in NO_RESULT if (key + ".").startswith(no + ".")

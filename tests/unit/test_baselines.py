@@ -241,6 +241,41 @@ def test_item_knn_is_its_formula(
         assert np.allclose(best_scores[row, : len(best)], scores[row, best], atol=1e-6)
 
 
+def test_item_knn_keeps_the_largest_entries_of_each_row(dataset: PreparedDataset) -> None:
+    every, kept = (item_knn.ItemKNN(dataset, ("train", "valid"), most) for most in (0, 2))
+    (table,) = dataset.iter_tables("test")
+    (query,) = eval_queries(table, 8, 5, "user")
+    matrix = _neighbours("test", [[item] for item in range(N)])  # rows of single items, which scale the scores only
+    smallest = np.sort(matrix, axis=1)[:, -2:-1]
+    truncated = np.where(matrix >= smallest * (1 - 1e-9), matrix, 0)
+    for built, wanted in ((every, matrix), (kept, truncated)):
+        ((_, scores),) = built.blocks(query)
+        rows = [[2, 3, 4], [8], [4, 9, 10]]
+        assert np.allclose(scores.numpy(), [wanted[items].sum(0) for items in rows], atol=1e-6)
+        assert np.allclose(built.sums(query).numpy(), [matrix[items].sum() for items in rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"window": 40}, {"half_life": 7}])
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_rolling_popularity_looks_at_few_items_and_finds_the_best_of_all(
+    options: dict[str, int], exclude_seen: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    items, table = 400, _table(rng.integers(1, 400, (30, 6)).tolist(), [2] * 30, 0)
+    times = pa.array(np.sort(rng.integers(0, 10_000, (30, 6)), axis=1).tolist(), pa.list_(pa.int64()))
+    (query,) = eval_queries(table.set_column(2, "time", times), 64, 6, "user")
+    both = {"window": None, "half_life": 1} | options
+    built = rolling_popularity.RollingPopularity(
+        rng.integers(0, 10_000, 2_000), rng.integers(2, items, 2_000), items, both["window"], both["half_life"] or 1
+    )
+    ids, _ = built.recommend(query, 20, exclude_seen)
+    scores = built.scores(query.time_B.numpy()).astype(np.float32)
+    for row, found in enumerate(ids.tolist()):
+        had = query.seen.values[query.seen.offsets[row] : query.seen.offsets[row + 1]].tolist() if exclude_seen else []
+        order = np.argsort(-scores[row], kind="stable")
+        assert found == order[~np.isin(order, [0, 1, *had])][:20].tolist()
+
+
 class _Fixed(Retriever):
     """One vector for every query."""
 

@@ -99,3 +99,17 @@ def test_bootstrap_covers_the_mean_and_repeats() -> None:
     assert high - low == pytest.approx(2 * 1.96 * values.std(axis=0) / 20, rel=0.1)
     assert (low < values.mean(axis=0)).all() and (values.mean(axis=0) < high).all()
     assert (np.stack(ranking.bootstrap(values, 2000, seed=1)) == [low, high]).all()
+
+
+def test_bootstrap_is_the_plain_loop_over_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several resamples are multiplied at once, which adds in another order: 1e-12 of the value at most."""
+    rng = np.random.default_rng(0)
+    sums, sizes, means = rng.random((300, 5)), rng.integers(1, 4, 300).astype(float), []
+    drawn = np.random.default_rng(7)
+    for _ in range(64):
+        times = np.bincount(drawn.integers(0, 300, 300), minlength=300)
+        means.append(times @ sums / (times @ sizes))
+    wanted = np.quantile(means, [0.025, 0.975], axis=0)
+    for at_once in (1, 700, 1 << 22):
+        monkeypatch.setattr(ranking, "_TIMES", at_once)
+        assert np.allclose(ranking.bootstrap_sums(sums, sizes, 64, 7), wanted, rtol=1e-12, atol=0)

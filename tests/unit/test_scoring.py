@@ -6,6 +6,7 @@ import torch
 
 from recray.ids import FIRST_ITEM
 from recray.loading.batch import Jagged
+from recray.retrieval import exact
 from recray.retrieval.exact import best_of, top_k
 
 
@@ -18,7 +19,11 @@ def _by_sort(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("columns", [7, 40, 1000, 5003])
 @pytest.mark.parametrize("values", [2, 30, 10**6])
 @pytest.mark.parametrize("k", [1, 10, 31])
-def test_the_best_and_the_lowest_of_equals(columns: int, values: int, k: int) -> None:
+@pytest.mark.parametrize("head", [4, 4096])
+def test_the_best_and_the_lowest_of_equals(
+    columns: int, values: int, k: int, head: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "_HEAD", head)
     rng = np.random.default_rng([columns, values, k])
     scores = rng.integers(0, values, (6, columns)).astype(np.float32)
     scores[rng.random(scores.shape) < 0.2] = -np.inf
@@ -31,8 +36,6 @@ def test_the_best_and_the_lowest_of_equals(columns: int, values: int, k: int) ->
 
 
 def test_seen_items_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recray.retrieval import exact
-
     monkeypatch.setattr(exact, "_SCORES", 4000)  # two queries at a time
     rng = np.random.default_rng(0)
     # Whole numbers: every order of adding gives the same score.
