@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo check audit test test-unit test-slow faults cases fuzz test-ray images format clean
+.PHONY: help venv demo check audit test test-unit test-slow faults cases fuzz test-ray test-airflow images format clean
 
 help:
 	@echo "make demo       install into .venv and run prepare -> train -> index -> evaluate on built-in data"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-slow  the tests that take minutes        make cases  logs that other tools failed on, one line each"
 	@echo "make faults     failures injected into every stage, and what each costs (tests/faults/README.md)"
 	@echo "make test-ray VERSION=2.59.0   the tests that use Ray, on another version of it"
+	@echo "make test-airflow   the Airflow DAG over three days, with Airflow in an environment of its own"
 	@echo "make images     build the CPU image and run it (ENGINE=docker or podman; BUILD_OPTIONS, docker/README.md)"
 	@echo "make fuzz       100,000 malformed records and configurations"
 	@echo "make check      ruff, mypy, import contracts, bandit      make format      ruff format"
@@ -69,6 +70,13 @@ test-ray:
 	$(RAY_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep '^torch==' requirements.lock)
 	$(RAY_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(RAY_ENV)/requirements.lock
 	PYTHONPATH=$(CURDIR) $(RAY_ENV)/bin/python -m pytest -m "not slow" tests/ray
+
+AIRFLOW_ENV = build/airflow
+
+test-airflow: venv
+	test -x $(AIRFLOW_ENV)/bin/python || $(PYTHON) -m venv $(AIRFLOW_ENV)
+	$(AIRFLOW_ENV)/bin/python -m pip install --quiet --disable-pip-version-check apache-airflow==3.3.2 apache-airflow-providers-amazon
+	RECRAY_AIRFLOW=$(CURDIR)/$(AIRFLOW_ENV)/bin/python $(BIN)/python -m pytest tests/cluster/test_airflow.py -m slow -v
 
 ENGINE ?= docker
 
