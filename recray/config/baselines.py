@@ -63,10 +63,10 @@ class RecentCountsOptions(BaselineOptions):
 
 
 class ItemKNNOptions(BaselineOptions):
-    neighbours: int = Field(
-        1000,
+    neighbours: int | None = Field(
+        None,
         ge=0,
-        description="most similar items kept of each item, here and in the blend (retrieval.item_knn_weight); 0 = all",
+        description="most similar items kept of each item, here and in the blend (retrieval.item_knn_weight); 0 = all; unset: all in catalogues of up to 20,000 items, else 1,000",
     )
 
 

@@ -255,6 +255,16 @@ def test_item_knn_keeps_the_largest_entries_of_each_row(dataset: PreparedDataset
         assert np.allclose(built.sums(query).numpy(), [matrix[items].sum() for items in rows], atol=1e-6)
 
 
+@pytest.mark.parametrize(("all_up_to", "same_as"), [(N, 0), (N - 1, 2)])
+def test_a_large_catalogue_keeps_fewer_neighbours(
+    dataset: PreparedDataset, all_up_to: int, same_as: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(item_knn, "_ALL_UP_TO", all_up_to)
+    monkeypatch.setattr(item_knn, "_KEPT", 2)
+    by_size, given = (item_knn.ItemKNN(dataset, ("train", "valid"), most) for most in (None, same_as))
+    assert np.array_equal(by_size._item, given._item) and np.array_equal(by_size._value, given._value)
+
+
 @pytest.mark.parametrize("options", [{"window": 40}, {"half_life": 7}])
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_rolling_popularity_looks_at_few_items_and_finds_the_best_of_all(

@@ -29,6 +29,7 @@ MAX_EVENTS = 50_000_000  # all pairs of items that a user had are counted
 # Exponent of an item's count on the side of the user's own items; the other side has the rest. NDCG@20 on gowalla's
 # validation split is 0.113 with 0.75, and 0.110 with 0.5.
 _FROM = 0.75
+_ALL_UP_TO, _KEPT = 20_000, 1_000  # items whose similarities are all kept (3.2 GB at most), and neighbours kept of more
 _ENTRIES = 1 << 21  # scores of queries at a time (8 MB): few, since they are added to in no order
 _PRODUCTS = 1 << 23  # pairs of items counted at a time
 
@@ -45,8 +46,10 @@ class ItemKNN:
     last of them. On gowalla, amazon-beauty and ml-1m 1,000 change NDCG@20 and recall@20 by at most 0.2 %.
     """
 
-    def __init__(self, dataset: PreparedDataset, splits: Sequence[str], neighbours: int = Options().neighbours) -> None:
-        """neighbours: 0 keeps all."""
+    def __init__(self, dataset: PreparedDataset, splits: Sequence[str], neighbours: int | None = None) -> None:
+        """neighbours: kept of each item; 0: all; None: by the number of items."""
+        if neighbours is None:
+            neighbours = 0 if dataset.record.num_items <= _ALL_UP_TO else _KEPT
         n, pairs = dataset.record.num_items, [torch.empty(0, dtype=torch.int64)]
         for user, item, _ in iter_events(dataset, splits):
             kept = item >= FIRST_ITEM
