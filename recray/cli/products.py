@@ -55,14 +55,14 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are refused with status 429")] = 64,
-    timeout: Annotated[float, typer.Option(min=0.01, help="seconds that a request may wait")] = 1.0,
+    wait: Annotated[float, typer.Option(min=0, help="seconds; what would wait longer is refused with status 429")] = 0.05,
+    timeout: Annotated[float, typer.Option(min=0.01, help="seconds; what waited longer all the same is refused")] = 1.0,
     poll: Annotated[float, typer.Option(min=0, help="seconds between two looks at what is promoted; 0: never")] = 5.0,
 ) -> None:
     """Answer over HTTP: POST /recommend, /score, /similar; GET /health, /ready, /metrics, /docs. A promotion is followed."""
     from recray.serving.server import serve as listen
 
-    listen(source, host, port, queue, timeout, poll)
+    listen(source, host, port, wait, timeout, poll)
 
 
 @app.command()

@@ -184,7 +184,7 @@ class LoadedRetriever:
             index = at + np.flatnonzero(known_B[at : at + _QUERIES])
             if not len(index):
                 continue
-            batch, seen = self.inputs.batch(rows.take(index))
+            batch, seen = self.inputs.batch(rows if len(index) == len(rows) else rows.take(index))
             ids_BK[index], scores_BK[index] = self._final.recommend(_query(batch, seen), k, exclude)
         return ids_BK, scores_BK
 

@@ -215,7 +215,11 @@ class Inputs:
         Unknown users have no vector of their own, no history, and missing features.
         """
         found, row_of = self.users.find(typed(keys, self.users.keys.type, "user"))
-        return Rows.concat([self.of_strangers(1), found]).take(row_of + 1), row_of >= 0
+        known = row_of >= 0
+        if known.all():
+            in_order = len(found) == len(row_of) and bool((row_of == np.arange(len(row_of))).all())
+            return found if in_order else found.take(row_of), known
+        return Rows.concat([self.of_strangers(1), found]).take(row_of + 1), known
 
     def of_strangers(self, number: int) -> Rows:
         """Rows of users of whom nothing is known."""

@@ -22,7 +22,7 @@ def check(host: str) -> str | None:
     return token
 
 
-def serve(uri: str, host: str, port: int, capacity: int, timeout: float, poll: float) -> None:
+def serve(uri: str, host: str, port: int, wait: float, timeout: float, poll: float) -> None:
     """Serve the run or bundle at `uri` until SIGTERM or Ctrl-C; requests that were begun are answered first.
 
     Raises DependencyError without the extra `serve`, ConfigError for an address without a token, LineageError or StorageError
@@ -37,7 +37,7 @@ def serve(uri: str, host: str, port: int, capacity: int, timeout: float, poll: f
         raise DependencyError(f"{error.name} is not installed: pip install 'recray[serve]'") from error
     from recray.serving.service import Service
 
-    service = Service(uri, capacity, timeout)
+    service = Service(uri, wait, timeout)
     log.info("serve", f"serving {service.loaded.model.identity} of {uri}: http://{host}:{port}/docs", event="serving")
     app = create_app(service, token, poll)
     uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10)

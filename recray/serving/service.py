@@ -1,8 +1,8 @@
-"""The model that is served: requests in batches, a bounded queue, and a swap without a dropped request.
+"""The model that is served: requests in batches, admission, and a swap without a dropped request.
 
 One thread asks the model. While it works, requests queue up; it then takes what has come, up to a batch, so that a request
-waits for at most the batch before its own, and an idle server does not wait at all. A request that finds the queue full, or
-waits too long, is refused at once: a queue that grows makes every answer late.
+waits for at most the batch before its own, and an idle server does not wait at all. A request that would wait too long is
+refused before its body is read: a queue that grows makes every answer late.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ Model = LoadedRetriever | LoadedRanker
 Group = tuple[Any, ...]
 
 
+BUSY = "too many requests are waiting: try again in a second"
+
+
 class Overloaded(Exception):
-    """The request was refused because others are waiting."""
+    """The request waited too long."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,18 @@ def version_of(uri: str) -> str:
 class Service:
     """Answers requests with the model at `uri`, and follows it when another one is promoted.
 
-    capacity: requests that may wait. timeout: seconds that one may. batch: the most that are answered together.
+    wait: seconds; a request that would wait longer is not admitted. timeout: one that waited longer all the same is refused
+    when its turn comes. batch: the most that are answered together.
     """
 
-    def __init__(self, uri: str, capacity: int = 64, timeout: float = 1.0, batch: int = 32) -> None:
-        self.uri, self.timeout, self._most = uri.rstrip("/"), timeout, batch
+    def __init__(self, uri: str, wait: float = 0.05, timeout: float = 1.0, batch: int = 16) -> None:
+        self.uri, self.wait, self.timeout, self._most = uri.rstrip("/"), wait, timeout, batch
+        self.admitted = 0  # requests that are not answered yet; the event loop alone changes it
+        self.pace = 0.001  # seconds that a request takes, averaged over some ten batches
         self.loaded = self._load()
         self.swaps = self.failures = 0
         self.observe_batch: Callable[[int], None] = lambda size: None
-        self._queue: queue.Queue[Work | None] = queue.Queue(capacity)
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._work, daemon=True, name="recray-serve")]
 
@@ -92,19 +98,16 @@ class Service:
     def alive(self) -> bool:
         return self._threads[0].is_alive()
 
-    @property
-    def waiting(self) -> int:
-        return self._queue.qsize()
+    def admits(self) -> bool:
+        """Whether one more request would be answered soon enough; always, if none is waiting."""
+        return self.admitted * self.pace <= self.wait
 
     def submit(
         self, group: Group, request: Any, answer: Callable[[Model, Sequence[Any]], list[Any]]
     ) -> Future[tuple[str, Any]]:
-        """Raises Overloaded if the queue is full. The future does if the request waits longer than the time-out."""
+        """The future raises Overloaded if the request waits longer than the time-out."""
         work = Work(group, request, answer, time.monotonic() + self.timeout)
-        try:
-            self._queue.put_nowait(work)
-        except queue.Full:
-            raise Overloaded from None
+        self._queue.put(work)
         return work.future
 
     def swap(self) -> bool:
@@ -139,10 +142,14 @@ class Service:
                     self._queue.put(None)
                     break
                 groups.setdefault(work.group, []).append(work)
-            loaded, now = self.loaded, time.monotonic()
-            self.observe_batch(sum(map(len, groups.values())))
+            loaded, started = self.loaded, time.monotonic()
+            size = sum(map(len, groups.values()))
             for works in groups.values():
-                self._answer(loaded.model, [one for one in works if not _expired(one, now)])
+                self._answer(loaded.model, [one for one in works if not _expired(one, started)])
+            # One slow batch, such as that during a swap, says little about the next.
+            took = min((time.monotonic() - started) / size, 4 * self.pace)
+            self.pace += 0.1 * (took - self.pace)
+            self.observe_batch(size)
 
     def _answer(self, model: Model, works: list[Work]) -> None:
         if not works:
@@ -177,7 +184,7 @@ def _expired(work: Work, now: float) -> bool:
     if not work.future.set_running_or_notify_cancel():
         return True
     if now > work.deadline:
-        work.future.set_exception(Overloaded())
+        work.future.set_exception(Overloaded(BUSY))
         return True
     return False
 

@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Client]:
-    with serving(Service(str(folder / "bundle"), capacity=1000, timeout=30)) as found:
+    with serving(Service(str(folder / "bundle"), wait=30, timeout=30)) as found:
         yield found
 
 
@@ -155,7 +155,7 @@ def test_histories_context_and_strangers(folder: Path, client: Client) -> None:
         ),
         ("/recommend", {"user": "u1", "context": {"minutes": "x"}}, 422, "'minutes' has values of type double"),
         ("/recommend", {"user": "u1", "user_features": {"tags": "t1"}}, 422, "'tags' has values of type list<"),
-        ("/recommend", {"user": "\ud800"}, 422, "unicode"),
+        ("/recommend", {"user": "\ud800"}, 422, "Invalid JSON"),
         ("/score", {"rows": []}, 422, "at least 1 item"),
         (
             "/score",
@@ -187,6 +187,8 @@ def test_malformed_bodies_and_headers(client: Client) -> None:
         assert status == 200 if b"Infinity" in body else 400 <= status < 500, body[:20]
     assert client.call("GET", "/recommend")[0] == 405
     assert client.post("/recommend", history=["x" * 900] * 2000)[0] == 413
+    plain = client.call("POST", "/recommend", b'{"user": "u1"}', {"Content-Type": "text/plain"})
+    assert plain[0] == 415 and "application/json" in plain[1]["detail"]
 
 
 _JSON = st.recursive(
@@ -224,7 +226,7 @@ def test_a_promotion_is_swapped_in_under_load(folder: Path) -> None:
     new = product_config(folder, "two_tower", "optim.learning_rate=0.05")
     recray.train(new)
     recray.index(new)
-    service = Service(run, capacity=1000, timeout=30)
+    service = Service(run, wait=30, timeout=30)
     swapped = threading.Event()
 
     def ask(number: int) -> list[tuple[str, Answer]]:
@@ -266,7 +268,7 @@ def test_a_promotion_is_swapped_in_under_load(folder: Path) -> None:
 
 
 def test_more_requests_than_it_can_answer_are_refused_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = Service(str(folder / "bundle"), capacity=3, timeout=30, batch=1)
+    service = Service(str(folder / "bundle"), wait=0.05, timeout=30, batch=1)
     begun, go = threading.Event(), threading.Event()
     model = service.loaded.model
     assert isinstance(model, LoadedRetriever)
@@ -281,8 +283,9 @@ def test_more_requests_than_it_can_answer_are_refused_at_once(folder: Path, monk
     with serving(service) as client, ThreadPoolExecutor(4) as pool:
         first = pool.submit(client.post, "/similar", item="i001")
         assert begun.wait(30)
+        service.pace = 0.016  # three that wait are 48 ms
         waiting = [pool.submit(client.post, "/similar", item="i001") for _ in range(3)]
-        while service.waiting < 3:
+        while service.admitted < 4:
             pass
         status, answer = client.post("/recommend", user="u1")
         assert status == 429 and "try again" in answer["detail"]
