@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from stat import S_ISREG
 from types import EllipsisType
@@ -12,8 +14,9 @@ from types import EllipsisType
 import pyarrow.fs as pafs
 
 from recray.errors import StorageError
-from recray.storage import errors_at, join, resolve
+from recray.storage import errors_at, join, local_path, resolve
 
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 MARK = "identity.json"  # in every artefact's folder
 
 
@@ -128,6 +131,26 @@ def delete_written(folder: str, written: re.Pattern[str]) -> list[str]:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
     return stay
+
+
+def put_in_place(new: str, folder: str) -> None:
+    """Rename the local folder `new`, a neighbour, to `folder`; what `folder` held before is then at `new`. One step where
+    the system can exchange two names (Linux), else two, between which there is no `folder`."""
+    source, target = local_path(new), local_path(folder)
+    with errors_at(folder, "written"):
+        if not os.path.isdir(target):
+            os.rename(source, target)
+        elif not _exchange(source, target):
+            aside = f"{target}.old"
+            os.rename(target, aside)
+            os.rename(source, target)
+            os.rename(aside, source)
+
+
+def _exchange(a: str, b: str) -> bool:
+    """Whether the names of two folders could be exchanged."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return call is not None and call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0
 
 
 def _order(name: str) -> tuple[int, int, str]:

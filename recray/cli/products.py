@@ -55,7 +55,9 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    wait: Annotated[float, typer.Option(min=0, help="seconds; what would wait longer is refused with status 429")] = 0.05,
+    wait: Annotated[
+        float, typer.Option(min=0, help="seconds; what would wait longer is refused with status 429")
+    ] = 0.05,
     timeout: Annotated[float, typer.Option(min=0.01, help="seconds; what waited longer all the same is refused")] = 1.0,
     poll: Annotated[float, typer.Option(min=0, help="seconds between two looks at what is promoted; 0: never")] = 5.0,
 ) -> None:

@@ -22,7 +22,7 @@ import torch
 from recray import digests, sealed, storage
 from recray.config import Config
 from recray.digests import FileDigest
-from recray.errors import LineageError
+from recray.errors import LineageError, StorageError
 from recray.inference.models import LoadedRanker, LoadedRetriever
 from recray.inference.programs import ITEM, QUERY, RANKER, ExportedRanker, ExportedRetriever
 from recray.inference.rows import Inputs, Rows, UserTable
@@ -51,6 +51,16 @@ def read_manifest(folder: str) -> dict[str, Any]:
 def load(folder: str) -> LoadedRetriever | LoadedRanker:
     """The model of a bundle. Raises LineageError or StorageError if a file is not what was exported."""
     manifest = read_manifest(folder)
+    try:
+        return _load(folder, manifest)
+    except (LineageError, StorageError):
+        now = read_manifest(folder)
+        if now == manifest:
+            raise
+        return _load(folder, now)  # another bundle was put in its place meanwhile
+
+
+def _load(folder: str, manifest: dict[str, Any]) -> LoadedRetriever | LoadedRanker:
     files = {name: FileDigest.model_validate(one) for name, one in manifest["files"].items()}
     digests.check_present(folder, files)
     for name, digest in files.items():

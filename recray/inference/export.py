@@ -31,6 +31,9 @@ _CASES, _K = 10, 10
 def export(uri: str, output: str, current: bool = False) -> dict[str, Any]:
     """Write the model of a run, or of a checkpoint's folder, as a bundle into the folder `output`; returns its manifest.
 
+    An earlier bundle at `output` is there until the new one is whole; on an object store, which cannot rename a folder, it
+    is deleted first.
+
     uri, current: as for `recray.load`. Raises LineageError if a retriever has no index, StorageError if `output` holds
     anything but an earlier bundle.
     """
@@ -52,29 +55,38 @@ def export(uri: str, output: str, current: bool = False) -> dict[str, Any]:
             log.warning("export", "the bundle's lists are those without recent counts, which move with the log")
             off = config.retrieval.recency.model_copy(update={"enabled": False})
             config = config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"recency": off})})
-    _clear(output)
-    writer = _Writer(artifacts, config, output)
+    _check(output)
+    remote = storage.is_remote(output)
+    target = output if remote else f"{storage.local_path(output)}.new"
+    _clear(target)
+    writer = _Writer(artifacts, config, target)
     programs = writer.programs()
     writer.tables()
-    storage.write_json(storage.join(output, "test.json"), writer.cases())
+    storage.write_json(storage.join(target, "test.json"), writer.cases())
     for name in ("score.py", "encoding.py"):
         source = Path(__file__).with_name("reference") / name
-        storage.write_bytes(storage.join(output, name), source.read_bytes())
+        storage.write_bytes(storage.join(target, name), source.read_bytes())
     manifest = writer.manifest(programs) | {"left_out": left_out}
-    sealed.write(storage.join(output, bundle.MANIFEST), manifest)
-    storage.delete_file(storage.join(output, _BEGUN))
+    sealed.write(storage.join(target, bundle.MANIFEST), manifest)
+    storage.delete_file(storage.join(target, _BEGUN))
+    if not remote:
+        folders.put_in_place(target, output)
+        layout.clear(target, layout.BUNDLE)  # what was there before
     log.info("export", f"{', '.join(programs)} of {manifest['lineage']['checkpoint']['identity']}: {output}")
     return manifest
 
 
-def _clear(output: str) -> None:
-    """Delete an earlier bundle, complete or not. Raises StorageError if the folder holds anything else."""
-    begun = storage.join(output, _BEGUN)
-    if storage.exists(begun) or bundle.is_bundle(output):
-        layout.refuse_foreign(output, layout.BUNDLE)
-        layout.clear(output, layout.BUNDLE)
-    layout.refuse_foreign(output, layout.NOTHING)
-    storage.write_json(begun, {"stage": "export"})
+def _check(output: str) -> None:
+    """Raises StorageError if the folder holds anything but an earlier bundle, complete or not."""
+    earlier = storage.exists(storage.join(output, _BEGUN)) or bundle.is_bundle(output)
+    layout.refuse_foreign(output, layout.BUNDLE if earlier else layout.NOTHING)
+
+
+def _clear(target: str) -> None:
+    """Delete an earlier bundle, and mark the folder as one that is being written."""
+    _check(target)
+    layout.clear(target, layout.BUNDLE)
+    storage.write_json(storage.join(target, _BEGUN), {"stage": "export"})
 
 
 class _Writer:

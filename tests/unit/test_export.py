@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,12 @@ import pytest
 import recray
 from helpers.cli import recray_command
 from helpers.product_log import RANKERS, RETRIEVERS, make_product_runs, product_config
+from recray import folders
 from recray.data.hashing import hash_keys
 from recray.errors import DataError, LineageError, StorageError
 from recray.ids import SPLITS
 from recray.inference import LoadedRanker, LoadedRetriever, artifacts_of
-from recray.inference.export import export
+from recray.inference.export import _Writer, export
 from recray.retrieval.recommenders import open_recommenders
 
 pytest.importorskip("faiss")
@@ -137,19 +139,51 @@ def test_the_manifest_says_what_is_in_the_bundle(folder: Path) -> None:
     assert files - {"manifest.json"} == {name.rpartition("/")[2] for name in manifest["files"]}
 
 
-def test_a_folder_of_other_files_is_refused_and_an_earlier_bundle_replaced(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused_and_an_earlier_bundle_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = str(folder / "runs" / "wide_deep")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "users.parquet").write_text("mine")
     with pytest.raises(StorageError, match=r"holds users\.parquet, which recray did not write"):
         export(run, str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "users.parquet").read_text() == "mine"
-    for _ in range(2):
-        assert export(run, str(tmp_path / "out"))["kind"] == "ranker"
+    out = str(tmp_path / "out")
+    first = export(run, out)["lineage"]["checkpoint"]["identity"]
+    write = _Writer.manifest
+
+    def looked_at(self: _Writer, programs: dict[str, Any]) -> dict[str, Any]:
+        assert recray.load(out).identity == first
+        return write(self, programs)
+
+    monkeypatch.setattr(_Writer, "manifest", looked_at)
+    second = export(str(folder / "runs" / "din"), out)["lineage"]["checkpoint"]["identity"]
+    assert recray.load(out).identity == second != first
+    monkeypatch.setattr(_Writer, "programs", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(run, out)
+    assert recray.load(out).identity == second
     with pytest.raises(LineageError, match="run `recray index` first"):
         recray.train(product_config(folder, "sasrec", "run.name=bare"))
         export(str(folder / "runs" / "bare"), str(tmp_path / "bare"))
     assert not (tmp_path / "bare").exists()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_folders_change_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    if not at_once:
+        monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
+    for name in ("first", "second"):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / name).touch()
+        folders.put_in_place(str(tmp_path / "new"), str(tmp_path / "out"))
+        assert [one.name for one in (tmp_path / "out").iterdir()] == [name]
+    assert sorted(str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*")) == [
+        "new",
+        "new/first",
+        "out",
+        "out/second",
+    ]
 
 
 def test_hashes_of_the_scorer_are_those_of_prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
