@@ -20,9 +20,10 @@ def tree() -> list[int]:
     return found
 
 
-def cpu_seconds() -> float:
-    """User and system time of the tree since each process began, that of children that ended included."""
-    return sum(sum(int(field) for field in fields[11:15]) for pid in tree() if (fields := _stat(pid))) / _TICK
+def cpu_seconds(pids: list[int] | None = None) -> float:
+    """User and system time of processes since they began, that of children that ended included; without `pids` of the tree."""
+    found = [_stat(pid) for pid in pids or tree()]
+    return sum(int(field) for fields in found for field in fields[11:15]) / _TICK
 
 
 def _stat(pid: int) -> list[str]:

@@ -13,6 +13,8 @@ that needs no recray to score: `recray export` (recray.inference.export); over H
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from recray import storage
 from recray.artifacts import CHECKPOINT, INDEX, REPORT, Artifact, Run, current_of, in_use
 from recray.config import Config
@@ -51,7 +53,8 @@ def load(uri: str, current: bool = False, in_memory: bool = False) -> LoadedRetr
     found = open_recommenders(artifacts, config, SPLITS, always_exact=True)
     assert found.exact is not None
     ranker = None if artifacts.ranker is None else _ranker(artifacts.ranker, inputs)
-    return LoadedRetriever(identity, config, inputs, found.final, found.exact, artifacts.dataset.item_counts(), ranker)
+    final = found.final if found.reranked is None else replace(found.reranked, together=True)
+    return LoadedRetriever(identity, config, inputs, final, found.exact, artifacts.dataset.item_counts(), ranker)
 
 
 def artifacts_of(folder: str, current: bool = False) -> tuple[RunArtifacts, Config]:

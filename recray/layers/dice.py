@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recray.kernels.dice import dice
+from recray.kernels.dice import Curve, dice
 
 _MOMENTUM = 0.1
 _EPSILON = 1e-6
@@ -36,6 +36,10 @@ class Dice(nn.Module):
         """(C,), (C,): scale and shift with p = sigmoid(scale x + shift)."""
         scale_C = torch.rsqrt(self.var + _EPSILON)
         return scale_C, -self.mean * scale_C
+
+    def curve(self) -> Curve:
+        """The function with the averages that it has now, for inference."""
+        return Curve(*self.gate(), self.alpha)
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """(T, C)"""

@@ -10,10 +10,13 @@ alone, so they are computed once per candidate and once per distinct item instea
 This module holds the three matrices `query` = Wq + Wd, `key` = Wk - Wd and `product` = Wp: the same functions with a
 quarter of the arithmetic.
 
-Shape legend: B rows, U distinct items, I item width, C channels of the first layer, T history entries of all rows.
+Shape legend: B rows, U distinct items, I item width, C channels of the first layer (in `shared`, where C are candidates of
+a row, F), T history entries of all rows, L entries of one row, H channels of the second layer.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +61,30 @@ class TargetAttention(nn.Module):
         w_BL1 = self.out(self.dice_2(self.second(self.dice_1(x_BLC))))
         out_BI: Tensor = (w_BL1 * history.real_BL[:, :, None] * k_BLI).sum(1)
         return out_BI
+
+    def shared(self, q_BCI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
+        """(B, C, I): C candidates for each history, for inference on a CPU.
+
+        (Wq + Wd) q + (Wk - Wd) k + Wp (q * k) is, for one k, linear in q with the matrix (Wq + Wd) + Wp diag(k): one matrix
+        per entry, and one product for all entries of a history and all candidates. Rows are computed one after the other,
+        so that what is between the layers stays in the cache.
+        """
+        curve_1, curve_2 = self.dice_1.curve(), self.dice_2.curve()
+        constant_UF = self.key(v_UI) + self.query.bias
+        out_BCI = torch.zeros_like(q_BCI)
+        offsets, w3_H = history.offsets.tolist(), self.out.weight[0]
+        for row, (start, stop) in enumerate(pairwise(offsets)):
+            if start == stop:
+                continue
+            index_L = history.values[start:stop]
+            k_LI = v_UI[index_L]
+            m_LFI = torch.addcmul(self.query.weight, k_LI[:, None], self.product.weight)
+            x = torch.addmm(constant_UF[index_L].view(-1), q_BCI[row], m_LFI.view(-1, m_LFI.shape[2]).T)
+            x = x.view(-1, m_LFI.shape[1])
+            x = torch.addmm(self.second.bias, curve_1.value(x, curve_1.gate(x)), self.second.weight.T)
+            w = torch.addmv(self.out.bias, curve_2.value(x, curve_2.gate(x)), w3_H)
+            torch.mm(w.view(-1, stop - start), k_LI, out=out_BCI[row])
+        return out_BCI
 
     def chunked(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
         """The same by the CPU kernel, which also samples what the Dices learn their averages from."""

@@ -53,6 +53,11 @@ class Ranker(nn.Module, ABC):
     def logits(self, batch: Batch) -> Tensor:
         """(B,): log p / (1 - p), p the probability that the user chooses the candidate."""
 
+    def candidate_logits(self, batch: Batch, item_BC: Tensor) -> Tensor | None:
+        """(B, C): `logits` of C items for each row of a batch without targets, up to rounding, at less cost than for rows
+        that are repeated C times. None where a model has no such way."""
+        return None
+
 
 def build_model(config: Config, dataset: DatasetRecord, items: ItemTable) -> Retriever | Ranker:
     """The model of `config.model`. Raises ConfigError if the plug-in's `build` returns a module of another kind."""

@@ -6,10 +6,12 @@
 Vectors of items and interests are layer-normalised; without it training took many times the epochs. Rows whose history
 is shorter than `min_history` take the mean of the history instead of attention.
 
-Shape legend: B rows, T history entries of all rows together, U distinct items, I item width.
+Shape legend: B rows, C candidates of a row, T history entries of all rows together, U distinct items, I item width.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,23 @@ class Din(Ranker):
         x = torch.cat([row_BW, q_BI, interest_BI, q_BI * interest_BI], dim=1)
         out: Tensor = self.tower(x)
         return out[:, 0]
+
+    def candidate_logits(self, batch: Batch, item_BC: Tensor) -> Tensor | None:
+        rows, candidates = item_BC.shape
+        items = self.inputs.items(replace(batch, target_Q=item_BC.reshape(-1)))
+        v_UI = self.item_norm(items.encoded_U.joined())
+        q_BCI = v_UI[items.target_B].view(rows, candidates, -1)
+        interest_BCI = self.attention.shared(q_BCI, v_UI, items.history)
+        short_B = items.history.lengths() < self.min_history
+        if bool(short_B.any()):
+            mean_BI = mean_pool(v_UI, items.history)
+            interest_BCI = torch.where(short_B[:, None, None], mean_BI[:, None], interest_BCI)
+        interest_BCI = self.interest_norm(interest_BCI)
+        row_BW = self.row_norm(self.inputs.rows(batch).joined())
+        row_BCW = row_BW[:, None].expand(rows, candidates, -1)
+        x = torch.cat([row_BCW, q_BCI, interest_BCI, q_BCI * interest_BCI], dim=2)
+        out: Tensor = self.tower(x.view(rows * candidates, -1))
+        return out.view(rows, candidates)
 
     def _interest(self, q_BI: Tensor, v_UI: Tensor, history: Jagged) -> Tensor:
         """(B, I)"""

@@ -33,7 +33,7 @@ from recray.serving.service import Overloaded, Service
 _BEARER = HTTPBearer(auto_error=False)
 
 
-def create_app(service: Service, token: str | None = None, poll: float = 5.0) -> FastAPI:
+def create_app(service: Service, token: str | None = None, poll: float = 5.0) -> Door:
     """token: what requests must bring as `Authorization: Bearer TOKEN`; None: nothing. poll: see Service.start."""
 
     @asynccontextmanager
@@ -44,11 +44,10 @@ def create_app(service: Service, token: str | None = None, poll: float = 5.0) ->
 
     app = FastAPI(title="recray", version=recray.__version__, lifespan=life)
     metrics = Metrics(service)
-    app.add_middleware(Door, service=service, metrics=metrics, token=token)
     _errors(app)
     _probes(app, service, metrics)
     _questions(app, service)
-    return app
+    return Door(app, service, metrics, token)
 
 
 def _errors(app: FastAPI) -> None:

@@ -50,7 +50,7 @@ class Metrics:
 
 
 class Door:
-    """ASGI middleware. A request that must be refused costs a tenth of one that is answered, so that overload is shed."""
+    """The ASGI application around that of FastAPI, so that a request that is refused costs little: overload is shed."""
 
     def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None) -> None:
         self._app, self._service, self._metrics = app, service, metrics

@@ -29,6 +29,8 @@ def serve(uri: str, host: str, port: int, wait: float, timeout: float, poll: flo
     if there is nothing to serve.
     """
     token = check(host)
+    # Batches are small: threads of OpenMP would wait for each other, in a loop that takes the other threads' time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         import uvicorn
 
@@ -40,7 +42,15 @@ def serve(uri: str, host: str, port: int, wait: float, timeout: float, poll: flo
     service = Service(uri, wait, timeout)
     log.info("serve", f"serving {service.loaded.model.identity} of {uri}: http://{host}:{port}/docs", event="serving")
     app = create_app(service, token, poll)
-    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=10,
+    )
 
 
 def _is_loopback(host: str) -> bool:

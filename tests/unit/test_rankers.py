@@ -120,6 +120,30 @@ def test_shapes_and_protocol(name: str, features: bool) -> None:
     assert nobody.shape == (2,) and torch.isfinite(nobody).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("min_history", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_candidates_of_one_history_score_as_repeated_rows(name: str, min_history: int) -> None:
+    model = _model(name, **({"min_history": min_history} if name == "din" else {})).eval()
+    assert isinstance(model, Ranker)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    batch, item_BC = replace(_batch(True), label_Q=None, weight_Q=None), torch.randint(1, ITEMS, (6, 7), generator=generator)
+    rows = torch.arange(6).repeat_interleave(7)
+    repeated = Batch(
+        batch.user_B[rows],
+        batch.history.take(rows),
+        item_BC.view(-1),
+        user_features={name: select(one, rows) for name, one in batch.user_features.items()},
+        context={name: select(one, rows) for name, one in batch.context.items()},
+    )
+    found = model.candidate_logits(replace(batch, target_Q=None), item_BC)
+    assert (found is None) == (name != "din")
+    if found is not None:
+        torch.testing.assert_close(found, model.logits(repeated).view(6, 7), atol=1e-5, rtol=1e-5)
+
+
 # Names that are attributes of modules, that torch refuses, or that recray uses itself.
 ODD = {"country": "user", "age": "type", "tags": "price.usd", "hour": "items", "temperature": "", "brand": "item"} | {
     "price": "two\nlines",
