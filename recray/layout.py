@@ -58,7 +58,7 @@ LISTS = _pattern(r"part-(\d+|popular)\.parquet", r"_lists\.json", r"_begun\.json
 BUNDLE = _pattern(
     r"(manifest|features|test|_begun)\.json",
     r"(query|item|ranker)\.pt2",
-    r"(items|users)\.parquet",
+    r"(items|users|catalog)\.parquet",
     r"(score|encoding)\.py",
     _below("index", r"index\.faiss", r"(ids|vectors|recent)\.parquet", r"index\.json"),
     _below("__pycache__", r"(score|encoding)\..*\.pyc"),  # left by running score.py

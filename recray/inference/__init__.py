@@ -19,6 +19,7 @@ from recray import storage
 from recray.artifacts import CHECKPOINT, INDEX, REPORT, Artifact, Run, current_of, in_use
 from recray.config import Config
 from recray.ids import SPLITS
+from recray.inference.catalog import Catalog
 from recray.inference.models import LoadedRanker as LoadedRanker
 from recray.inference.models import LoadedRetriever as LoadedRetriever
 from recray.inference.rows import Inputs
@@ -54,7 +55,9 @@ def load(uri: str, current: bool = False, in_memory: bool = False) -> LoadedRetr
     assert found.exact is not None
     ranker = None if artifacts.ranker is None else _ranker(artifacts.ranker, inputs)
     final = found.final if found.reranked is None else replace(found.reranked, together=True)
-    return LoadedRetriever(identity, config, inputs, final, found.exact, artifacts.dataset.item_counts(), ranker)
+    catalog = Catalog.read(config, artifacts.dataset.record.features, inputs.items)
+    counts = artifacts.dataset.item_counts()
+    return LoadedRetriever(identity, config, inputs, final, found.exact, counts, ranker, catalog)
 
 
 def artifacts_of(folder: str, current: bool = False) -> tuple[RunArtifacts, Config]:

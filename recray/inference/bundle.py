@@ -5,6 +5,7 @@ query.pt2 item.pt2        the towers of a retriever (recray.inference.programs)
 ranker.pt2                a ranker
 features.json             encodings of user and context features: vocabularies, scalers, quantiles
 items.parquet             item (key), count (training events); row i is item id i, 0 padding and 1 unknown items
+catalog.parquet           of a retriever: item features and titles as the item table has them; rows as in items.parquet
 users.parquet             user (key), id, history (item ids, oldest first), encoded features
 index/                    the index artefact: index.faiss, vectors.parquet, ids.parquet, index.json
 test.json                 ten requests and the answers of the training code
@@ -23,6 +24,7 @@ from recray import digests, sealed, storage
 from recray.config import Config
 from recray.digests import FileDigest
 from recray.errors import LineageError, StorageError
+from recray.inference.catalog import Catalog
 from recray.inference.models import LoadedRanker, LoadedRetriever
 from recray.inference.programs import ITEM, QUERY, RANKER, ExportedRanker, ExportedRetriever
 from recray.inference.rows import Inputs, Rows, UserTable
@@ -33,7 +35,8 @@ from recray.retrieval.faiss_index import ItemIndex
 from recray.retrieval.recommenders import IndexSearch, Reranked
 
 MANIFEST, FEATURES, ITEMS, USERS, INDEX = "manifest.json", "features.json", "items.parquet", "users.parquet", "index"
-FORMAT = 1
+CATALOG = "catalog.parquet"
+FORMAT = 2
 
 
 def is_bundle(folder: str) -> bool:
@@ -92,7 +95,9 @@ def _load(folder: str, manifest: dict[str, Any]) -> LoadedRetriever | LoadedRank
         final = Reranked(final, model, manifest["candidates"], length, None)
     counts = np.asarray(items["count"].to_numpy())
     identity = manifest["lineage"]["checkpoint"]["identity"]
-    return LoadedRetriever(identity, config, inputs("query"), final, ExactSearch(retriever, vectors), counts, ranker)
+    exact, table = ExactSearch(retriever, vectors), storage.read_table(storage.join(folder, CATALOG))
+    catalog = Catalog(table.remove_column(0), manifest["title"])
+    return LoadedRetriever(identity, config, inputs("query"), final, exact, counts, ranker, catalog)
 
 
 def user_table(users: UserTable) -> pa.Table:

@@ -16,6 +16,7 @@ from recray.config import Config
 from recray.errors import LineageError
 from recray.ids import FIRST_ITEM, SPLITS
 from recray.inference import artifacts_of, bundle
+from recray.inference.catalog import Catalog
 from recray.inference.models import LoadedRanker, LoadedRetriever
 from recray.inference.programs import export_ranker, export_retriever
 from recray.inference.rows import Inputs, UserTable, raw_type
@@ -95,6 +96,7 @@ class _Writer:
         self.retrieves = config.model.family == "retriever"
         self.ranker: Artifact[CheckpointRecord] | None = artifacts.ranker if self.retrieves else artifacts.checkpoint
         self.inputs = Inputs.of(artifacts.dataset, config.model.history_length, in_memory=True)
+        self.catalog = Catalog.read(config, artifacts.dataset.record.features, self.inputs.items)
 
     def programs(self) -> dict[str, Any]:
         """Write the programs; their part of the manifest."""
@@ -146,6 +148,8 @@ class _Writer:
         assert isinstance(self.inputs.users, UserTable)
         storage.write_table(storage.join(at, bundle.USERS), bundle.user_table(self.inputs.users))
         if self.retrieves and self.artifacts.index is not None:
+            catalog = self.catalog.table.add_column(0, "item", self.inputs.items)
+            storage.write_table(storage.join(at, bundle.CATALOG), catalog)
             source = self.artifacts.index
             for name in (*source.record.files, source.record.file_name()):
                 storage.copy_file(storage.join(source.uri, name), storage.join(at, bundle.INDEX, name))
@@ -213,6 +217,7 @@ class _Writer:
             "programs": programs,
             "index_setting": index.setting if isinstance(index, IndexRecord) else {},
             "candidates": self.config.retrieval.k,
+            "title": self.catalog.title,
             "exclude_seen": self.config.evaluation.filter_seen,
             "config": self.config.model_dump(mode="json"),
             "files": {name: one.model_dump() for name, one in digests.of_files(self.output, sorted(names)).items()},

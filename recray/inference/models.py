@@ -7,6 +7,7 @@ Shape legend: B rows or queries, N items, K places, D width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ import torch
 from recray.config import Config
 from recray.errors import DataError
 from recray.ids import FIRST_ITEM, PAD
+from recray.inference.catalog import Caps, Catalog, Filters
+from recray.inference.filtered import restricted
 from recray.inference.rows import Inputs, Keys, Rows, as_list, as_table
 from recray.loading.batch import Batch
 from recray.loading.collate import EvalQuery
@@ -31,6 +34,7 @@ from recray.retrieval.exact import ExactSearch, query_vectors
 from recray.retrieval.recommenders import list_table
 
 _QUERIES, _ROWS = 512, 8192  # asked, and scored, at a time
+_FILTERS = 8  # whose items' vectors are kept
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ class LoadedRetriever:
         exact: ExactSearch,
         counts_N: np.ndarray,
         ranker: LoadedRanker | None = None,
+        catalog: Catalog | None = None,
     ) -> None:
         """identity: of the checkpoint. final: what makes the lists. counts_N: training events of each item. ranker: what
-        orders the lists, if the run names one."""
+        orders the lists, if the run names one. catalog: raw values of items, for titles and filters."""
+        self.catalog = catalog or Catalog.empty(len(counts_N))
         self.identity, self.config, self.inputs, self.ranker = identity, config, inputs, ranker
         self._final, self._exact = final, exact
         self._popular = Popularity(counts_N).order
+        self._filters: dict[str, tuple[Recommender, np.ndarray]] = {}
 
     def recommend(
         self,
@@ -70,8 +77,11 @@ class LoadedRetriever:
         k: int = 10,
         exclude_seen: bool | None = None,
         exclude: Sequence[Keys] | None = None,
+        filters: Filters | None = None,
+        caps: Caps | None = None,
     ) -> pa.Table:
-        """The best k items of each user: columns user, item, rank (from 1) and score, in the order of the users.
+        """The best k items of each user: columns user, item, rank (from 1) and score, in the order of the users; and title, if
+        the item table has titles.
 
         users: keys of users. What they have chosen is read from the dataset. Users without events there, and users of
             `history` with an empty one, get the most popular items with score null.
@@ -81,12 +91,17 @@ class LoadedRetriever:
             context and the dataset's user features are taken, or "missing" where there are none.
         exclude_seen: leave out what the user has chosen before; without it as `evaluation.filter_seen` says.
         exclude: item keys that each list must not hold, one list of keys for each user.
+        filters: what all items must be, by the names of declared item features: raw values of which one must hold, or the
+            least and the greatest number: {"category": ["shoes"], "price": {"max": 50}}.
+        caps: by the name of an item feature, how many items of one value a list may hold: {"brand": 2}. The list is chosen
+            from the best `retrieval.k`, or ten times k if that is more, and may be shorter than k.
 
         Scores order the items of one user; they cannot be compared between users. Raises DataError.
         """
-        keys, found = self.answer(users, history, context, user_features, k, exclude_seen, exclude)
+        keys, found = self.answer(users, history, context, user_features, k, exclude_seen, exclude, filters, caps)
         unscored_B = ~found.scored_B
-        return list_table(pa.array(keys), found.ids_BK, found.scores_BK, self.inputs.items, unscored_B=unscored_B)
+        table = list_table(pa.array(keys), found.ids_BK, found.scores_BK, self.inputs.items, unscored_B=unscored_B)
+        return self._titled(table, found.ids_BK)
 
     def answer(
         self,
@@ -97,6 +112,8 @@ class LoadedRetriever:
         k: int,
         exclude_seen: bool | None,
         exclude: Sequence[Keys] | None,
+        filters: Filters | None = None,
+        caps: Caps | None = None,
     ) -> tuple[list[Any], Lists]:
         """`recommend` as arrays of item ids; and the keys of the users, or the numbers of the histories."""
         if k < 1:
@@ -107,11 +124,20 @@ class LoadedRetriever:
         excluded = [self.inputs.item_ids(one) if len(one) else np.empty(0, np.int64) for one in exclude or ()]
         if excluded and len(excluded) != len(rows):
             raise DataError(f"exclude has {len(excluded)} lists for {len(rows)} users")
+        wanted = max(10 * k, self.config.retrieval.k) if caps else k
         more = max(map(len, excluded), default=0)
-        ids_BK, scores_BK = self._lists(rows, known_B, k + more, seen)
+        ids_BK, scores_BK = self._lists(rows, known_B, wanted + more, seen, filters)
         if excluded:
-            ids_BK, scores_BK = _without(excluded, ids_BK, scores_BK, k)
+            ids_BK, scores_BK = _without(excluded, ids_BK, scores_BK, wanted)
+        if caps:
+            ids_BK, scores_BK = self.catalog.capped(caps, ids_BK, scores_BK, k)
         return keys, Lists(ids_BK, scores_BK, known_B)
+
+    def _titled(self, table: pa.Table, ids: np.ndarray) -> pa.Table:
+        """The lists with a column title, if the item table has titles."""
+        if self.catalog.title is None:
+            return table
+        return table.append_column("title", pa.array(self.catalog.titles(ids[ids >= FIRST_ITEM]), pa.string()))
 
     def _people(
         self,
@@ -175,18 +201,31 @@ class LoadedRetriever:
         )
         return table.sort_by([("effect", "descending")])
 
-    def _lists(self, rows: Rows, known_B: np.ndarray, k: int, exclude: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _lists(
+        self, rows: Rows, known_B: np.ndarray, k: int, exclude: bool, filters: Filters | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(B, k) ids and scores; popular items where `known_B` is False."""
+        final, popular = self._filtered(filters) if filters else (self._final, self._popular)
         ids_BK = np.full((len(rows), k), PAD, np.int64)
         scores_BK = np.zeros((len(rows), k), np.float32)
-        ids_BK[~known_B, : len(self._popular[:k])] = self._popular[:k]
+        ids_BK[~known_B, : len(popular[:k])] = popular[:k]
         for at in range(0, len(rows), _QUERIES):
             index = at + np.flatnonzero(known_B[at : at + _QUERIES])
             if not len(index):
                 continue
             batch, seen = self.inputs.batch(rows if len(index) == len(rows) else rows.take(index))
-            ids_BK[index], scores_BK[index] = self._final.recommend(_query(batch, seen), k, exclude)
+            ids_BK[index], scores_BK[index] = final.recommend(_query(batch, seen), k, exclude)
         return ids_BK, scores_BK
+
+    def _filtered(self, filters: Filters) -> tuple[Recommender, np.ndarray]:
+        """What makes lists of the items that pass, and those items by popularity. The last filters are kept."""
+        key = json.dumps(filters, sort_keys=True, default=str)
+        found = self._filters.get(key)
+        if found is None:
+            keep_N = self.catalog.allowed(filters)
+            found = restricted(self._final, self._exact, keep_N), self._popular[keep_N[self._popular]]
+            self._filters = {**dict(list(self._filters.items())[1 - _FILTERS :]), key: found}
+        return found
 
     @cached_property
     def _norms_N(self) -> torch.Tensor:
@@ -198,7 +237,8 @@ class LoadedRetriever:
         return self._exact.vectors_ND[torch.from_numpy(self.inputs.known_items(items))].numpy()
 
     def similar_items(self, item: Any, k: int = 10) -> pa.Table:
-        """The k items whose vectors have the greatest cosine with that of `item`: columns item, rank (from 1), score."""
+        """The k items whose vectors have the greatest cosine with that of `item`: columns item, rank (from 1), score; and title,
+        if the item table has titles."""
         (own,) = self.inputs.known_items([item])
         vectors_ND, norms_N = self._exact.vectors_ND, self._norms_N
         cosine_N = (vectors_ND @ vectors_ND[int(own)]) / (norms_N * norms_N[int(own)])
@@ -206,7 +246,7 @@ class LoadedRetriever:
         cosine_N[int(own)] = -torch.inf
         score, ids = cosine_N.topk(min(k, len(cosine_N) - FIRST_ITEM - 1))
         table = list_table(pa.array([item]), ids[None].numpy(), score[None].numpy(), self.inputs.items)
-        return table.drop_columns(["user"])
+        return self._titled(table.drop_columns(["user"]), ids.numpy())
 
 
 class LoadedRanker:

@@ -39,16 +39,20 @@ def of_items(config: Config, examples: Iterable[Mapping[str, Any]]) -> dict[str,
         return {}
 
 
+def title_column(footers: Iterable[tables.Footer], key: str, column: str | None) -> str | None:
+    """`column` if it is given, else the first one of text that is called title, headline, name or label, if there is one."""
+    kinds = {field.name: field.type for footer in footers for field in footer.schema}
+    if column is not None and column not in kinds:
+        raise DataError(f"report.title = '{column}' is no column of the item table; columns there: {', '.join(kinds)}")
+    text = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+    return column or next((name for name in text if name != key and _TITLE.fullmatch(name)), None)
+
+
 def _read(footers: list[tables.Footer], key: str, column: str | None, wanted: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    if column is not None and not any(column in footer.names for footer in footers):
-        there = ", ".join(dict.fromkeys(name for footer in footers for name in footer.names))
-        raise DataError(f"report.title = '{column}' is no column of the item table; columns there: {there}")
+    title = title_column(footers, key, column)
     for footer in footers:
-        kinds = {field.name: field.type for field in footer.schema}
-        text = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
-        title = column or next((name for name in text if name != key and _TITLE.fullmatch(name)), None)
-        if title is None or title not in kinds or key not in kinds:
+        if title is None or not {title, key} <= set(footer.schema.names):
             continue
         columns = tables.read_columns(footer.uri, footer.hive, [key, title])
         keys = pc.cast(columns[key], pa.string())

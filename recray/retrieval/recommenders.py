@@ -109,7 +109,10 @@ def _candidates(batch: Batch, history: Jagged, rows: Tensor, items: Tensor, know
                 else _clamped(ids, one.cardinality)
             )
     if known is not None:
-        history, items = history.with_values(_clamped(history.values, known.num_items)), _clamped(items, known.num_items)
+        history, items = (
+            history.with_values(_clamped(history.values, known.num_items)),
+            _clamped(items, known.num_items),
+        )
     return Batch(
         user_B=batch.user_B[rows],
         history=history,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from recray.ids import FIRST_ITEM
-from recray.serving.schemas import Person, RecommendRequest, ScoreRequest, ScoreRow, SimilarRequest
-from recray.serving.service import Model, ranker_of, retriever_of
+from recray.inference import LoadedRetriever
+from recray.serving.schemas import Person, Range, RecommendRequest, ScoreRequest, ScoreRow, SimilarRequest
+from recray.serving.service import Group, Model, ranker_of, retriever_of
 
 Answer: TypeAlias = "Callable[[Model, Sequence[Any]], list[dict[str, Any]]]"
 
@@ -17,6 +20,19 @@ Answer: TypeAlias = "Callable[[Model, Sequence[Any]], list[dict[str, Any]]]"
 def shape(person: Person) -> tuple[Any, ...]:
     """Requests of the same shape are one table."""
     return person.user is None, tuple(sorted(person.context)), tuple(sorted(person.user_features))
+
+
+def group_of(request: RecommendRequest) -> Group:
+    """Requests of one group are answered by one call."""
+    filters = json.dumps(_filters(request), sort_keys=True)
+    return "recommend", request.exclude_seen, filters, tuple(sorted(request.caps.items())), *shape(request)
+
+
+def _filters(request: RecommendRequest) -> dict[str, Any]:
+    return {
+        name: one.model_dump(exclude_none=True) if isinstance(one, Range) else one
+        for name, one in request.filters.items()
+    }
 
 
 def _columns(people: Sequence[Person], role: str) -> dict[str, list[Any]]:
@@ -34,13 +50,24 @@ def recommend(model: Model, requests: Sequence[RecommendRequest]) -> list[dict[s
         max(one.k for one in requests),
         requests[0].exclude_seen,
         [one.exclude for one in requests] if any(one.exclude for one in requests) else None,
+        _filters(requests[0]),
+        requests[0].caps,
     )
-    answers = []
-    for one, ids, scores, scored in zip(requests, found.ids_BK, found.scores_BK.tolist(), found.scored_B, strict=True):
-        keys = retriever.inputs.items.take(pa.array(ids[: one.k])).to_pylist()
-        pairs = zip(keys, ids.tolist(), scores, strict=False)
-        answers.append({"items": [{"item": k, "score": s if scored else None} for k, n, s in pairs if n >= FIRST_ITEM]})
-    return answers
+    return [
+        {"items": _items(retriever, ids[: one.k], scores[: one.k] if scored else None)}
+        for one, ids, scores, scored in zip(requests, found.ids_BK, found.scores_BK, found.scored_B, strict=True)
+    ]
+
+
+def _items(model: LoadedRetriever, ids: np.ndarray, scores: np.ndarray | None) -> list[dict[str, Any]]:
+    """The places of a list that are filled. scores: None for popular items."""
+    filled = ids >= FIRST_ITEM
+    keys = model.inputs.items.take(pa.array(ids[filled])).to_pylist()
+    values: list[Any] = [None] * len(keys) if scores is None else scores[filled].tolist()
+    if model.catalog.title is None:
+        return [{"item": key, "score": value} for key, value in zip(keys, values, strict=True)]
+    named = zip(keys, model.catalog.titles(ids[filled]), values, strict=True)
+    return [{"item": key, "title": title, "score": value} for key, title, value in named]
 
 
 def score(model: Model, requests: Sequence[ScoreRequest]) -> list[dict[str, Any]]:
@@ -66,4 +93,4 @@ def score(model: Model, requests: Sequence[ScoreRequest]) -> list[dict[str, Any]
 
 def similar(model: Model, requests: Sequence[SimilarRequest]) -> list[dict[str, Any]]:
     found = (retriever_of(model).similar_items(one.item, one.k) for one in requests)
-    return [{"items": table.select(["item", "score"]).to_pylist()} for table in found]
+    return [{"items": table.drop_columns(["rank"]).to_pylist()} for table in found]

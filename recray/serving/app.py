@@ -97,7 +97,7 @@ def _questions(app: FastAPI, service: Service) -> None:
 
     async def recommend(http: Request, body: RecommendRequest) -> Response:
         """The best items for a user or a history. Unknown users and empty histories get popular items with score null."""
-        return await ask(http, ("recommend", body.exclude_seen, *answers.shape(body)), body, answers.recommend)
+        return await ask(http, answers.group_of(body), body, answers.recommend)
 
     async def score(http: Request, body: ScoreRequest) -> Response:
         """The probability that each row's item is chosen, by the ranker that is served."""

@@ -36,10 +36,27 @@ class Person(_Strict):
         return self
 
 
+class Range(_Strict):
+    min: Int64 | StrictFloat | None = None
+    max: Int64 | StrictFloat | None = None
+
+    @model_validator(mode="after")
+    def _any(self) -> Range:
+        if self.min is None and self.max is None:
+            raise ValueError("give `min`, `max` or both")
+        return self
+
+
 class RecommendRequest(Person):
     k: int = Field(10, strict=True, ge=1, le=1000, description="items of the list")
     exclude: Annotated[list[Key], Field(max_length=1000)] = Field(
         [], description="item keys that must not be in the list"
+    )
+    filters: dict[str, Range | Annotated[list[Scalar], Field(max_length=1000)]] = Field(
+        {}, description="what all items must be: values of an item feature of which one must hold, or `min` and `max`"
+    )
+    caps: dict[str, Annotated[int, Field(strict=True, ge=1)]] = Field(
+        {}, description="by item feature: how many items of one value the list may hold"
     )
     exclude_seen: bool | None = Field(None, description="leave out the history; null: as evaluation.filter_seen says")
 
@@ -59,6 +76,7 @@ class SimilarRequest(_Strict):
 
 class Item(BaseModel):
     item: int | str
+    title: str | None = Field(None, description="if the item table has titles")
     score: float | None = Field(description="null: a popular item for someone without a history")
 
 

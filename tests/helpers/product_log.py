@@ -60,6 +60,7 @@ def write_log(folder: Path) -> None:
         "item_id": [f"i{one:03}" for one in range(items)],
         "genres": [[f"g{one % 5}", f"g{one % 7}"][: one % 3] for one in range(items)],
         "weight": generator.normal(0, 1, items),
+        "title": [None if one == 7 else f"Item {one}" for one in range(items)],
     }
     pq.write_table(pa.table(goods), folder / "items.parquet")
 

@@ -129,7 +129,10 @@ def test_candidates_of_one_history_score_as_repeated_rows(name: str, min_history
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    batch, item_BC = replace(_batch(True), label_Q=None, weight_Q=None), torch.randint(1, ITEMS, (6, 7), generator=generator)
+    batch, item_BC = (
+        replace(_batch(True), label_Q=None, weight_Q=None),
+        torch.randint(1, ITEMS, (6, 7), generator=generator),
+    )
     rows = torch.arange(6).repeat_interleave(7)
     repeated = Batch(
         batch.user_B[rows],

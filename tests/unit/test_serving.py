@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -137,6 +138,29 @@ def test_histories_context_and_strangers(folder: Path, client: Client) -> None:
     )
 
 
+def test_filters_caps_and_titles(folder: Path, client: Client) -> None:
+    goods = pd.read_parquet(folder / "items.parquet").set_index("item_id")
+    wanted = {"genres": ["g1", "g3"], "weight": {"min": -0.5}}
+    passes = goods[goods.genres.map(lambda one: bool({"g1", "g3"} & set(one))) & (goods.weight >= -0.5)]
+    model = recray.load(str(folder / "runs" / "two_tower"))
+    assert isinstance(model, LoadedRetriever)
+    for who in ({"user": "u5"}, {"history": ["i003", "i004"]}, {"user": "nobody"}):
+        status, found = client.post("/recommend", **who, filters=wanted, k=60)
+        by = {"users": [who["user"]]} if "user" in who else {"history": [who["history"]]}
+        expected = model.recommend(**by, filters=wanted, k=60).to_pylist()  # type: ignore[arg-type]
+        assert status == 200 and [one["item"] for one in found["items"]] == [one["item"] for one in expected]
+        assert len(expected) > 3 and {one["item"] for one in expected} <= set(passes.index)
+        for one, mine in zip(found["items"], expected, strict=True):
+            title = goods.title[one["item"]]
+            assert one["title"] == mine["title"] == title or (title is None and one["title"] is None)
+    everything = client.post("/recommend", user="u5", k=20)[1]["items"]
+    few = client.post("/recommend", user="u5", k=20, caps={"title": 1})[1]["items"]
+    assert [one["item"] for one in few] == [one["item"] for one in everything]
+    assert client.post("/similar", item="i003", k=3)[1]["items"][0]["title"].startswith("Item")
+    none = client.post("/recommend", user="u5", filters={"genres": ["no such"]})
+    assert none[0] == 200 and none[1]["items"] == []
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
@@ -165,6 +189,15 @@ def test_histories_context_and_strangers(folder: Path, client: Client) -> None:
         ),
         ("/score", {"rows": [{"user": "u1", "item": "i001"}, {"user": "u2", "item": 2}]}, 422, "are not of one type"),
         ("/similar", {"item": "no such item"}, 422, "does not know 1 of 1 items, such as 'no such item'"),
+        ("/recommend", {"user": "u1", "filters": {"colour": ["red"]}}, 422, "no feature 'colour'; they have: genres"),
+        (
+            "/recommend",
+            {"user": "u1", "filters": {"weight": ["x"]}},
+            422,
+            "cannot be compared with values of type double",
+        ),
+        ("/recommend", {"user": "u1", "filters": {"weight": {}}}, 422, "give `min`, `max` or both"),
+        ("/recommend", {"user": "u1", "caps": {"genres": 1}}, 422, "'genres' holds lists"),
         ("/nothing", {}, 404, "Not Found"),
     ],
 )
@@ -201,8 +234,33 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-_NAMES = ("user", "history", "context", "user_features", "k", "exclude", "exclude_seen", "item", "rows")
-_FEATURES = ("device", "query", "shop", "minutes", "price.usd", "country", "tags", "age")
+_NAMES = (
+    "user",
+    "history",
+    "context",
+    "user_features",
+    "k",
+    "exclude",
+    "exclude_seen",
+    "item",
+    "rows",
+    "filters",
+    "caps",
+)
+_FEATURES = (
+    "device",
+    "query",
+    "shop",
+    "minutes",
+    "price.usd",
+    "country",
+    "tags",
+    "age",
+    "genres",
+    "weight",
+    "min",
+    "max",
+)
 _ROW = st.dictionaries(st.sampled_from(_NAMES), _JSON | st.dictionaries(st.sampled_from(_FEATURES), _JSON), max_size=5)
 _BODY = _ROW | st.fixed_dictionaries({"rows": st.lists(_ROW, max_size=3)}) | _JSON
 
