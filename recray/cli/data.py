@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recray import log
+from recray import console, log
 from recray.cli.application import Overrides, app, result
 
 if TYPE_CHECKING:
@@ -43,6 +43,24 @@ def init(
         log.error("init", question, event="question")
     if found.questions:
         raise typer.Exit(2)
+
+
+@app.command()
+def compact(
+    uri: Annotated[str, typer.Argument(metavar="PATH", help="Parquet file, folder or glob; local, s3:// or gs://")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="empty folder or URI that the new files are written to")],
+    sort: Annotated[str | None, typer.Option(help="column that each new file is sorted by, such as the time")] = None,
+) -> None:
+    """Write many small Parquet files as a few that stream well, and print the reading speed before and after."""
+    from recray.data.compact import compact as rewrite
+
+    done = rewrite(uri, output, sort)
+    text = (
+        f"{done.files_before:,} files to {done.files:,}, {done.rows:,} rows, {console.size(done.bytes_before)} to "
+        f"{console.size(done.bytes)}; reading: {done.rows_per_second_before:,.0f} to {done.rows_per_second:,.0f} rows/s "
+        f"({done.rows_per_second / done.rows_per_second_before:.1f}x)"
+    )
+    result("compact", "result", text, vars(done))
 
 
 @app.command()

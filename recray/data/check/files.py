@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,11 +55,7 @@ def of_files(path: str, footers: Sequence[Footer]) -> Iterator[Finding]:
     full = [footer for footer in footers if footer.rows]
     if len(full) < len(footers):
         yield Finding("note", "empty_files", f"{len(footers) - len(full):,} of {len(footers):,} files hold no rows")
-    merge = (
-        'python -c "import pyarrow.dataset as d; '
-        f"d.write_dataset(d.dataset('{path}', format='parquet'), 'merged', format='parquet', preserve_order=True, "
-        'max_rows_per_file=5_000_000, max_rows_per_group=1_000_000)"'
-    )
+    merge = f"recray compact {shlex.quote(path)} merged"
     mean = sum(footer.size for footer in full) / max(len(full), 1)
     if len(full) >= _MANY_FILES and mean < _SMALL_FILE:
         yield Finding(
@@ -67,7 +64,7 @@ def of_files(path: str, footers: Sequence[Footer]) -> Iterator[Finding]:
             f"{len(full):,} files of {_size(mean)} on average",
             f"each file is opened on its own: two requests of about 50 ms to an object store, {len(full) * 0.1:,.0f} s of waiting "
             f"per pass, shared by its readers",
-            f"merge them: {merge}",
+            merge,
             {"files": len(full), "mean_bytes": round(mean)},
         )
     groups = [(rows, size) for footer in full for rows, size in zip(footer.group_rows, footer.group_bytes, strict=True)]
@@ -79,7 +76,7 @@ def of_files(path: str, footers: Sequence[Footer]) -> Iterator[Finding]:
             "small_row_groups",
             f"{len(groups):,} row groups of {rows:,.0f} rows on average",
             "each row group is decoded on its own and compresses badly: files are larger and slower to read",
-            f"write row groups of about 1,000,000 rows: {merge}",
+            merge,
             {"groups": len(groups), "mean_rows": round(rows)},
         )
     huge = [size for _, size in groups if size > _HUGE_GROUP]
@@ -89,7 +86,7 @@ def of_files(path: str, footers: Sequence[Footer]) -> Iterator[Finding]:
             "huge_row_groups",
             f"{len(huge):,} row groups of more than {_size(_HUGE_GROUP)}, the largest {_size(max(huge))} before compression",
             f"a row group is read by one task at a time: each needs about {_size(2 * max(huge))} of memory",
-            f"write row groups of about 1,000,000 rows: {merge}",
+            merge,
             {"groups": len(huge), "largest_bytes": max(huge)},
         )
 
