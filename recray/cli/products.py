@@ -20,6 +20,10 @@ def recommend(
         str | None, typer.Option(help="Parquet file of user keys (column data.columns.user); all users without it")
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="items per user")] = 10,
+    titles: Annotated[bool, typer.Option("--titles", help="add a column title, from the item table")] = False,
+    own_names: Annotated[
+        bool, typer.Option("--own-names", help="call the columns user and item as data.columns does")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Write every user's final list (user, item, rank, score): what the index finds, in the order of retrieval.ranker."""
@@ -29,7 +33,7 @@ def recommend(
     settings = load(config, overrides)
     storage.check_writable(output)
     with stoppable():
-        record = recray.recommend(settings, output, users, k)
+        record = recray.recommend(settings, output, users, k, titles, own_names)
     made("recommend", output, record, f"{record.counts['users']:,} users")
 
 

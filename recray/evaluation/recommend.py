@@ -10,10 +10,14 @@ score null:
     1007   A-33    1      4.81
     1007   B-02    2      4.77
     9999   A-12    1      null
+
+A call that was killed is continued by the same call: users are written part by part, and parts that are there stay.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +36,7 @@ from recray.data.sources import base, files, tables
 from recray.errors import DataError
 from recray.evaluation.parallel import map_shards
 from recray.ids import SPLITS
+from recray.inference.catalog import Catalog
 from recray.loading.collate import eval_queries
 from recray.records import ListsRecord
 from recray.retrieval.baselines.popularity import Popularity
@@ -39,30 +44,37 @@ from recray.retrieval.blend import check_blend
 from recray.retrieval.recommenders import RunArtifacts, list_table, open_recommenders
 
 _BATCH = 512
+_POPULAR = "part-popular.parquet"
 _BEGUN = "_begun.json"  # marks the folder, before anything else is in it
 
 
-def recommend(config: Config, output: str, users: str | None = None, k: int = 10) -> ListsRecord:
+def recommend(
+    config: Config, output: str, users: str | None = None, k: int = 10, titles: bool = False, own_names: bool = False
+) -> ListsRecord:
     """Write lists of `k` items for every user of the dataset, or for those of a Parquet file, into the folder `output`.
 
-    users: Parquet file or folder whose column `data.columns.user` holds the keys. Raises DataError if that column is missing
-    or of another type than the dataset's users, StorageError if `output` holds anything but earlier lists.
+    users: Parquet file or folder whose column `data.columns.user` holds the keys. titles: add a column title, from the item
+    table. own_names: call the columns user and item as `data.columns` does.
+
+    Raises DataError if the column of `users` is missing or of another type than the dataset's users, or if there are no
+    titles; StorageError if `output` holds anything but earlier lists.
     """
-    return on_cluster("recommend", config.scaling, _recommend, config, output, users, k)
+    return on_cluster("recommend", config.scaling, _recommend, config, output, users, k, titles, own_names)
 
 
-def _recommend(config: Config, output: str, users: str | None, k: int) -> ListsRecord:
+def _recommend(config: Config, output: str, users: str | None, k: int, titles: bool, own_names: bool) -> ListsRecord:
     started = time.perf_counter()
     artifacts = RunArtifacts.of(Run(config))
     dataset = artifacts.dataset
     check_blend(config, dataset, SPLITS)
     wanted = None if users is None else _keys(users, config.data.columns.user, dataset)
-    _clear(output)
     names = [file.rpartition("/")[2] for file in dataset.user_files]
-    writer = _Writer(config, artifacts, output, wanted, k)
+    writer = _Writer(config, artifacts, output, wanted, k, titles, own_names)
+    writer.titles()  # before anything is written
+    _begin(output, writer.identity(users))
     known = sum(map_shards("recommend", partial(_write_parts, writer, names), config.scaling, len(names)))
     everybody = dataset.user_keys()["user"].combine_chunks() if wanted is None else wanted
-    popular = _write_popular(dataset, output, everybody, known > 0, k)
+    popular = _write_popular(writer, everybody, known > 0)
     counts = {"users": known + popular, "users_with_popular_items": popular}
     lists = ListsRecord(
         parents=artifacts.inputs,
@@ -82,14 +94,20 @@ def _recommend(config: Config, output: str, users: str | None, k: int) -> ListsR
     return lists
 
 
-def _clear(output: str) -> None:
-    """Delete lists of an earlier call, complete or not. Raises StorageError if the folder holds anything else."""
-    begun = storage.join(output, _BEGUN)
-    if storage.exists(begun) or storage.exists(storage.join(output, ListsRecord.file_name())):
-        layout.refuse_foreign(output, layout.LISTS)
-        layout.clear(output, layout.LISTS)
-    layout.refuse_foreign(output, layout.NOTHING)
-    storage.write_json(begun, {"stage": "recommend"})
+def _begin(output: str, identity: str) -> None:
+    """Delete lists of an earlier call, complete or not, unless it was to write the same lists and did not finish. Raises
+    StorageError if the folder holds anything else."""
+    begun, record = storage.join(output, _BEGUN), storage.join(output, ListsRecord.file_name())
+    was_begun, complete = storage.exists(begun), storage.exists(record)
+    layout.refuse_foreign(output, layout.LISTS if was_begun or complete else layout.NOTHING)
+    if was_begun and not complete and storage.read_json(begun).get("identity") == identity:
+        layout.clear_half_written(output, layout.LISTS)
+        there = [info.uri for info in storage.list_files(output)]
+        storage.delete_file(storage.join(output, _POPULAR))  # of the users who had no list yet
+        log.info("recommend", f"resuming: {len(there)} parts are there", event="resumed", values={"parts": len(there)})
+        return
+    layout.clear(output, layout.LISTS)
+    storage.write_json(begun, {"stage": "recommend", "identity": identity})
 
 
 def _keys(uri: str, column: str, dataset: PreparedDataset) -> pa.Array:
@@ -127,6 +145,55 @@ class _Writer:
     output: str
     wanted: pa.Array | None  # keys of the users who get lists; all users without it
     k: int
+    with_titles: bool
+    own_names: bool
+
+    def identity(self, users: str | None) -> str:
+        """Equal for calls that write the same lists."""
+        sections = self.config.model_dump(mode="json", include={"retrieval", "evaluation", "data"})
+        keys = (
+            ""
+            if self.wanted is None
+            else hashlib.sha256(",".join(map(str, self.wanted.to_pylist())).encode()).hexdigest()
+        )
+        parts = [self.artifacts.inputs, sections, users, keys, self.k, self.with_titles, self.own_names]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def titles(self) -> pa.Array | None:
+        """(N,) by item id. Raises DataError if they are asked for and there are none."""
+        if not self.with_titles:
+            return None
+        items = self.artifacts.dataset.items()["item"].combine_chunks()
+        catalog = Catalog.read(self.config, [], items)
+        if catalog.title is None:
+            raise DataError("--titles: the item table (data.items) has no column of titles; name it in report.title")
+        return catalog.table[catalog.title].combine_chunks()
+
+    def write(self, name: str, lists: pa.Table, items: pa.Array, titles: pa.Array | None) -> None:
+        """items: (N,) keys by id."""
+        if titles is not None:
+            place = pc.index_in(lists["item"], value_set=items)
+            lists = lists.append_column("title", titles.take(place))
+        meaning = "orders the items of one user; of different users they cannot be compared; null: a popular item"
+        lists = lists.rename_columns([self.column(column) for column in lists.column_names])
+        storage.write_table(
+            storage.join(self.output, name), lists.replace_schema_metadata({"score": f"{self._score()}: {meaning}"})
+        )
+
+    def column(self, name: str) -> str:
+        """What a column of the lists is called."""
+        own = {"user": self.config.data.columns.user, "item": self.config.data.columns.item} if self.own_names else {}
+        return own.get(name, name)
+
+    def _score(self) -> str:
+        retrieval = self.config.retrieval
+        if retrieval.ranker is not None:
+            return "logit of the ranker"
+        return (
+            "blend of the model's score and the item-item baseline"
+            if retrieval.item_knn_weight
+            else "the model's score"
+        )
 
 
 def _write_parts(writer: _Writer, names: list[str], numbers: Iterable[int]) -> Iterator[int]:
@@ -134,7 +201,12 @@ def _write_parts(writer: _Writer, names: list[str], numbers: Iterable[int]) -> I
     config, dataset = writer.config, writer.artifacts.dataset
     recommender = open_recommenders(writer.artifacts, config, SPLITS).final
     items = dataset.items()["item"].combine_chunks()
+    titles = writer.titles()
     for number in numbers:
+        done = storage.join(writer.output, names[number])
+        if storage.exists(done):
+            yield len(pc.unique(storage.read_table(done, [writer.column("user")]).column(0)))
+            continue
         users = dataset.read_file(f"users/{names[number]}")
         if writer.wanted is not None:
             users = users.filter(pc.is_in(users["user"], value_set=writer.wanted))
@@ -146,19 +218,19 @@ def _write_parts(writer: _Writer, names: list[str], numbers: Iterable[int]) -> I
                 asked = pa.array(query.batch.user_B.numpy().astype(np.int32))
                 written.append(list_table(keys.take(pc.index_in(asked, user_ids)), ids, scores, items))
         if written:
-            storage.write_table(storage.join(writer.output, names[number]), pa.concat_tables(written))
+            writer.write(names[number], pa.concat_tables(written), items, titles)
         yield sum(len(pc.unique(table["user"])) for table in written)
 
 
-def _write_popular(dataset: PreparedDataset, output: str, wanted: pa.Array, any_written: bool, k: int) -> int:
+def _write_popular(writer: _Writer, wanted: pa.Array, any_written: bool) -> int:
     """Write popular items for the users who have no list yet; returns how many they are."""
-    left = wanted
-    for info in storage.list_files(output) if any_written else ():
-        have = storage.read_table(info.uri, ["user"])["user"].combine_chunks()
+    left, dataset = wanted, writer.artifacts.dataset
+    for info in storage.list_files(writer.output) if any_written else ():
+        have = storage.read_table(info.uri, [writer.column("user")]).column(0).combine_chunks()
         left = left.filter(pc.invert(pc.is_in(left, value_set=have)))
     if len(left):
-        best = Popularity(dataset.item_counts()).order[:k]
+        best = Popularity(dataset.item_counts()).order[: writer.k]
         lists = np.broadcast_to(best, (len(left), len(best)))
         items = dataset.items()["item"].combine_chunks()
-        storage.write_table(storage.join(output, "part-popular.parquet"), list_table(left, lists, None, items))
+        writer.write(_POPULAR, list_table(left, lists, None, items), items, writer.titles())
     return len(left)

@@ -21,6 +21,7 @@ from helpers.product_log import RANKERS, RETRIEVERS, make_product_runs, product_
 from recray import folders
 from recray.data.hashing import hash_keys
 from recray.errors import DataError, LineageError, StorageError
+from recray.evaluation import recommend
 from recray.ids import SPLITS
 from recray.inference import LoadedRanker, LoadedRetriever, artifacts_of
 from recray.inference.export import _Writer, export
@@ -167,6 +168,35 @@ def test_a_folder_of_other_files_is_refused_and_an_earlier_bundle_replaced(
         recray.train(product_config(folder, "sasrec", "run.name=bare"))
         export(str(folder / "runs" / "bare"), str(tmp_path / "bare"))
     assert not (tmp_path / "bare").exists()
+
+
+def test_lists_that_were_killed_are_continued(folder: Path, tmp_path: Path) -> None:
+    config, out = product_config(folder, "two_tower"), tmp_path / "lists"
+    keys = pa.table({"user_id": [f"u{one}" for one in range(70)] + ["nobody"]})
+    pq.write_table(keys, tmp_path / "users.parquet")
+
+    def write(k: int = 3) -> dict[str, int]:
+        found = recray.recommend(config, str(out), str(tmp_path / "users.parquet"), k, titles=True, own_names=True)
+        return found.counts
+
+    def read() -> list[dict[str, Any]]:
+        return pq.read_table(out).to_pylist()
+
+    assert write() == {"users": 71, "users_with_popular_items": 1}
+    whole, parts = read(), sorted(out.glob("part-0*.parquet"))
+    goods = {one["item_id"]: one["title"] for one in pq.read_table(folder / "items.parquet").to_pylist()}
+    assert len(parts) > 1 and whole[0].keys() == {"user_id", "item_id", "rank", "score", "title"}
+    assert all(one["title"] == goods[one["item_id"]] for one in whole)
+    assert pq.read_schema(parts[0]).metadata[b"score"].startswith(b"the model's score: orders the items of one user")
+    (out / "_lists.json").unlink()
+    parts[0].unlink()
+    kept = parts[1].stat().st_mtime_ns
+    assert write()["users"] == 71 and read() == whole and parts[1].stat().st_mtime_ns == kept
+    (out / "_lists.json").unlink()
+    assert write(k=2)["users"] == 71 and {one["rank"] for one in read()} == {1, 2}
+    with pytest.raises(DataError, match="has no column of titles"):
+        bare = product_config(folder, "two_tower", f"data.items={folder}/users.parquet")
+        recommend._Writer(bare, artifacts_of(config.run_uri)[0], "", None, 3, True, False).titles()
 
 
 @pytest.mark.parametrize("at_once", [True, False])
