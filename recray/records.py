@@ -280,9 +280,9 @@ class Comparison(Part):
 class Slice(Part):
     """Metrics of one group: of queries by the user's history, or of targets by their item."""
 
-    by: Literal[
-        "history", "popularity", "age"
-    ]  # events known of the user; training events of the item; since its first
+    # history: events known of the user; popularity: training events of the item; age: since its first; or a feature of
+    # evaluation.slices, such as "user country" or "item genre".
+    by: str
     group: str  # "5 to 9"
     metric: str  # found@K: the share of targets that are among the first K items
     size: int  # queries, targets, or impressions

@@ -37,6 +37,9 @@ class EvaluationConfig(Section):
     metrics: list[str] = Field(
         [], description="your own metrics to add to the report; list metrics are computed at every k, so without @K"
     )
+    slices: list[str] = Field(
+        [], description="names of user and item features by whose values the report groups metrics, too"
+    )
     baselines: Baselines = Field(
         ["popularity", "item_knn", "oracle"],
         description="baselines in the report: shipped ones (popularity, recent_popularity, rolling_popularity, transitions, item_knn, hindsight, oracle) or your own",

@@ -10,7 +10,7 @@ all scores together, so they are exact and do not depend on the number of tasks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from recray.artifacts import Run, report_stage
 from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.errors import DataError
-from recray.evaluation import scores, slices
+from recray.evaluation import declared, scores, slices
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
 from recray.ids import UNKNOWN
@@ -47,6 +47,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
     record = source.record
     dataset = PreparedDataset.of(run).known_to(record)
     check_refit([record], split)
+    declared.check(config, dataset.record.features)
     artifact = run.artifact(report_stage(split), [record.id, dataset.record.id])
     if not run.begin(artifact):
         return artifact.record
@@ -82,7 +83,7 @@ def evaluate_clicks(config: Config, split: str) -> ReportRecord:
             "unknown_items": int((scored["target"] == UNKNOWN).sum()),
             "without_history": int((scored["length"] == 0).sum()),
         },
-        slices=_slices(scored, dataset.item_counts(), config),
+        slices=_slices(scored, dataset.item_counts(), config, declared.read(config, dataset)),
         reliability=[] if drawn else [ReliabilityBin(**vars(one)) for one in model.reliability()],
         files=digests.of_files(artifact.uri, [SCORES]),
         seconds=time.perf_counter() - started,
@@ -128,13 +129,17 @@ class _Summary:
         return _Summary(found, drawn)
 
 
-def _slices(scored: _Part, counts_N: np.ndarray, config: Config) -> list[Slice]:
-    """AUC by the user's history, as the model reads it, and by popularity of the item."""
+def _slices(scored: _Part, counts_N: np.ndarray, config: Config, features: Sequence[declared.Declared]) -> list[Slice]:
+    """AUC by the user's history, as the model reads it, by popularity of the item, and by declared features."""
     popularity = counts_N[scored["target"]]
     groups = [("history", *group) for group in slices.of_histories(scored["length"])]
     groups += [
         ("popularity", *group) for group in slices.of_counts(np.where(scored["target"] == UNKNOWN, -1, popularity))
     ]
+    for feature in features:
+        ids = scored["user" if feature.role == "user" else "target"]
+        masks = ((name, mask_N[ids] & (ids != UNKNOWN)) for name, mask_N in feature.groups)
+        groups += [(feature.by, name, mask) for name, mask in masks if mask.any()]
     found, auc = [], {"auc": CLICK_METRICS["auc"]}
     for by, name, mask in groups:
         label = scored["label"][mask]

@@ -28,7 +28,7 @@ from recray.config import Config
 from recray.data.dataset import PreparedDataset
 from recray.data.split import before
 from recray.errors import DataError
-from recray.evaluation import examples, scores, slices
+from recray.evaluation import declared, examples, scores, slices
 from recray.evaluation.measured import Measured
 from recray.evaluation.parallel import map_shards
 from recray.evaluation.refit import check_refit
@@ -118,6 +118,7 @@ def evaluate_lists(config: Config, split: str) -> ReportRecord:
     check_refit(artifacts.models, split)
     check_blend(config, dataset, before(split))
     check_recency(config, dataset)
+    declared.check(config, dataset.record.features)
     artifact = run.artifact(report_stage(split), artifacts.inputs)
     if not run.begin(artifact):
         return artifact.record
@@ -357,7 +358,8 @@ def _slices(
     hit = {name: np.concatenate(one.found) for name, one in found.scores.items()}
     lengths = np.concatenate(found.lengths)
     by_item = slices.by_item(hit, item_T, age_T, user_T, dataset.item_counts(), config, k)
-    return slices.by_history(columns, lengths, users, config, metric, sign) + by_item
+    own = declared.of_lists(declared.read(config, dataset), columns, users, hit, item_T, user_T, config, metric, sign)
+    return slices.by_history(columns, lengths, users, config, metric, sign) + by_item + own
 
 
 def _comparisons(scores: dict[str, _Scores], users: np.ndarray, config: Config) -> list[Comparison]:

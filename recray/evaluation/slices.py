@@ -80,7 +80,7 @@ def by_history(
 ) -> list[Slice]:
     """columns: system -> (B,) values of `metric`. sign: -1 where lower values are better."""
     groups = of_histories(length_B)
-    return [_slice("history", name, metric, columns, mask, user_B, config, sign) for name, mask in groups]
+    return [of_group("history", name, metric, columns, mask, user_B, config, sign) for name, mask in groups]
 
 
 def by_item(
@@ -97,10 +97,10 @@ def by_item(
     groups = [("popularity", *group) for group in _of_items(item_T, counts_N)]
     if age_T is not None:
         groups += [("age", *group) for group in _of_ages(item_T, age_T)]
-    return [_slice(by, name, f"found@{k}", values, mask, user_T, config, 1) for by, name, mask in groups]
+    return [of_group(by, name, f"found@{k}", values, mask, user_T, config, 1) for by, name, mask in groups]
 
 
-def _slice(
+def of_group(
     by: str,
     group: str,
     metric: str,

@@ -46,8 +46,12 @@ class Catalog:
         try:
             footers = tables.read_footers(files.find(config.data.items, "load"))
             title = title_column(footers, config.data.columns.item, config.report.title)
-            names = dict.fromkeys([one.name for one in features if one.role == "item"] + ([title] if title else []))
-            return Catalog(_aligned(footers, config.data.columns.item, list(names), items), title)
+            there = {name for footer in footers for name in footer.schema.names}
+            wanted = [one.name for one in features if one.role == "item"] + ([title] if title else [])
+            names = [name for name in dict.fromkeys(wanted) if name in there]
+            if not names:
+                return Catalog.empty(len(items))
+            return Catalog(tables.by_key(footers, config.data.columns.item, names, items), title)
         except (RecrayError, OSError, pa.ArrowException) as error:
             log.warning("load", f"lists have no titles and no filters, since the item table cannot be read: {error}")
             return Catalog.empty(len(items))
@@ -137,19 +141,3 @@ def _in_range(column: pa.ChunkedArray, wanted: Mapping[str, Any]) -> np.ndarray:
     values = pc.cast(column, pa.float64()).combine_chunks().to_numpy(zero_copy_only=False)
     low, high = (float(wanted.get(name, default)) for name, default in (("min", -np.inf), ("max", np.inf)))
     return np.asarray((values >= low) & (values <= high))
-
-
-def _aligned(footers: list[tables.Footer], key: str, names: list[str], items: pa.Array) -> pa.Table:
-    """These columns by item id. The first row of an item counts."""
-    kinds = {field.name: field.type for footer in footers for field in footer.schema}
-    names = [name for name in names if name in kinds]
-    if not names:
-        return Catalog.empty(len(items)).table
-    parts = []
-    for footer in footers:
-        columns = tables.read_columns(footer.uri, footer.hive, [key, *names])
-        own = {str(number): columns[name].cast(kinds[name]) for number, name in enumerate(names)}
-        parts.append(pa.table({"key": columns[key].cast(items.type), **own}))
-    both = pa.concat_tables(parts)
-    place = pc.index_in(items, value_set=both["key"].combine_chunks())
-    return pa.table([both[str(number)].take(place) for number in range(len(names))], names=names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -154,12 +155,12 @@ class _Page:
     def _sections(self) -> Iterator[dict[str, Any]]:
         report = self.report
         yield _section("metrics", "All metrics", [*self._metrics()])
-        for by, what in _SLICES.items():
-            slices = [one for one in report.slices if one.by == by]
+        for by in dict.fromkeys([*_SLICES, *(one.by for one in report.slices)]):
+            slices, what = [one for one in report.slices if one.by == by], _SLICES.get(by, by)
             if slices:
-                of = "queries" if by == "history" else "targets"
+                of = "targets" if slices[0].metric.startswith("found@") else "queries"
                 of = of if report.kind == "lists" else "impressions"
-                yield _section(f"by-{by}", f"By {what}", [*self._slices(slices, what, of)])
+                yield _section("by-" + re.sub(r"\W+", "-", by), f"By {what}", [*self._slices(slices, what, of)])
         if report.reliability:
             yield _section("calibration", "Calibration", [charts.calibration(report), self._reliability()])
         if self.model.history:

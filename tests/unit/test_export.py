@@ -20,11 +20,12 @@ from helpers.cli import recray_command
 from helpers.product_log import RANKERS, RETRIEVERS, make_product_runs, product_config
 from recray import folders
 from recray.data.hashing import hash_keys
-from recray.errors import DataError, LineageError, StorageError
+from recray.errors import ConfigError, DataError, LineageError, StorageError
 from recray.evaluation import recommend
 from recray.ids import SPLITS
 from recray.inference import LoadedRanker, LoadedRetriever, artifacts_of
 from recray.inference.export import _Writer, export
+from recray.records import ReportRecord
 from recray.retrieval.recommenders import open_recommenders
 
 pytest.importorskip("faiss")
@@ -52,7 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*RETRIEVERS, *RANKERS):
         found = recray_command("export", str(folder / "runs" / name), str(folder / "bundles" / name))
         assert found.code == 0, found.err
-    reranked = product_config(folder, "two_tower", f"retrieval.ranker={folder}/runs/din")
+    slices = 'evaluation.slices=["country", "age", "genres"]'
+    reranked = product_config(folder, "two_tower", f"retrieval.ranker={folder}/runs/din", slices)
     recray.evaluate(reranked)
     export(str(folder / "runs" / "two_tower"), str(folder / "bundles" / "both"))
     return folder
@@ -168,6 +170,26 @@ def test_a_folder_of_other_files_is_refused_and_an_earlier_bundle_replaced(
         recray.train(product_config(folder, "sasrec", "run.name=bare"))
         export(str(folder / "runs" / "bare"), str(tmp_path / "bare"))
     assert not (tmp_path / "bare").exists()
+
+
+def test_a_report_groups_by_declared_features(folder: Path) -> None:
+    config = product_config(folder, "two_tower")
+    (uri,) = (folder / "runs" / "two_tower" / "report").glob("*/report.json")
+    report = ReportRecord.read(str(uri.parent))
+    sizes: dict[str, dict[str, int]] = {}
+    for one in report.slices:
+        sizes.setdefault(one.by, {})[one.group] = one.size
+    assert set(sizes["user country"]) == {"se", "no", "missing"}
+    for by in ("user country", "user age"):
+        assert sum(sizes[by].values()) == report.counts["queries"]
+    means = [(one.size, one.values["model"].value) for one in report.slices if one.by == "user country"]
+    mean = sum(size * value for size, value in means) / report.counts["queries"]
+    (metric,) = {one.metric for one in report.slices if one.by == "user country"}
+    assert mean == pytest.approx(report.metrics["model"][metric].value)
+    assert set(sizes["item genres"]) == {*(f"g{one}" for one in range(7)), "missing"}
+    assert {one.metric for one in report.slices if one.by == "item genres"} == {f"found@{config.evaluation.k[0]}"}
+    with pytest.raises(ConfigError, match=r"names 'colour', .*; there are: age, country, genres, tags, weight"):
+        recray.evaluate(product_config(folder, "two_tower", 'evaluation.slices=["colour"]'))
 
 
 def test_lists_that_were_killed_are_continued(folder: Path, tmp_path: Path) -> None:

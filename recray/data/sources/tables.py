@@ -18,6 +18,7 @@ from typing import Literal
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recray import log, storage
@@ -213,6 +214,20 @@ def read_columns(
         if name not in found:
             found[name] = pa.chunked_array([pa.array([hive.get(name)] * rows, pa.string())])
     return found
+
+
+def by_key(footers: Sequence[Footer], key: str, names: Sequence[str], keys: pa.Array) -> pa.Table:
+    """These columns of a table of users or items in the order of `keys`: null for one that is not there, the first row for
+    one that is there twice."""
+    kinds = {field.name: field.type for footer in footers for field in footer.schema}
+    parts = []
+    for footer in footers:
+        columns = read_columns(footer.uri, footer.hive, [key, *names])
+        own = {str(number): columns[name].cast(kinds[name]) for number, name in enumerate(names)}
+        parts.append(pa.table({"key": columns[key].cast(keys.type), **own}))
+    both = pa.concat_tables(parts)
+    place = pc.index_in(keys, value_set=both["key"].combine_chunks())
+    return pa.table([both[str(number)].take(place) for number in range(len(names))], names=list(names))
 
 
 def key_type(footers: Sequence[Footer], name: str, like: pa.DataType) -> pa.DataType | None:
