@@ -34,7 +34,6 @@ from recray.retrieval.exact import ExactSearch, query_vectors
 from recray.retrieval.recommenders import list_table
 
 _QUERIES, _ROWS = 512, 8192  # asked, and scored, at a time
-_FILTERS = 8  # whose items' vectors are kept
 
 
 @dataclass(frozen=True)
@@ -218,13 +217,17 @@ class LoadedRetriever:
         return ids_BK, scores_BK
 
     def _filtered(self, filters: Filters) -> tuple[Recommender, np.ndarray]:
-        """What makes lists of the items that pass, and those items by popularity. The last filters are kept."""
+        """What makes lists of the items that pass, and those items by popularity. The last filters are kept: as many as
+        have no more items together than there are."""
         key = json.dumps(filters, sort_keys=True, default=str)
         found = self._filters.get(key)
         if found is None:
             keep_N = self.catalog.allowed(filters)
             found = restricted(self._final, self._exact, keep_N), self._popular[keep_N[self._popular]]
-            self._filters = {**dict(list(self._filters.items())[1 - _FILTERS :]), key: found}
+            kept = {**self._filters, key: found}
+            while len(kept) > 1 and sum(len(popular) for _, popular in kept.values()) > len(self._popular):
+                del kept[next(iter(kept))]
+            self._filters = kept
         return found
 
     @cached_property

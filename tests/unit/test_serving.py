@@ -144,10 +144,11 @@ def test_filters_caps_and_titles(folder: Path, client: Client) -> None:
     passes = goods[goods.genres.map(lambda one: bool({"g1", "g3"} & set(one))) & (goods.weight >= -0.5)]
     model = recray.load(str(folder / "runs" / "two_tower"))
     assert isinstance(model, LoadedRetriever)
-    for who in ({"user": "u5"}, {"history": ["i003", "i004"]}, {"user": "nobody"}):
+    people: list[dict[str, Any]] = [{"user": "u5"}, {"history": ["i003", "i004"]}, {"user": "nobody"}]
+    for who in people:
         status, found = client.post("/recommend", **who, filters=wanted, k=60)
-        by = {"users": [who["user"]]} if "user" in who else {"history": [who["history"]]}
-        expected = model.recommend(**by, filters=wanted, k=60).to_pylist()  # type: ignore[arg-type]
+        users, history = ([who[name]] if name in who else None for name in ("user", "history"))
+        expected = model.recommend(users, history, filters=wanted, k=60).to_pylist()
         assert status == 200 and [one["item"] for one in found["items"]] == [one["item"] for one in expected]
         assert len(expected) > 3 and {one["item"] for one in expected} <= set(passes.index)
         for one, mine in zip(found["items"], expected, strict=True):
