@@ -84,7 +84,7 @@ class Catalog:
         for row, ids in enumerate(ids_BK):
             counts: dict[tuple[int, int], int] = {}
             kept: list[int] = []
-            for place in np.flatnonzero(ids >= FIRST_ITEM):
+            for place in np.flatnonzero(ids >= FIRST_ITEM).tolist():
                 groups = [(number, int(of_N[ids[place]])) for number, (_, of_N) in enumerate(codes)]
                 if any(counts.get(one, 0) >= codes[one[0]][0] for one in groups if one[1] >= 0):
                     continue
