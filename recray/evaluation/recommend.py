@@ -189,6 +189,8 @@ class _Writer:
         retrieval = self.config.retrieval
         if retrieval.ranker is not None:
             return "logit of the ranker"
+        if retrieval.recency.enabled:
+            return "logarithm of the share of recent counts and the model's score"
         return (
             "blend of the model's score and the item-item baseline"
             if retrieval.item_knn_weight

@@ -18,6 +18,7 @@ from recray.models import Retriever
 from recray.retrieval import Recommender
 from recray.retrieval.blend import Blended
 from recray.retrieval.exact import ExactSearch, query_vectors, top_k
+from recray.retrieval.recency import WithRecency
 from recray.retrieval.recommenders import Reranked
 
 
@@ -26,8 +27,9 @@ def restricted(final: Recommender, exact: ExactSearch, keep_N: np.ndarray) -> Re
     them where they are rare."""
     if isinstance(final, Reranked):
         return replace(final, search=restricted(final.search, exact, keep_N))
-    search = AllowedSearch.of(exact, keep_N)
-    return Kept(replace(final, search=search), keep_N) if isinstance(final, Blended) else search
+    if isinstance(final, (Blended, WithRecency)):
+        return Kept(replace(final, search=restricted(final.search, exact, keep_N)), keep_N)
+    return AllowedSearch.of(exact, keep_N)
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class AllowedSearch:
 
 @dataclass(frozen=True)
 class Kept:
-    """A blend without the items that its baseline adds and that do not pass."""
+    """Without the items that do not pass, which a baseline or recent counts have added."""
 
-    blended: Blended
+    recommender: Blended | WithRecency
     keep_N: np.ndarray
 
     def recommend(self, query: EvalQuery, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        ids, scores = self.blended.recommend(query, 2 * max(k, self.blended.candidates), exclude_seen)
+        ids, scores = self.recommender.recommend(query, 4 * max(k, self.recommender.candidates), exclude_seen)
         order = np.argsort(~self.keep_N[ids], axis=1, kind="stable")[:, :k]
         ids, scores = np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
         return np.where(self.keep_N[ids], ids, PAD), scores
