@@ -68,7 +68,7 @@ class Catalog:
             column = self._column(name)
             try:
                 found = _in_range(column, wanted) if isinstance(wanted, Mapping) else _one_of(column, wanted)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, OverflowError) as error:
+            except (ValueError, TypeError, OverflowError, pa.ArrowNotImplementedError) as error:
                 raise DataError(
                     f"filter {name!r}: {wanted!r} cannot be compared with values of type {column.type}"
                 ) from error

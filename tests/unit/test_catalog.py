@@ -55,6 +55,7 @@ def test_filters(filters: dict[str, Any], passes: Any) -> None:
         ({"year": [2.5]}, "cannot be compared with values of type int64"),
         ({"kind": {"min": 3}}, "cannot be compared"),
         ({"price": {"least": 3}}, "cannot be compared"),
+        ({"price": {"min": "a"}}, "cannot be compared"),
         ({"tags": {"max": 3}}, "cannot be compared"),
     ],
 )
