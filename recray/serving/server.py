@@ -49,6 +49,7 @@ def serve(uri: str, host: str, port: int, wait: float, timeout: float, poll: flo
         log_config=None,
         access_log=False,
         proxy_headers=False,
+        timeout_keep_alive=75,  # longer than balancers keep idle connections, which would else send into closed ones
         timeout_graceful_shutdown=10,
     )
 

@@ -58,7 +58,9 @@ class Client:
 
 @contextlib.contextmanager
 def serving(service: Service, token: str | None = None, poll: float = 0.0) -> Iterator[Client]:
-    server = uvicorn.Server(uvicorn.Config(create_app(service, token, poll), port=0, log_config=None, access_log=False))
+    app = create_app(service, token, poll)
+    # On a busy machine two requests of a test may be further apart than the 5 s that uvicorn waits for the next one.
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_keep_alive=75))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
