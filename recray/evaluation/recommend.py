@@ -102,8 +102,8 @@ def _begin(output: str, identity: str) -> None:
     layout.refuse_foreign(output, layout.LISTS if was_begun or complete else layout.NOTHING)
     if was_begun and not complete and storage.read_json(begun).get("identity") == identity:
         layout.clear_half_written(output, layout.LISTS)
-        there = [info.uri for info in storage.list_files(output)]
         storage.delete_file(storage.join(output, _POPULAR))  # of the users who had no list yet
+        there = [info.uri for info in storage.list_files(output)]
         log.info("recommend", f"resuming: {len(there)} parts are there", event="resumed", values={"parts": len(there)})
         return
     layout.clear(output, layout.LISTS)
