@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -158,12 +157,9 @@ class _Page:
         for by in dict.fromkeys([*_SLICES, *(one.by for one in report.slices)]):
             slices, what = [one for one in report.slices if one.by == by], _SLICES.get(by, by)
             if slices:
-                of = (
-                    ("targets" if "found@" in slices[0].metric else "queries")
-                    if report.kind == "lists"
-                    else "impressions"
-                )
-                yield _section("by-" + re.sub(r"\W+", "-", by), f"By {what}", [*self._slices(slices, what, of)])
+                of = "targets" if "found@" in slices[0].metric else "queries"
+                of = of if report.kind == "lists" else "impressions"
+                yield _section("-".join(["by", *by.split()]), f"By {what}", [*self._slices(slices, what, of)])
         if report.reliability:
             yield _section("calibration", "Calibration", [charts.calibration(report), self._reliability()])
         if self.model.history:
