@@ -72,7 +72,8 @@ class Service:
     def __init__(self, uri: str, wait: float = 0.05, timeout: float = 1.0, batch: int = 16) -> None:
         self.uri, self.wait, self.timeout, self._most = uri.rstrip("/"), wait, timeout, batch
         self.admitted = 0  # requests that are not answered yet; the event loop alone changes it
-        self.pace = 0.001  # seconds that a request takes, averaged over some ten batches
+        self.running = 0  # requests of the batch that is being answered
+        self.fixed, self.each = 0.002, 0.001  # seconds of a batch, and of each of its requests; learned from batches
         self.loaded = self._load()
         self.swaps = self.failures = 0
         self.observe_batch: Callable[[int], None] = lambda size: None
@@ -99,8 +100,12 @@ class Service:
         return self._threads[0].is_alive()
 
     def admits(self) -> bool:
-        """Whether one more request would be answered soon enough; always, if none is waiting."""
-        return self.admitted * self.pace <= self.wait
+        """Whether one more request would be answered soon enough; always, if none is waiting for the next batch."""
+        waiting = self.admitted - self.running
+        return waiting <= 0 or self._seconds(self.running) + self._seconds(waiting + 1) <= self.wait
+
+    def _seconds(self, requests: int) -> float:
+        return -(-requests // self._most) * self.fixed + requests * self.each
 
     def submit(
         self, group: Group, request: Any, answer: Callable[[Model, Sequence[Any]], list[Any]]
@@ -143,13 +148,18 @@ class Service:
                     break
                 groups.setdefault(work.group, []).append(work)
             loaded, started = self.loaded, time.monotonic()
-            size = sum(map(len, groups.values()))
+            self.running = size = sum(map(len, groups.values()))
             for works in groups.values():
                 self._answer(loaded.model, [one for one in works if not _expired(one, started)])
-            # One slow batch, such as that during a swap, says little about the next.
-            took = min((time.monotonic() - started) / size, 4 * self.pace)
-            self.pace += 0.1 * (took - self.pace)
+            self._learn(size, time.monotonic() - started)
+            self.running = 0
             self.observe_batch(size)
+
+    def _learn(self, size: int, seconds: float) -> None:
+        """A step of normalised least mean squares. One slow batch, such as one during a swap, says little about the next."""
+        expected = self.fixed + size * self.each
+        step = 0.1 * (min(seconds, 4 * expected) - expected) / (1 + size * size)
+        self.fixed, self.each = max(self.fixed + step, 1e-6), max(self.each + size * step, 1e-6)
 
     def _answer(self, model: Model, works: list[Work]) -> None:
         if not works:

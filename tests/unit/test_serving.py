@@ -344,7 +344,7 @@ def test_more_requests_than_it_can_answer_are_refused_at_once(folder: Path, monk
     with serving(service) as client, ThreadPoolExecutor(4) as pool:
         first = pool.submit(client.post, "/similar", item="i001")
         assert begun.wait(30)
-        service.pace = 0.016  # three that wait are 48 ms
+        service.fixed, service.each = 0.0, 0.012  # after the one that is being answered, three are 48 ms
         waiting = [pool.submit(client.post, "/similar", item="i001") for _ in range(3)]
         while service.admitted < 4:
             pass
@@ -355,6 +355,16 @@ def test_more_requests_than_it_can_answer_are_refused_at_once(folder: Path, monk
         assert [one.result()[0] for one in (first, *waiting)] == [200] * 4
         service.timeout = -1.0  # one that waited too long is refused when its turn comes
         assert client.post("/recommend", user="u1")[0] == 429
+
+
+def test_how_long_batches_take_is_learned(folder: Path) -> None:
+    service = Service(str(folder / "bundle"), wait=0.05)
+    for at in range(2000):
+        size = 1 + at % 9
+        service._learn(size, 5.0 if at % 100 == 0 else 0.004 + 0.0015 * size)
+    service._learn(9, 0.004 + 0.0015 * 9)
+    for size in (1, 9):
+        assert service._seconds(size) == pytest.approx(0.004 + 0.0015 * size, rel=0.2)
 
 
 def test_others_need_a_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
