@@ -217,7 +217,7 @@ def _work(rank: int, world_size: int) -> dict[Any, Any]:
     return found | {"overflow": _overflow(rank, world_size), "gathered": _gathered(rank, world_size)}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def workers(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
     return run_ranks(_work, request.param)
 

@@ -35,7 +35,7 @@ from recray.records import (
     TuneRecord,
 )
 
-INPUTS = int(os.environ.get("RECRAY_FUZZ", "250"))
+INPUTS = int(os.environ.get("RECRAY_FUZZ", "120"))
 fuzzed = settings(
     max_examples=INPUTS,
     deadline=None,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.pages import pages
 from recray import registry
 from recray.registry import Kind
 
@@ -37,6 +38,6 @@ def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 160
     assert any(line.startswith("    make demo") for line in lines[:25])
-    for page in (ROOT / "README.md", *ROOT.glob("*/**/README.md")):
+    for page in pages():
         links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
         assert [link for link in links if link and not (page.parent / link).exists()] == [], page

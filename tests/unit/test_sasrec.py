@@ -65,7 +65,7 @@ class _Plain(nn.Module):
         return F.cross_entropy(logits, torch.cat(targets) - FIRST_ITEM)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(1, 4), (2, 4), (2, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 4), (2, 1)])
 def test_the_loss_curve_is_that_of_the_plain_implementation(
     heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
