@@ -231,6 +231,7 @@ def test_trials_of_several_workers_pause_and_resume(tmp_path: Path) -> None:
         assert not _epochs(f"{folder}/trials/{trial.number:04d}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_a_population_copies_weights_and_stays_inside_its_ranges(tmp_path: Path) -> None:
     space = {
@@ -264,7 +265,8 @@ def build(options, dataset, items):
 """
 
 
-@pytest.mark.parametrize("scheduler", [pytest.param("none", marks=pytest.mark.slow), "asha"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["none", "asha"])
 def test_a_killed_sweep_resumes_and_a_killed_trial_does_not_stop_it(tmp_path: Path, scheduler: str) -> None:
     """kill -9 on the driver after three lines about trials; the next start does the rest, and nothing twice."""
     (tmp_path / "odd_models").mkdir()

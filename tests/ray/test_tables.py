@@ -30,7 +30,7 @@ def _config(folder: Path, *overrides: str) -> Config:
     return parse_config(table, ["scaling.num_workers=2", *overrides])
 
 
-@pytest.mark.parametrize("name", ["two_tower", "dcn_v2"])
+@pytest.mark.parametrize("name", ["two_tower", pytest.param("dcn_v2", marks=pytest.mark.slow)])
 def test_two_workers_then_one(name: str, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = f"model.name={name}"
     config = _config(tmp_path, chosen)
