@@ -11,7 +11,8 @@ from recray import folders, log, storage
 from recray.errors import StorageError
 
 SCORES = "scores.parquet"  # of a report: recray.evaluation.scores
-PRUNED = "pruned"  # below a run: records of what was deleted
+PRUNED = "pruned"  # below a run: records of what was deleted, each in a folder named by its id
+_PRUNED_FOLDER = re.compile(rf"(.*/)?{PRUNED}/[a-z]+-[0-9a-f]{{12}}")
 _SHARD = r"part-\d+\.parquet"
 _SAVED = (
     r"(checkpoint|dataset|digests-\d+)\.json|(model|items)\.safetensors|state\.pt"
@@ -81,6 +82,11 @@ WRITTEN = {
         _below("(trials|seeds)", _below(r"\d+(-\d+)?", *_TRIAL)),
     ),
 }
+
+
+def is_pruned(folder: str) -> bool:
+    """Whether only the record of an artefact is left in a folder, which `recray prune` wrote."""
+    return _PRUNED_FOLDER.fullmatch(folder) is not None
 
 
 def clear(folder: str, written: re.Pattern[str]) -> list[str]:

@@ -44,7 +44,7 @@ class Node:
     @property
     def pruned(self) -> bool:
         """Whether only the record is left."""
-        return f"/{layout.PRUNED}/" in self.uri
+        return layout.is_pruned(self.uri)
 
     def chain(self) -> Iterator[Node]:
         """This node and all that it was made from, each once."""

@@ -68,8 +68,8 @@ def verify(uri: str) -> list[Verified]:
         # A checkpoint keeps a copy of its dataset's record.
         if kind is None or (kind is DatasetRecord and _inside(folder, CheckpointRecord.file_name()) in known):
             continue
-        pruned = folder.startswith(f"{layout.PRUNED}/")
-        result, own = _compare(storage.join(uri, folder) if folder else uri, kind, files=not pruned)
+        at = storage.join(uri, folder) if folder else uri
+        result, own = _compare(at, kind, files=not layout.is_pruned(at))
         seen |= {name, *(_inside(folder, one) for one in own)}
         found.append(result)
     if not found:

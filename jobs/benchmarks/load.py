@@ -1,4 +1,4 @@
-"""Requests to a server at a fixed rate, in a process of its own: python load.py PORT RATE SECONDS CONNECTIONS KEYS.json
+"""Send requests to a server at a fixed rate: python load.py PORT RATE SECONDS CONNECTIONS KEYS.json
 
 An open loop: a request is sent when it is due, whatever became of earlier ones, and timed from then. If all connections wait
 for answers, it waits for one, and its time counts that. The protocol is written out, so that the client takes little of the

@@ -36,8 +36,8 @@ def run(
 ) -> None:
     """POST /recommend for known users at a fixed rate, a promotion in the middle; then at a multiple of the rate.
 
-    Requests are sent when they are due, whatever became of earlier ones, and timed from when they were due. The client is a
-    process of its own on the same machine.
+    Requests are sent when they are due, whatever became of earlier ones, and timed from when they were due. The client
+    runs in a separate process on the same machine.
     """
     from recray import promote
     from recray.config import load_config

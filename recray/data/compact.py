@@ -64,6 +64,10 @@ def compact(uri: str, output: str, sort: str | None = None, file_bytes: int = _F
         for _ in pool.map(write, range(len(groups)), groups):
             bar.update()
     written = tables.read_footers(files.find(output, "compact"))
+    if sum(footer.rows for footer in written) != sum(footer.rows for footer in footers):
+        raise DataError(
+            f"{output} has other rows than {uri}, which changed meanwhile: delete {output}, and compact again"
+        )
     before, after = _rows_per_second(footers, written)
     return Compacted(
         rows=sum(footer.rows for footer in written),

@@ -58,7 +58,7 @@ from recray.records import DatasetRecord, Feature, Shard, feature_column
 
 # A log this small is not shuffled: each bucket's task takes its events from all blocks (shared memory, no copy).
 # A shuffle starts more processes, seconds each, before the first row moves.
-_SCANNED_EVENTS = 16_777_216
+_SCANNED_EVENTS = 8_388_608
 _PARTITION_BUCKETS = 16  # buckets in one partition of the shuffle, at most
 
 

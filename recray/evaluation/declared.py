@@ -1,7 +1,7 @@
 """Groups by declared features of users and items (`evaluation.slices`), from the raw values of the side tables.
 
-Of text and whole numbers with few values a group is one of the most frequent values, of other numbers a quarter of their range
-by frequency; of lists a value that they hold, so that such groups overlap. What has no value is a group of its own.
+For text, and for whole numbers with few distinct values, each of the most frequent values is a group. Other numbers are split
+at their quartiles. For lists, each frequent value is a group, and the groups overlap. Missing values form one more group.
 
 Shape legend: N users or items by id.
 """

@@ -48,7 +48,7 @@ from recray.retrieval.recency import check_recency
 from recray.retrieval.recommenders import RunArtifacts, open_recommenders
 
 _STAGES = ("model", "index", "blended", "recency", "reranked")  # recommenders of the run; the others are baselines
-# Users without a history get no list of these: their vectors are those of nobody, their items none.
+# These need a history: without one a query has no vector, and no items to start from.
 _NEED_HISTORY = ("model", "index", "blended", "reranked", "item_knn")
 
 

@@ -268,7 +268,7 @@ def _served(config: Config, candidate: RunArtifacts, standing: Served) -> Recomm
 def older(config: Config, artifacts: RunArtifacts, asked: PreparedDataset, splits: tuple[str, ...]) -> Recommender:
     """A model of an older dataset, for queries of the test split of the dataset `asked`. Recent counts see its events."""
     steps = None
-    if config.retrieval.recency.enabled:  # a counter goes on when the model stays
+    if config.retrieval.recency.enabled:  # counts are updated while a model is served
         ids = id_maps.items(asked, artifacts.dataset)
         seen = RecentCounts.steps_of(config.retrieval.recency, asked, (*before(_SPLIT), _SPLIT))
         steps = Steps(seen.time, ids[seen.item], ids[seen.previous])

@@ -4,11 +4,11 @@
 
 p(i) is the share of item i among the events of the `popularity_window` before t; n(a, i) counts how often users chose i right
 after a in the `window` before t, n(a) is its sum over i, and m the `smoothing`. Weights w_a halve with each step back from the
-last item. A user without items, or whose items nobody chose recently, is left with p. Only events before t count, those of
-other users in the evaluated split among them.
+last item. For a user without items, and for items that nobody chose recently, P is p. Only events before t are counted,
+including those of other users in the evaluated split.
 
     events (user, item, time)   Ann a 1, Ann b 2, Bob c 3        query of Bob at t = 4, windows 4, m = 1
-    p: a 1/3, b 1/3, c 1/3      after c nobody chose anything: P = p;  for a user with the history (a): P(b) = (1 + 1/3) / 2
+    p: a 1/3, b 1/3, c 1/3      no event follows c, so P = p;  for a user with the history (a): P(b) = (1 + 1/3) / 2
 
 Every event has a place in the order of time, so that (item, place) and (pair of items, place) are numbers: sorted once, each
 count is the difference of two binary searches.
